@@ -1,0 +1,35 @@
+# `make demo` and `make test` need python3 (3.11 or later) and nothing else: each makes .venv and
+# installs into it what it needs, again when pyproject.toml or constraints.txt has changed.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+
+.PHONY: demo test docs format clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+# The last line printed is pytest's summary. One thread a worker: they would only fight for the cores.
+test: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+docs: .venv/.dev
+	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.demo .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@ $(if $(filter dev,$*),.venv/.demo)

@@ -1,0 +1,25 @@
+"""Sphinx configuration."""
+
+from importlib.metadata import version as installed_version
+
+project = "lrprobe"
+author = "The lrprobe authors"
+project_copyright = f"2026, {author}"
+release = version = installed_version("lrprobe")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["answers_table.md"]  # included by answers.md
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_title = f"lrprobe {release}"
+
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+myst_update_mathjax = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False

@@ -1,0 +1,97 @@
+"""What ``attach`` is given: checked at the call, with what came and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lrprobe.text import warn
+
+Every: TypeAlias = int | Callable[[int], bool]
+Step: TypeAlias = int | Callable[[], int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one probe does with each of its optimizers.
+
+    Attributes:
+        names: id of a parameter to its name in the model.
+        chosen: which parameters are recorded.
+        every, step, track, batch_size: as given to ``attach``.
+        attempt: how often the destination was continued.
+    """
+
+    names: Mapping[int, str]
+    chosen: Filter
+    every: Every
+    step: Step
+    track: int
+    batch_size: int | None
+    attempt: int = 0
+
+
+def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
+    """Check the whole numbers among the arguments of ``attach``.
+
+    Raises:
+        TypeError: for something that is no whole number (nor what else is allowed).
+        ValueError: for one that is too small.
+    """
+    _check("every", every, 1, ", or a function of the step", callable(every))
+    _check("track", track, 0)
+    _check("batch_size", batch_size, 1, ", or None", batch_size is None)
+    allowed = ", a function that gives it, or None"
+    _check("step", step, 0, allowed, step is None or callable(step))
+
+
+def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False) -> None:
+    if fine:
+        return
+    message = f"{name}= takes a whole number of at least {least}{also}; got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(message)
+    if value < least:
+        raise ValueError(message)
+
+
+class Filter:
+    """``include`` and ``exclude``."""
+
+    def __init__(
+        self, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    ) -> None:
+        self._include = _patterns("include", include)
+        self._exclude = _patterns("exclude", exclude)
+        self._unused = {*(self._include or ()), *(self._exclude or ())}
+
+    def takes(self, name: str) -> bool:
+        """Whether a parameter of this name is recorded."""
+        included = self._include is None or any(p.search(name) for p in self._include)
+        return included and not any(p.search(name) for p in self._exclude or ())
+
+    def see(self, names: Iterable[str]) -> None:
+        """Note which patterns match."""
+        for name in names:
+            self._unused = {p for p in self._unused if not p.search(name)}
+
+    def warn_unused(self) -> None:
+        """Warn of patterns that match no name."""
+        for pattern in sorted(p.pattern for p in self._unused):
+            warn(f"the pattern {pattern!r} matches no parameter's name")
+
+
+def _patterns(argument: str, given: str | Sequence[str] | None) -> list[re.Pattern[str]] | None:
+    if given is None:
+        return None
+    patterns = []
+    for text in [given] if isinstance(given, str | re.Pattern) else given:
+        if not isinstance(text, str | re.Pattern):
+            raise TypeError(f"{argument}= takes regular expressions; got {text!r}")
+        try:
+            patterns.append(re.compile(text))
+        except re.error as error:
+            raise ValueError(f"{argument}={text!r} is not a regular expression: {error}") from error
+    return patterns

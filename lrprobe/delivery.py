@@ -1,0 +1,480 @@
+"""Hands records to sinks in the background, so that no sink ever stops or slows the training.
+
+One daemon thread serves the whole process: a sink is called by one thread at a time, however many
+probes share it. All that the thread works on belongs to it alone; others talk to it through one
+queue, which is safe even from a finalizer that interrupts whatever a thread was doing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+import time
+import warnings
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from lrprobe.record import Record
+from lrprobe.sinks.base import Sink
+
+WAITING_RECORDS = 1000
+"""Bound of the records that wait for the thread (per ``Delivery``), and of those that wait for a
+failing sink (per sink)."""
+
+WAITING_BYTES = 256 * 2**20
+"""The same bound in bytes; whichever comes first."""
+
+_FLUSH_SECS = 1.0  # of a sink that does not say
+_PAUSES = (1.0, 60.0)  # seconds to the first retry of a failing sink, doubling up to the second
+_EXIT_SECS = 60.0  # how long a hanging sink may hold up the end of the process
+
+
+class Delivery:
+    """Takes records from the training thread and writes them to sinks in the background.
+
+    A sink that raises keeps its own backlog of up to ``WAITING_RECORDS`` records, is tried again
+    after growing pauses, and does not touch the other sinks; past the bound the oldest are lost.
+    A sink with ``flush()`` is flushed within its ``flush_secs`` (1 where it has none) after a
+    write. What was put is written, too, when the interpreter ends or the object is
+    garbage-collected. In a forked child nothing is written: every method returns at once.
+
+    Args:
+        sinks: where records go, in this order.
+        owned: those of them that ``close`` closes; where deliveries share one, the last of them.
+
+    Raises:
+        RuntimeError: no thread can be started.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], owned: Iterable[Sink] = ()) -> None:
+        """Start the thread where it does not run."""
+        self._line = _Line(sinks, owned)
+        self._line.courier.open(self._line)
+        self._finalizer = weakref.finalize(self, _abandon, self._line)
+        self._finalizer.atexit = False  # at exit somebody has to wait, which _at_exit does
+
+    def put(self, make: Callable[[], Record | None], nbytes: int = 0) -> bool:
+        """Have the record that ``make`` returns written; takes microseconds.
+
+        Args:
+            make: run in the background thread; None means that there is nothing to write.
+            nbytes: what ``make`` keeps in memory, for the bound on it.
+
+        Returns:
+            False where it was not taken: too much waits already (that is counted as lost), the
+            delivery is closed, or this is a forked child.
+        """
+        line = self._line
+        if line.closed or line.pid != os.getpid():
+            return False
+        with line.lock:
+            above = (
+                line.waiting >= WAITING_RECORDS or line.waiting_bytes + nbytes > WAITING_BYTES
+            ) and line.waiting > 0
+            if above:
+                line.overflow += 1
+            else:
+                line.waiting += 1
+                line.waiting_bytes += nbytes
+        if above:
+            if line.overflow == 1:
+                line.say(
+                    f"{line.waiting:,} records ({line.waiting_bytes:,} bytes) wait for their sinks,"
+                    " which is the bound; records are lost until the sinks keep up"
+                )
+            return False
+        line.courier.send(partial(line.courier.deliver, line, make, nbytes))
+        return True
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until all that was put has been written, or has failed to be.
+
+        Args:
+            timeout: seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            False where the time was too short.
+        """
+        done = threading.Event()
+        return self._wait(done.set, done, timeout)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """As ``drain``; then try failing sinks again, and flush all."""
+        done = threading.Event()
+        return self._wait(partial(self._line.courier.flush, self._line, done), done, timeout)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """As ``flush``; then close the sinks that are owned; idempotent.
+
+        ``problems`` then says how many records were lost, if any.
+        """
+        line = self._line
+        self._finalizer.detach()
+        if line.pid != os.getpid():
+            return True
+        line.close()
+        return line.courier.wait(line.finished, timeout)
+
+    def problems(self) -> list[str]:
+        """Messages since the last call, for the training thread to warn of."""
+        return self._line.said()
+
+    @property
+    def lost(self) -> int:
+        """Records lost so far, counted once for each sink that lacks them."""
+        line = self._line
+        return (line.overflow + line.unmade) * len(line.sinks) + sum(line.lost.values())
+
+    def _wait(
+        self, command: Callable[[], None], done: threading.Event, timeout: float | None
+    ) -> bool:
+        line = self._line
+        if line.pid != os.getpid():
+            return True
+        if line.closed:
+            return line.courier.wait(line.finished, timeout)
+        line.courier.send(command)
+        return line.courier.wait(done, timeout)
+
+
+class _Line:
+    """What a ``Delivery`` shares with the thread, which must not keep the ``Delivery`` alive."""
+
+    def __init__(self, sinks: Sequence[Sink], owned: Iterable[Sink]) -> None:
+        self.sinks = tuple(sinks)
+        self.owned = tuple(owned)
+        self.courier = _courier
+        self.pid = os.getpid()
+        self.closed = False  # nothing more is taken
+        self.finished = threading.Event()  # all is written
+        self.abandoned = False  # nobody will ask for problems
+        self.lock = threading.Lock()  # for the counts up to the blank line
+        self.waiting = 0
+        self.waiting_bytes = 0
+        self.overflow = 0
+
+        self.unmade = 0
+        self.making = True  # False after a failure, so that only the first of a row is told
+        self.lost: Counter[str] = Counter()  # by the name of the sink
+        self._messages: deque[str] = deque()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.courier.send(partial(self.courier.close, self))
+
+    def say(self, message: str) -> None:
+        self._messages.append(f"lrprobe: {message}")
+
+    def said(self) -> list[str]:
+        messages = []
+        while self._messages:
+            messages.append(self._messages.popleft())
+        return messages
+
+
+class _Channel:
+    """A sink with what it has not written yet. Used by the background thread only."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.name = _name(sink)
+        self.lines: list[_Line] = []
+        self.owned = False
+        self.backlog: deque[tuple[Record, _Line]] = deque()
+        self.backlog_bytes = 0
+        self.unflushed: Counter[_Line] = Counter()
+        self.flush_at: float | None = None
+        self.failure = ""  # the cause; empty while all is well
+        self.pause = _PAUSES[0]
+        self.retry_at = 0.0
+        self.dropped = 0  # in this episode of failure
+        self.teller: _Line | None = None
+
+    @property
+    def due(self) -> float | None:
+        """When something is to be done next."""
+        return self.retry_at if self.failure else self.flush_at
+
+    def offer(self, record: Record, line: _Line) -> None:
+        self.backlog.append((record, line))
+        self.backlog_bytes += record.nbytes
+        self.teller = line
+        if not self.failure:
+            self._guarded(self._write_backlog)
+        while len(self.backlog) > WAITING_RECORDS or (
+            self.backlog_bytes > WAITING_BYTES and len(self.backlog) > 1
+        ):
+            oldest, loser = self.backlog.popleft()
+            self.backlog_bytes -= oldest.nbytes
+            loser.lost[self.name] += 1
+            self.dropped += 1
+
+    def tend(self, now: float) -> None:
+        """Flush, or try again, where it is time to."""
+        if self.due is not None and self.due <= now:
+            self.attempt()
+
+    def attempt(self) -> bool:
+        """Write what waits and flush, now; False where that failed."""
+        done = self._guarded(self._write_backlog) and self._guarded(self._flush)
+        if done and self.failure:
+            lost = f", {self.dropped:,} were lost" if self.dropped else ""
+            self._say(f"{self.name} works again; what waited has been written{lost}")
+            self.failure, self.pause, self.dropped = "", _PAUSES[0], 0
+        return done
+
+    def leave(self, line: _Line) -> bool:
+        """Finish what is there of a line; True where no other line uses the sink."""
+        # A sink that has failed may say so once and then help itself: hence a second time.
+        done = self.attempt() or self.attempt()
+        self.lines.remove(line)
+        self.teller = self.lines[0] if self.lines else line
+        waiting = sum(1 for _, theirs in self.backlog if theirs is line)
+        if not done:
+            self.backlog = deque(entry for entry in self.backlog if entry[1] is not line)
+            self.backlog_bytes = sum(record.nbytes for record, _ in self.backlog)
+            line.lost[self.name] += waiting
+        unflushed = self.unflushed.pop(line, 0)
+        if self.owned and not self.lines:
+            cause = self.failure
+            try:
+                self.sink.close()
+            except BaseException as error:
+                cause = _cause(error)
+                line.say(f"{self.name} could not be closed: {cause}")
+                line.lost[self.name] += unflushed
+        elif not done and unflushed:
+            line.say(f"{self.name} may lack the last {unflushed:,} records: {self.failure}")
+        if line.lost[self.name]:
+            line.say(f"{line.lost[self.name]:,} records were lost to {self.name}: {self.failure}")
+        return not self.lines
+
+    def _write_backlog(self) -> None:
+        while self.backlog:
+            record, line = self.backlog[0]
+            self.sink.write(record)
+            self.backlog.popleft()
+            self.backlog_bytes -= record.nbytes
+            if hasattr(self.sink, "flush"):
+                self.unflushed[line] += 1
+                if self.flush_at is None:
+                    wait = getattr(self.sink, "flush_secs", _FLUSH_SECS)
+                    self.flush_at = time.monotonic() + 0.8 * wait  # the rest is for doing it
+
+    def _flush(self) -> None:
+        if hasattr(self.sink, "flush"):
+            self.sink.flush()
+        self.flush_at = None
+        self.unflushed.clear()
+
+    def _guarded(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+            if hasattr(self.sink, "problems"):
+                for message in self.sink.problems():
+                    self._say(str(message).removeprefix("lrprobe: "))
+        except BaseException as error:
+            if not self.failure:
+                self._say(
+                    f"{self.name} failed: {_cause(error)}; its records wait in memory (up to "
+                    f"{WAITING_RECORDS:,}) and are tried again; training goes on"
+                )
+            else:
+                self.pause = min(2 * self.pause, _PAUSES[1])
+            self.failure = _cause(error)
+            self.retry_at = time.monotonic() + self.pause
+            return False
+        return True
+
+    def _say(self, message: str) -> None:
+        """Tell it to one line, so that it is told once."""
+        if self.teller is not None:
+            self.teller.say(message)
+
+
+class _Courier:
+    """The background thread and what it works on."""
+
+    def __init__(self) -> None:
+        self.unsaid: deque[str] = deque()  # problems of abandoned lines, told at exit
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # for the two below
+        self._thread: threading.Thread | None = None
+        self._lines: set[_Line] = set()
+        self._channels: dict[int, _Channel] = {}
+
+    # What any thread may call.
+
+    def open(self, line: _Line) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="lrprobe-delivery", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._lines.add(line)
+        self.send(partial(self._attach, line))
+
+    def send(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    def wait(self, done: threading.Event, timeout: float | None) -> bool:
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            thread = self._thread
+            if thread is threading.current_thread():
+                return False  # a sink that asks for its own end would wait forever
+            left = 1.0 if end is None else min(1.0, end - time.monotonic())
+            if done.wait(max(left, 0.0)):
+                return True
+            if left <= 0 or thread is None or not thread.is_alive():
+                return done.is_set()
+
+    def finish(self, close: bool, timeout: float) -> None:
+        """Write all that was put, by all lines."""
+        end = time.monotonic() + timeout
+        with self._lock:
+            lines = list(self._lines)
+        for line in lines:
+            done = line.finished if close else threading.Event()
+            if close:
+                line.close()
+            else:
+                self.send(partial(self.flush, line, done))
+            if not self.wait(done, max(0.0, end - time.monotonic())):
+                line.say(f"the sinks did not finish within {timeout:g} seconds")
+            if close:
+                self.unsaid.extend(line.said())
+
+    # What only the thread itself calls.
+
+    def deliver(self, line: _Line, make: Callable[[], Record | None], nbytes: int) -> None:
+        try:
+            record = make()
+            line.making = True
+        except BaseException as error:
+            record = None
+            line.unmade += 1
+            if line.making:
+                line.making = False
+                line.say(f"a record could not be made, and is lost: {_cause(error)}")
+        if record is not None:
+            for sink in line.sinks:
+                channel = self._channels.get(id(sink))
+                if channel is not None:
+                    channel.offer(record, line)
+        with line.lock:
+            line.waiting -= 1
+            line.waiting_bytes -= nbytes
+
+    def flush(self, line: _Line, done: threading.Event) -> None:
+        try:
+            for channel in self._channels_of(line):
+                channel.teller = line
+                channel.attempt()
+        finally:
+            done.set()
+
+    def close(self, line: _Line) -> None:
+        try:
+            for channel in self._channels_of(line):
+                channel.teller = line
+                if channel.leave(line):
+                    del self._channels[id(channel.sink)]
+            if line.overflow:
+                line.say(f"{line.overflow:,} records were lost while too many waited for the sinks")
+            if line.unmade:
+                line.say(f"{line.unmade:,} records were lost since they could not be made")
+        finally:
+            if line.abandoned:
+                self.unsaid.extend(line.said())
+            with self._lock:
+                self._lines.discard(line)
+            line.finished.set()
+
+    def _attach(self, line: _Line) -> None:
+        for sink in line.sinks:
+            channel = self._channels.setdefault(id(sink), _Channel(sink))
+            if line not in channel.lines:
+                channel.lines.append(line)
+            channel.owned |= any(sink is one for one in line.owned)
+
+    def _channels_of(self, line: _Line) -> list[_Channel]:
+        return [channel for channel in self._channels.values() if line in channel.lines]
+
+    def _run(self) -> None:
+        while True:
+            due = [channel.due for channel in self._channels.values() if channel.due is not None]
+            wait = max(0.0, min(due) - time.monotonic()) if due else None
+            try:
+                command = self._commands.get(timeout=wait)
+            except queue.Empty:
+                pass
+            else:
+                try:
+                    command()
+                except BaseException as error:  # a bug of ours must not end the thread
+                    self.unsaid.append(f"lrprobe: the delivery of records failed: {_cause(error)}")
+                # Or the frame of a waiting thread would keep the last record alive.
+                del command
+            now = time.monotonic()
+            for channel in self._channels.values():
+                channel.tend(now)
+            with self._lock:
+                if not self._lines and self._commands.empty():
+                    self._thread = None
+                    return
+
+
+def _name(sink: Sink) -> str:
+    """The sink as messages call it."""
+    if type(sink).__repr__ is object.__repr__:
+        return type(sink).__name__
+    try:
+        return repr(sink)
+    except Exception:
+        return type(sink).__name__
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _abandon(line: _Line) -> None:
+    """What a garbage-collected ``Delivery`` leaves: nobody waits, and no lock may be taken."""
+    if line.pid == os.getpid():
+        line.abandoned = True
+        line.close()
+
+
+_courier = _Courier()
+
+
+def _after_fork() -> None:
+    """Give a forked child a courier of its own: locks and thread of the old are its parent's."""
+    global _courier
+    _courier = _Courier()
+
+
+def _before_threads_end() -> None:
+    # A forked multiprocessing.Process ends without atexit, but not without this.
+    _courier.finish(close=False, timeout=_EXIT_SECS)
+
+
+def _at_exit() -> None:
+    # After the non-daemon threads have ended: one of them may have been the training.
+    _courier.finish(close=True, timeout=_EXIT_SECS)
+    while _courier.unsaid:
+        warnings.warn(_courier.unsaid.popleft(), RuntimeWarning, stacklevel=2)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+# Not public, but there since 3.9 and what concurrent.futures relies on; atexit does all but the
+# case above.
+getattr(threading, "_register_atexit", lambda _: None)(_before_threads_end)
+atexit.register(_at_exit)

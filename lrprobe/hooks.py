@@ -1,0 +1,287 @@
+"""The hooks on one optimizer: which steps are recorded, and how a step becomes figures."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from lrprobe.arguments import Every, Options, Step
+from lrprobe.names import name_parameters
+from lrprobe.passes import Passes
+from lrprobe.rules import find_rule
+from lrprobe.summary.pending import Pending, StepInfo
+from lrprobe.summary.snapshot import Before, Watched, after, before, tolerance
+from lrprobe.text import listed, warn
+
+
+class Owner(Protocol):
+    """What hooks know of the probe they belong to."""
+
+    run: Mapping[str, Any]
+    waiting: Any
+    """True where figures are still on their way to the host."""
+
+    def add(self, hooks: Hooks, pending: Pending) -> None:
+        """Take the figures of a step."""
+
+    def collect(self) -> None:
+        """Pass on what has arrived on the host."""
+
+    def describe(self) -> None:
+        """Read hyperparameters anew."""
+
+
+class Hooks:
+    """The hooks on one optimizer: from its step to the figures of it."""
+
+    def __init__(self, name: str, optimizer: Optimizer, options: Options, owner: Owner) -> None:
+        """Start listening; ``owner`` gets the figures, and holds what describes the run."""
+        self.name = name
+        self.schedule = Schedule(options.every, options.step, optimizer)
+        self.watched: list[Watched] = []
+        self._owner = owner
+        self._options = options
+        self._optimizer = weakref.ref(optimizer)
+        self._passes = Passes(options.batch_size) if options.batch_size is not None else None
+        self._depth = 0
+        self._kept: tuple[int, Before] | None = None
+        self._seen: list[int] = []
+        self._refresh(optimizer)
+        if find_rule(type(optimizer)) is None:
+            warn(
+                f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
+                "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
+            )
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        if self._passes is not None:
+            self._passes.remove()
+
+    def describe(self) -> dict[str, Any]:
+        """Class and hyperparameters of the optimizer, as plain JSON values."""
+        optimizer = self._optimizer()
+        cls = type(optimizer)
+        groups = [] if optimizer is None else optimizer.param_groups
+        return {
+            "class": f"{cls.__module__}.{cls.__qualname__}",
+            "groups": [
+                {key: _plain(value) for key, value in group.items() if key not in _NOT_PLAIN}
+                for group in groups
+            ],
+        }
+
+    def _before(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            _outside_graph(self._before_step, optimizer)
+        else:
+            self._before_step(optimizer)
+
+    def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            _outside_graph(self._after_step, optimizer)
+        else:
+            self._after_step(optimizer)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self._depth and not _is_nested(optimizer):
+            self._depth = 0  # an earlier step raised
+        self._depth += 1
+        if self._depth > 1:
+            return  # a child's step calls its parent's, and both have hooks
+        self._kept = None
+        step = self.schedule.next()
+        if not self.schedule.due(step):
+            return
+        with _undisturbed():
+            self._refresh(optimizer)
+            self._kept = step, before(self.watched, optimizer)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self._depth = 0
+        kept, self._kept = self._kept, None
+        self.schedule.step = kept[0] if kept else self.schedule.next()
+        passes = self._passes.take() if self._passes is not None else None
+        if kept is not None:
+            step, state = kept
+            info = StepInfo(
+                step=step,
+                time=time.time(),
+                attempt=self._options.attempt,
+                optimizer=self.name,
+                samples=math.nan if passes is None else passes,
+                run=self._owner.run,
+            )
+            with _undisturbed():
+                raw = after(self.watched, optimizer, state)
+                pending = Pending(raw, self.watched, info)
+            self._owner.add(self, pending)
+        elif self._owner.waiting:
+            self._owner.collect()
+
+    def _refresh(self, optimizer: Optimizer) -> None:
+        """Follow added groups and exchanged parameters."""
+        seen = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if seen == self._seen:
+            return
+        known = {(w.name, id(w.ref())): w for w in self.watched}
+        rule = find_rule(type(optimizer))
+        self.watched = []
+        for group, name, param in name_parameters(optimizer, self._options.names):
+            if not self._options.chosen.takes(name):
+                continue
+            watched = known.get((name, id(param)))
+            if watched is None:
+                numel = param.numel() * (2 if param.is_complex() else 1)
+                watched = Watched(
+                    name=name,
+                    group=group,
+                    ref=weakref.ref(param),
+                    rule=rule,
+                    tracked=_draw(name, numel, self._options.track),
+                    numel=numel,
+                    initial_lr=_initial_lr(optimizer.param_groups[group]),
+                )
+            self.watched.append(watched)
+        if self._passes is not None:
+            self._passes.watch([p for g in optimizer.param_groups for p in g["params"]])
+        changed, self._seen = bool(self._seen), seen
+        if changed:
+            self._owner.describe()
+
+    def judge(self, pending: Pending) -> None:
+        """Parameters whose rule does not explain their steps become measured."""
+        failed = {self.watched[i]: why for i, why in pending.errors.items()}
+        reason = ""
+        if not pending.skipped:
+            errors = pending.reconstruction_errors()
+            for watched, error in zip(pending.watched, errors, strict=True):
+                param = watched.ref()
+                if watched.rule is None or param is None or math.isnan(error):
+                    continue
+                wrong = error > tolerance(param.dtype)
+                watched.bad_steps = watched.bad_steps + 1 if wrong else 0
+                if watched.bad_steps >= 2:
+                    failed[watched] = f"error {error:.2g} of the step really taken"
+        for watched in failed:
+            watched.rule = None
+        if failed:
+            names = [w.name for w in failed]
+            reason = next(iter(failed.values()))
+            warn(
+                f"the rule does not explain the steps of {type(self._optimizer()).__name__}: "
+                f"{listed(names)} ({reason}). From now on the effective rate there is measured "
+                "as |Δθ|/|g| on a sample; lrprobe.register_rule teaches lrprobe an optimizer"
+            )
+
+
+class Schedule:
+    """Counts the steps of one optimizer, and says which are recorded."""
+
+    def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
+        self._every = every
+        self._source = step if callable(step) else None
+        self.step = step if isinstance(step, int) else _steps_taken(optimizer)
+
+    def next(self) -> int:
+        """The number of the step that is about to be taken."""
+        return int(self._source()) if self._source is not None else self.step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether that step is recorded."""
+        if isinstance(self._every, int):
+            return step == 1 or step % self._every == 0
+        return bool(self._every(step))
+
+    def __repr__(self) -> str:
+        return f"{self._every} steps" if isinstance(self._every, int) else "step chosen"
+
+
+def _steps_taken(optimizer: Optimizer) -> int:
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    return max((int(step) for step in steps), default=0)
+
+
+def _initial_lr(group: Mapping[str, Any]) -> Any:
+    rate = group.get("initial_lr", group.get("lr", math.nan))
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
+
+
+def _draw(name: str, numel: int, count: int) -> Tensor | None:
+    if not count or not numel:
+        return None
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    if numel <= 1 << 16:
+        drawn = torch.randperm(numel, generator=generator, device="cpu")[:count]
+    else:
+        drawn = torch.randint(numel, (2 * count,), generator=generator, device="cpu")
+        drawn = torch.unique(drawn)
+        drawn = drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]]
+    return torch.sort(drawn)[0]
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer is under way further up the stack."""
+    # The frames here are: this, _before_step, _before, torch's wrapper of the step just begun.
+    frame = sys._getframe(4)
+    while frame is not None:
+        if (
+            frame.f_code.co_name == "wrapper"
+            and frame.f_globals.get("__name__") == "torch.optim.optimizer"
+            and frame.f_locals.get("self") is optimizer
+        ):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The user's autograd and autocast settings do not reach the figures."""
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@_disable_dynamo
+def _outside_graph(function: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
+    function(optimizer)
+
+
+_NOT_PLAIN = ("params", "param_names")
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON holds it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return repr(value)

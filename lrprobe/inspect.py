@@ -1,0 +1,264 @@
+"""Everything about one step, per element: ``inspect_step`` and ``effective_lr``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.rules import Rule, Slice, Update, find_rule
+from lrprobe.rules.base import Entry
+from lrprobe.summary.figures import measured_rates, ulp, whole_of
+from lrprobe.summary.reading import entry_of, positions, precision, real
+from lrprobe.summary.snapshot import tolerance
+from lrprobe.text import listed, warn
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """One parameter's step: θ_after = θ_before · (1 − decay) − effective_lr ⊙ direction.
+
+    Tensors have the parameter's shape, in float64 for float64 parameters, else float32. Those of
+    a complex parameter are complex, and hold the figure of each real and imaginary part.
+
+    Attributes:
+        effective_lr: the factor of each element's direction; NaN where it was measured and the
+            gradient is 0.
+        direction: what it multiplies, by the optimizer's rule.
+        decay: the decoupled weight decay of this step.
+        update: Δθ as intended, before the parameter's dtype rounds it, decay included.
+        rule: name of the rule, or ``measured``.
+        error: how far the rule is from the step really taken, as ``reconstruction_error`` in the
+            frame; NaN where nothing moved or there is no rule.
+    """
+
+    effective_lr: Tensor
+    direction: Tensor
+    decay: float
+    update: Tensor
+    rule: str
+    error: float
+
+
+class Steps(Mapping[str, StepView]):
+    """Name to :class:`StepView`, of the last step taken inside ``inspect_step``."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, StepView] = {}
+        self._taken = False
+
+    def set(self, views: Mapping[str, StepView]) -> None:
+        """Take the views of a step."""
+        self._views.update(views)
+        self._taken = True
+
+    def __getitem__(self, name: str) -> StepView:
+        if not self._taken:
+            raise RuntimeError(
+                "no step was taken inside inspect_step: call optimizer.step() in the with block"
+            )
+        if name not in self._views:
+            raise KeyError(f"{name!r} took no step; these did: {', '.join(self._views)}")
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+
+@contextmanager
+def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Steps]:
+    """Reconstruct everything about the step taken inside the ``with`` block, per element.
+
+    It keeps a copy of the parameters while it is open.
+
+    Args:
+        optimizer: as for :func:`lrprobe.attach`.
+        model: gives the parameters their names.
+
+    Yields:
+        Name to :class:`StepView`, filled when ``optimizer.step()`` returns.
+
+    Raises:
+        TypeError: if it is not an optimizer, or the model not a module.
+    """
+    names = parameter_names(model)
+    steps = Steps()
+    handles = []
+    for each in find_optimizers(optimizer).values():
+        watch = _Watch(names, steps)
+        handles.append(each.register_step_pre_hook(watch.before))
+        handles.append(each.register_step_post_hook(watch.after))
+    try:
+        yield steps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch:
+    def __init__(self, names: Mapping[int, str], steps: Steps) -> None:
+        self._names = names
+        self._steps = steps
+        self._kept: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+
+    @torch.no_grad()
+    def before(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        rule = find_rule(type(optimizer))
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                extra: dict[str, Any] = {}
+                if rule is not None and rule.before is not None:
+                    extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
+                self._kept[id(param)] = real(param).clone(), extra
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        views = {}
+        rule = find_rule(type(optimizer))
+        unexplained = []
+        for index, name, param in name_parameters(optimizer, self._names):
+            if param.grad is None or id(param) not in self._kept:
+                continue
+            old, extra = self._kept[id(param)]
+            entry = entry_of(param, optimizer.state.get(param, {}), extra)
+            view = _view(entry, optimizer.param_groups[index], rule, old, param)
+            if view.error > tolerance(param.dtype):
+                unexplained.append(name)
+                view = _view(entry, optimizer.param_groups[index], None, old, param, view.error)
+            views[name] = view
+        if unexplained:
+            warn(
+                f"the rule {rule.name if rule else ''!r} does not explain the step of "
+                f"{listed(unexplained)}: shown as measured"
+            )
+        self._steps.set(views)
+
+
+def reconstruct(
+    entry: Entry, group: Mapping[str, Any], rule: Rule, before: Tensor | None
+) -> tuple[Slice, Update]:
+    """A whole parameter as one slice, flat, and what its rule says of the step."""
+    whole_of(entry, group, rule)
+    dtype = precision(entry.param)
+
+    def take(tensors: Any) -> Tensor:
+        return positions(tensors[0], None).to(dtype)
+
+    old = None if before is None else before.reshape(-1).to(dtype)
+    s = Slice([entry], group, take, old)
+    return s, rule.update(s)
+
+
+def _view(
+    entry: Entry,
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    old: Tensor,
+    param: Tensor,
+    error: float = float("nan"),
+) -> StepView:
+    before = old.reshape(-1).to(torch.float64)
+    after = entry.param.reshape(-1).to(torch.float64)
+    observed = after - before
+    if rule is None:
+        grad = positions(entry.grad, None).to(torch.float64)
+        rate: Any = measured_rates(observed, grad)
+        direction, change, decay, name = -observed / rate, observed, 0.0, "measured"
+    else:
+        _, update = reconstruct(entry, group, rule, old)
+        rate, direction, decay = update.effective_lr, update.direction, float(update.decay)
+        change = -decay * old.reshape(-1).to(direction.dtype) - rate * direction
+        name = rule.name
+        error = step_error(change.double(), observed, before, old.dtype)
+
+    def shaped(value: Any) -> Tensor:
+        value = torch.as_tensor(value, dtype=precision(entry.param), device=after.device)
+        value = value.expand(after.shape).reshape(entry.param.shape).clone()
+        return torch.view_as_complex(value) if param.is_complex() else value
+
+    return StepView(shaped(rate), shaped(direction), decay, shaped(change), name, error)
+
+
+def step_error(change: Tensor, observed: Tensor, before: Tensor, dtype: torch.dtype) -> float:
+    """‖max(|Δθ − observed| − ulp(θ_before), 0)‖ / max(‖Δθ‖, ‖observed‖), in float64."""
+    residual = ((change - observed).abs() - ulp(before, dtype)).clamp(min=0)
+    moved = torch.maximum(change.norm(), observed.norm())
+    return float(residual.norm() / moved)
+
+
+def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The rate that each element got in the last step, from the optimizer's state alone.
+
+    Call it right after ``optimizer.step()``, before a scheduler changes the rate or the next
+    backward pass changes the gradients.
+
+    Args:
+        optimizer: as for :func:`lrprobe.attach`.
+        model: gives the parameters their names.
+
+    Returns:
+        Name to a tensor of the parameter's shape; parameters that have not stepped are left out.
+
+    Raises:
+        TypeError: if it is not an optimizer, or the model not a module.
+        RuntimeError: before the first step, or where the state no longer tells the rate;
+            ``inspect_step`` then does.
+    """
+    names = parameter_names(model)
+    rates: dict[str, Tensor] = {}
+    for each in find_optimizers(optimizer).values():
+        rule = find_rule(type(each))
+        kind = type(each).__name__
+        if rule is None or rule.before is not None:
+            raise RuntimeError(
+                f"the state of {kind} after a step does not tell its effective rate; "
+                "use lrprobe.inspect_step around optimizer.step()"
+            )
+        found = {}
+        for index, name, param in name_parameters(each, names):
+            state = each.state.get(param, {})
+            group = each.param_groups[index]
+            if state or not _keeps_state(rule, group):
+                found[name] = _last_rate(param, state, group, rule, kind)
+        if not found:
+            raise RuntimeError(
+                f"{kind} has not taken a step yet: call effective_lr after optimizer.step(), or "
+                "use lrprobe.inspect_step around it"
+            )
+        rates |= found
+    return rates
+
+
+def _keeps_state(rule: Rule, group: Mapping[str, Any]) -> bool:
+    return not (rule.name == "sgd" and not group.get("momentum"))
+
+
+@torch.no_grad()
+def _last_rate(
+    param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], rule: Rule, kind: str
+) -> Tensor:
+    gone = param.grad is None or (rule.needs_grad and not torch.count_nonzero(param.grad))
+    if gone and rule.needs_grad:
+        raise RuntimeError(
+            f"the effective rate of {kind} depends on the gradient of the step, which is gone "
+            "(zero_grad?): call effective_lr before it, or use lrprobe.inspect_step"
+        )
+    if param.grad is None:
+        blank = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
+        entry = entry_of(param, state, {}, blank)
+    else:
+        entry = entry_of(param, state, {})
+    _, update = reconstruct(entry, group, rule, None)
+    rate: Any = update.effective_lr
+    rate = torch.as_tensor(rate, dtype=precision(entry.param), device=param.device)
+    rate = rate.expand(entry.param.numel()).reshape(entry.param.shape).clone()
+    return torch.view_as_complex(rate) if param.is_complex() else rate

@@ -1,0 +1,69 @@
+"""Counts the backward passes of a step, so that nobody has to."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Passes:
+    """Counts the backward passes of a step, on one parameter."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._count = 0
+        self._grad: weakref.ref[Tensor] | None = None
+        self._param: weakref.ref[Tensor] | None = None
+        self._handle: Any = None
+        self._params: list[weakref.ref[Tensor]] = []
+
+    def watch(self, params: Sequence[Tensor]) -> None:
+        """Choose among these parameters; the first trainable one until another must do."""
+        self._params = [weakref.ref(p) for p in params]
+        current = self._param() if self._param is not None else None
+        if current is None or not current.requires_grad:
+            self._choose(next((p for p in params if p.requires_grad and p.is_leaf), None))
+
+    def take(self) -> float:
+        """Samples of the step that has just been taken; NaN where nothing was counted."""
+        count, self._count, self._grad = self._count, 0, None
+        if count:
+            return float(count * self._batch_size * _world_size())
+        # This parameter takes no part; another one may.
+        alive = (p for p in (ref() for ref in self._params) if p is not None)
+        self._choose(next((p for p in alive if p.requires_grad and p.grad is not None), None))
+        return math.nan
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _choose(self, param: Tensor | None) -> None:
+        self.remove()
+        if param is not None:
+            self._param = weakref.ref(param)
+            self._handle = param.register_post_accumulate_grad_hook(self._passed)
+
+    def _passed(self, param: Tensor) -> None:
+        grad = param.grad
+        if grad is None:
+            return
+        # A new tensor: the old gradients were dropped, by a step or by a scaler that skipped one.
+        if self._grad is None or self._grad() is not grad:
+            self._count = 0
+            self._grad = weakref.ref(grad)
+        self._count += 1
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1

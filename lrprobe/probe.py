@@ -1,0 +1,242 @@
+"""attach and Probe: the hooks, the schedule, and the way of a step to the sinks.
+
+step hook → rule (reconstruct) → summary → record → sinks
+"""
+
+from __future__ import annotations
+
+import platform
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from lrprobe.arguments import Every, Filter, Options, Step, check_counts
+from lrprobe.delivery import Delivery
+from lrprobe.hooks import Hooks
+from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.record import SCHEMA_VERSION, Level
+from lrprobe.sinks.memory import Memory
+from lrprobe.sinks.targets import destinations, open_sinks
+from lrprobe.summary.pending import Pending
+from lrprobe.text import listed, warn
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def attach(
+    optimizer: Any,
+    model: nn.Module | None = None,
+    *,
+    to: Any = None,
+    every: Every = 10,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    track: int = 0,
+    batch_size: int | None = None,
+    step: Step = None,
+    sample: int | None = None,
+    compile: bool = False,
+) -> Probe:
+    """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
+
+    Args:
+        optimizer: a ``torch.optim.Optimizer``, a wrapper around one (``.optimizer``, ``.optim``), a
+            list of them, or a dict of name to optimizer.
+        model: gives the parameters their names; without it the groups' ``param_names``, else
+            ``group0.param3``.
+        to: where records go beside memory: a path ending in ``.parquet`` (a dataset), another path
+            (a TensorBoard logdir), a ``SummaryWriter``, a sink, or a list of these. Memory is
+            bounded by 256 MiB; pass a ``sinks.Memory`` of your own to change that.
+        every: record step 1 and every multiple of this, or the steps for which this function of
+            the step is true.
+        include: regular expressions (``re.search``); only parameters with a matching name are
+            recorded.
+        exclude: the same, for parameters that are not recorded.
+        track: how many elements of each parameter to record exactly (``Probe.elements``); drawn
+            the same in every run.
+        batch_size: samples in one backward pass. The passes of each step are counted, and give
+            the columns ``samples`` and ``lr_per_sample``.
+        step: where to start counting, or a function that gives the trainer's own step. By default
+            the count goes on from the optimizer's state, else from 0.
+        sample: take the figures from this many elements of each parameter instead of all:
+            cheaper, and then they are estimates.
+        compile: fuse rule and summary with ``torch.compile``; the first recorded step is slow.
+
+    Returns:
+        The probe. It lives as long as the optimizer, also where it is not kept.
+
+    Raises:
+        TypeError: if an argument is of a kind that is not listed above.
+        ValueError: if a value is out of range, a regular expression does not compile, or a
+            destination has an ending or scheme that no sink writes.
+        OSError: if a destination cannot be written.
+    """
+    optimizers = find_optimizers(optimizer)
+    names = parameter_names(model)
+    check_counts(every, track, batch_size, step)
+    if sample is not None or compile:
+        raise NotImplementedError("sample= and compile= come with the work on cost")
+    chosen = Filter(include, exclude)
+    for each in optimizers.values():
+        chosen.see(name for _, name, _ in name_parameters(each, names))
+    chosen.warn_unused()
+    places = destinations(to)
+    _close_older(places)
+    sinks, owned = open_sinks(to)
+    memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
+    if memory is None:
+        memory = Memory()
+        sinks.insert(0, memory)
+    attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
+    options = Options(names, chosen, every, step, track, batch_size, attempt)
+    probe = Probe(memory, Delivery(sinks, owned), places)
+    for name, each in optimizers.items():
+        probe.hooks.append(Hooks(name, each, options, probe))
+    probe.describe()
+    _open_probes.add(probe)
+    return probe
+
+
+class Probe:
+    """Records the steps of the optimizers it is attached to; made by :func:`attach`.
+
+    A context manager: leaving it closes it.
+    """
+
+    def __init__(self, memory: Memory, delivery: Delivery, places: Sequence[str]) -> None:
+        self._memory = memory
+        self._delivery = delivery
+        self.places = places
+        self.hooks: list[Hooks] = []
+        self.waiting: deque[tuple[Hooks, Pending]] = deque()
+        self._closed = False
+        self.run: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        """The last step taken, recorded or not; of several optimizers, the furthest."""
+        return max((hooks.schedule.step for hooks in self.hooks), default=0)
+
+    def frame(self, by: Level = "parameter") -> pd.DataFrame:
+        """The recorded steps so far, one row per step and parameter.
+
+        Args:
+            by: ``"parameter"``, or ``"module"``, ``"group"``, ``"model"`` for merged rows.
+
+        Raises:
+            ValueError: for another ``by``.
+            RuntimeError: if memory was turned off (``max_bytes=0``).
+        """
+        self._wait()
+        return self._memory.frame(by)
+
+    def elements(self) -> pd.DataFrame:
+        """The tracked elements, one row per step and element (see ``attach(track=...)``)."""
+        self._wait()
+        return self._memory.elements()
+
+    def histograms(self) -> pd.DataFrame:
+        """A histogram of the effective rate per step and parameter: ``edges``, ``counts``."""
+        self._wait()
+        return self._memory.histograms()
+
+    def flush(self) -> None:
+        """Write all that was recorded so far, and make sinks that buffer do the same."""
+        self.collect(wait=True)
+        self._delivery.flush()
+        self._tell()
+
+    def close(self) -> None:
+        """Remove the hooks, write what is left, and close the sinks opened here; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for hooks in self.hooks:
+            hooks.remove()
+        self.collect(wait=True)
+        self._delivery.close()
+        _open_probes.discard(self)
+        self._tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the counts stand, as plain values, to go into a checkpoint."""
+        return {"steps": {hooks.name: hooks.schedule.step for hooks in self.hooks}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where another probe stood.
+
+        Raises:
+            ValueError: if it was of other optimizers.
+        """
+        steps = state["steps"]
+        names = {hooks.name for hooks in self.hooks}
+        if set(steps) != names:
+            raise ValueError(
+                f"this state is of the optimizers {sorted(steps)}; the probe has {sorted(names)}"
+            )
+        for hooks in self.hooks:
+            hooks.schedule.step = int(steps[hooks.name])
+
+    def __repr__(self) -> str:
+        watched = sum(len(hooks.watched) for hooks in self.hooks)
+        names = ", ".join(hooks.name for hooks in self.hooks)
+        state = "closed" if self._closed else f"every {self.hooks[0].schedule}"
+        return f"<lrprobe.Probe of {names}: {watched} parameters, step {self.step}, {state}>"
+
+    def describe(self) -> None:
+        """Hyperparameters and versions, which travel with every record."""
+        self.run = {
+            "schema_version": SCHEMA_VERSION,
+            "lrprobe": version("lrprobe"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
+        }
+
+    def add(self, hooks: Hooks, pending: Pending) -> None:
+        self.waiting.append((hooks, pending))
+        self.collect()
+
+    def collect(self, wait: bool = False) -> None:
+        """Pass on what has arrived on the host; the rest is asked again at a later hook."""
+        while self.waiting and (wait or self.waiting[0][1].ready()):
+            hooks, pending = self.waiting.popleft()
+            hooks.judge(pending)
+            self._delivery.put(pending.record)
+        self._tell()
+
+    def _wait(self) -> None:
+        if not self._closed:
+            self.collect(wait=True)
+            self._delivery.drain()
+            self._tell()
+
+    def _tell(self) -> None:
+        for message in self._delivery.problems():
+            warn(message)
+
+
+_open_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
+
+
+def _close_older(places: Sequence[str]) -> None:
+    for probe in list(_open_probes):
+        same = set(places) & set(probe.places)
+        if same:
+            warn(
+                f"another probe was recording to {listed(sorted(same))}: it is closed, and this "
+                "one takes its place. (For several optimizers attach once, with a list.)"
+            )
+            probe.close()

@@ -1,0 +1,340 @@
+"""What runs have recorded, back from disk as a DataFrame."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lrprobe.record import KEYS, LEVELS, Level
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from lrprobe.sinks.memory import TableName
+
+TABLES = ("frame", "elements", "histograms")
+ATTEMPTS = ("last", "all")
+
+_SHOWN = (  # per parameter, in the order of the frame
+    "lr",
+    "effective_lr_p05",
+    "effective_lr_p50",
+    "effective_lr_p95",
+    "update_norm",
+    "update_ratio",
+    "grad_norm",
+)
+_WHAT = "a Parquet dataset of lrprobe's (a folder) or a TensorBoard logdir"
+
+
+def read(
+    *paths: str | os.PathLike[str],
+    table: Literal["frame", "elements", "histograms"] = "frame",
+    by: Level = "parameter",
+    attempts: Literal["last", "all"] = "last",
+) -> pd.DataFrame:
+    """Read what was recorded, also while the run still goes on.
+
+    A Parquet dataset gives what ``Probe.frame()``, ``.elements()`` and ``.histograms()`` gave,
+    types included. A TensorBoard logdir gives the scalars that are there, in float32 precision:
+    ``step``, ``time``, ``attempt`` (0, 1, ... each time a probe was attached to it anew),
+    ``optimizer``, the key column, and of the figures ``lr``, the quantiles p05, p50 and p95 of the
+    effective rate, ``update_norm``, ``update_ratio`` and ``grad_norm``; for ``by="group"`` the
+    ``lr``, for ``by="model"`` the largest ``reconstruction_error``. It has rows per module instead
+    of per parameter where its tags are so, and none for what did not step.
+
+    Args:
+        paths: one or several. With several, a first column ``run`` names the folder (without
+            ``.parquet``; with as much of its path as tells it from the others).
+        table: ``"frame"``, ``"elements"`` or ``"histograms"``; a logdir has the first only.
+        by: ``"parameter"``, ``"module"``, ``"group"`` or ``"model"``, for ``"frame"``.
+        attempts: ``"last"`` gives each step once: per optimizer, an attempt to continue a run
+            replaces what earlier ones recorded from its own first step on. ``"all"`` gives
+            every row.
+
+    Returns:
+        The rows in the order in which they were recorded, with a plain ``RangeIndex``.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: an argument is not one of those above; a path holds neither a dataset nor a
+            logdir, or nothing in it can be read.
+        TypeError: no path is given, or something that is none.
+
+    Warns:
+        UserWarning: some file of a dataset is broken or foreign; the others are read.
+    """
+    if not paths:
+        raise TypeError(f"no path was given; allowed are one or several, each {_WHAT}")
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(
+                f"a path is a {type(path).__name__}; allowed are str and os.PathLike, several as "
+                "read(a, b, ...)"
+            )
+    for name, value, allowed in (
+        ("table", table, TABLES),
+        ("by", by, LEVELS),
+        ("attempts", attempts, ATTEMPTS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}")
+    if table != "frame" and by != "parameter":
+        raise ValueError(f'by={by!r} goes with table="frame" only, not with table={table!r}')
+
+    import pandas as pd
+
+    frames = [_read_one(Path(path), table, by, attempts == "last") for path in paths]
+    if len(paths) == 1:
+        return frames[0]
+    for frame, run in zip(frames, _run_names([Path(path) for path in paths]), strict=True):
+        frame.insert(0, "run", pd.Series(run, index=frame.index, dtype="str"))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _run_names(paths: list[Path]) -> list[str]:
+    """The shortest end of each path that none of the others has."""
+    whole = [
+        path.resolve().with_name(path.resolve().name.removesuffix(".parquet")) for path in paths
+    ]
+    names = [path.name for path in whole]
+    for depth in range(2, max(len(path.parts) for path in whole) + 1):
+        again = [i for i, name in enumerate(names) if names.count(name) > 1]
+        for i in again:
+            names[i] = Path(*whole[i].parts[-depth:]).as_posix()
+    return [
+        f"{name}#{names[:i].count(name)}" if name in names[:i] else name
+        for i, name in enumerate(names)
+    ]
+
+
+def _read_one(path: Path, table: str, by: Level, last: bool) -> pd.DataFrame:
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist; allowed is {_WHAT}")
+    if not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; allowed is {_WHAT}")
+    entries = sorted(entry.name for entry in path.iterdir())
+    if any(name.endswith(".parquet") and (path / name).is_file() for name in entries):
+        name: TableName = (
+            by if table == "frame" else "elements" if table == "elements" else "histograms"
+        )
+        return _read_dataset(path, name, last)
+    if any("tfevents" in name for name in entries):
+        if table != "frame":
+            raise ValueError(
+                f'{str(path)!r} is a TensorBoard logdir, which has table="frame" only, not '
+                f"{table!r}"
+            )
+        return _read_logdir(path, by, last)
+    found = ", ".join(map(repr, entries[:3])) + (", ..." if len(entries) > 3 else "")
+    raise ValueError(f"{str(path)!r} holds {found or 'nothing'}; allowed is {_WHAT}")
+
+
+def _without_superseded(frame: pd.DataFrame, first: Mapping[tuple[str, int], int]) -> pd.DataFrame:
+    """Without the rows that a later attempt of the same optimizer replaces.
+
+    ``first`` is the first step of each optimizer's attempt.
+    """
+    if len({attempt for _, attempt in first}) < 2:
+        return frame
+    optimizer, attempt, step = (frame[key].to_numpy() for key in ("optimizer", "attempt", "step"))
+    drop = np.zeros(len(frame), dtype=bool)
+    for (name, later), start in first.items():
+        drop |= (optimizer == name) & (attempt < later) & (step >= start)
+    return frame[~drop].reset_index(drop=True)
+
+
+# --- Parquet ----------------------------------------------------------------------------------
+
+
+def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
+    import pyarrow as pa
+
+    from lrprobe.sinks.memory import SCHEMAS, to_pandas
+    from lrprobe.sinks.parquet import FOLDERS, inspect_part, part_files
+
+    tables = [SCHEMAS[name].empty_table()]
+    keys = []
+    good = 0
+    broken = []
+    for path in part_files(folder):
+        rows: int | None = None  # of this table; None is all, where the frame's part cannot tell
+        try:
+            part = inspect_part(path)
+            rows = part.rows[name]
+            frame = _read_part(path, "parameter", None, keys_only=name != "parameter")
+            if last:
+                keys.append(frame.select(["optimizer", "attempt", "step"]))
+            if name == "parameter":
+                tables.append(frame)
+            good += 1
+        except FileNotFoundError:
+            continue  # the run has just taken it away
+        except ValueError as error:
+            broken.append(str(error))
+        other = folder / FOLDERS[name] / path.name
+        if name != "parameter" and (rows or (rows is None and other.exists())):
+            try:
+                tables.append(_read_part(other, name, rows))
+                good += rows is None
+            except (ValueError, FileNotFoundError) as error:
+                broken.append(str(error))
+    if broken:
+        message = f"{len(broken)} of the files in {str(folder)!r} cannot be read: " + "; ".join(
+            broken[:3] + [f"and {len(broken) - 3} more"] * (len(broken) > 3)
+        )
+        if not good:
+            raise ValueError(message)
+        warnings.warn(f"{message}. The others are read", UserWarning, stacklevel=4)
+    result = to_pandas(pa.concat_tables(tables))
+    if last and keys:
+        every = (
+            pa.concat_tables(keys).group_by(["optimizer", "attempt"]).aggregate([("step", "min")])
+        )
+        first = {(row["optimizer"], row["attempt"]): row["step_min"] for row in every.to_pylist()}
+        result = _without_superseded(result, first)
+    return result
+
+
+def _read_part(path: Path, name: TableName, rows: int | None, keys_only: bool = False) -> pa.Table:
+    """One part file's table, as its schema wants it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lrprobe.sinks.memory import SCHEMAS
+
+    schema = SCHEMAS[name]
+    if keys_only:
+        schema = pa.schema([schema.field(key) for key in ("optimizer", "attempt", "step")])
+    expected = f"expected a Parquet file with the columns of lrprobe's table {name!r}"
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=schema.names).select(schema.names).cast(schema)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {expected}, found no file") from error
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise ValueError(f"{path}: {expected}, found a broken or foreign file ({error})") from error
+    if rows is not None and len(table) < rows:
+        raise ValueError(f"{path}: {expected}, {rows} rows, found {len(table)}")
+    table = table.replace_schema_metadata()
+    return table if rows is None else table.slice(0, rows)
+
+
+# --- TensorBoard ------------------------------------------------------------------------------
+
+
+def _read_logdir(folder: Path, by: Level, last: bool) -> pd.DataFrame:
+    import pandas as pd
+
+    from lrprobe.sinks.tensorboard import MAP_PLUGIN, SCALARS
+
+    known: dict[str, tuple[str, str, Any, str]] = {}  # tag: optimizer, level, key, column
+    group_of: dict[tuple[str, str, Any], Any] = {}
+    session_of: dict[str, str] = {}  # optimizer: the sink that writes its tags now
+    sessions: dict[str, list[str]] = {}  # optimizer: all of them, in order
+    values: dict[tuple[str, str, int, int, float], dict[Any, dict[str, float]]] = {}
+
+    def learn(content: Mapping[str, Any]) -> None:
+        optimizers = set(content["reconstruction_error"].values())
+        for optimizer in optimizers:
+            session_of[optimizer] = content["session"]
+            if content["session"] not in sessions.setdefault(optimizer, []):
+                sessions[optimizer].append(content["session"])
+        for name, about in content["names"].items():
+            where = (about["optimizer"], about["level"], about["key"])
+            group_of[where] = about["group"]
+            for metric, column in SCALARS.items():
+                known[f"{content['prefix']}{metric}/{name}"] = (*where, column)
+        for tag, (optimizer, group) in content["lr"].items():
+            known[tag] = (optimizer, "group", group, "lr")
+        for tag, optimizer in content["reconstruction_error"].items():
+            known[tag] = (optimizer, "model", None, "reconstruction_error")
+
+    for file in sorted(path for path in folder.iterdir() if "tfevents" in path.name):
+        for event in _events(file):
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == MAP_PLUGIN:
+                    learn(json.loads(value.tensor.string_val[0]))
+                elif value.tag in known and value.HasField("simple_value"):
+                    optimizer, level, key, column = known[value.tag]
+                    attempt = sessions[optimizer].index(session_of[optimizer])
+                    at = (level, optimizer, attempt, event.step, event.wall_time)
+                    values.setdefault(at, {}).setdefault(key, {})[column] = value.simple_value
+    if not known:
+        raise ValueError(
+            f"{str(folder)!r} has no events of lrprobe's; allowed is {_WHAT} that a probe wrote to"
+        )
+    levels = {level for _, level, _, _ in known.values()}
+    if by not in levels:
+        raise ValueError(
+            f"by={by!r}, but the logdir {str(folder)!r} has no tags of that kind; it has "
+            + ", ".join(repr(level) for level in LEVELS if level in levels)
+        )
+
+    figures = {"group": ("lr",), "model": ("reconstruction_error",)}.get(by, _SHOWN)
+    kinds = {"step": "int64", "time": "float64", "attempt": "int64", "optimizer": "str"}
+    kinds |= {**KEYS[by], **dict.fromkeys(figures, "float64")}
+    rows = []
+    for (level, optimizer, attempt, step, when), members in values.items():
+        if level != by:
+            continue
+        rates = values.get(("group", optimizer, attempt, step, when), {})
+        for key, found in members.items():
+            group = group_of.get((optimizer, level, key))
+            rows.append(
+                {
+                    "step": step,
+                    "time": when,
+                    "attempt": attempt,
+                    "optimizer": optimizer,
+                    level: key,
+                    **({"group": group} if level == "parameter" else {}),
+                    "lr": rates.get(group, {}).get("lr", float("nan")),
+                    **found,
+                }
+            )
+    frame = pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
+    if last:
+        first: dict[tuple[str, int], int] = {}
+        for _, optimizer, attempt, step, _ in values:
+            first[optimizer, attempt] = min(step, first.get((optimizer, attempt), step))
+        frame = _without_superseded(frame, first)
+    return frame
+
+
+def _events(path: Path) -> Iterator[Any]:
+    """The events in a file, up to one that is still being written.
+
+    tensorboard's own EventAccumulator takes a second for each 10 MB, to check sums in Python.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+
+    from lrprobe.sinks.tensorboard import masked_crc
+
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            length, check = struct.unpack("<QI", head)
+            sound = masked_crc(head[:8]) == check
+            if sound:
+                content = file.read(length + 4)
+                if len(content) < length + 4:
+                    return
+                data = content[:length]
+                sound = masked_crc(data) == struct.unpack("<I", content[length:])[0]
+            if not sound:
+                warnings.warn(
+                    f"{path}: expected a TensorBoard event file, found a broken or foreign one; "
+                    "what comes before is read",
+                    UserWarning,
+                    stacklevel=5,
+                )
+                return
+            yield Event.FromString(data)

@@ -1,0 +1,55 @@
+"""The table of rules: which equation belongs to which optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import optim
+
+from lrprobe.rules import adafactor, adagrad, adam, muon, sgd
+from lrprobe.rules.base import Rule, Slice, Update, Whole
+
+__all__ = ["Rule", "Slice", "Update", "Whole", "find_rule", "register_rule"]
+
+_RULES: dict[type, Rule] = {
+    optim.SGD: sgd.SGD,
+    optim.ASGD: sgd.ASGD,
+    optim.Rprop: sgd.RPROP,
+    optim.Adam: adam.ADAM,
+    optim.AdamW: adam.ADAM,
+    optim.NAdam: adam.NADAM,
+    optim.RAdam: adam.RADAM,
+    optim.Adamax: adam.ADAMAX,
+    optim.SparseAdam: adam.SPARSE_ADAM,
+    optim.Adagrad: adagrad.ADAGRAD,
+    optim.Adadelta: adagrad.ADADELTA,
+    optim.RMSprop: adagrad.RMSPROP,
+    optim.Adafactor: adafactor.ADAFACTOR,
+    optim.Muon: muon.MUON,
+}
+
+
+def find_rule(cls: type) -> Rule | None:
+    """The rule of a class, or of the nearest parent that has one: the check against the real step
+    tells whether it holds for the child."""
+    return next((_RULES[c] for c in cls.__mro__ if c in _RULES), None)
+
+
+def register_rule(cls: type, rule: Rule | Callable[[Slice], Update]) -> None:
+    """Teach lrprobe an optimizer.
+
+    Args:
+        cls: the optimizer class; its subclasses use the rule too, unless they have their own.
+        rule: a :class:`Rule`, or just its equation, a function of a :class:`Slice` that returns an
+            :class:`Update`; the rule's name is then the class's, in lower case.
+
+    Raises:
+        TypeError: if ``cls`` is not a class, or ``rule`` is neither.
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"register_rule takes an optimizer class first; got {cls!r}")
+    if not isinstance(rule, Rule):
+        if not callable(rule):
+            raise TypeError(f"register_rule takes a Rule or a function; got {rule!r}")
+        rule = Rule(cls.__name__.lower(), rule)
+    _RULES[cls] = rule

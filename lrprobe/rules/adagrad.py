@@ -1,0 +1,86 @@
+"""Rules that divide by a root of accumulated squares: Adagrad, Adadelta, RMSprop."""
+
+from __future__ import annotations
+
+import torch
+
+from lrprobe.rules.base import Rule, Slice, Update
+
+
+def _adagrad(s: Slice) -> Update:
+    """lr/(1+(t−1)·lr_decay) / (√sum+ε) ⊙ g (Duchi et al. 2011; ``torch/optim/adagrad.py``)."""
+    t = s.t()
+    eps = s.group["eps"]
+    root = s["sum"].sqrt()
+    effective_lr = s.lr / (1 + (t - 1) * s.group["lr_decay"]) / (root + eps)
+    return Update(
+        effective_lr,
+        s.solve_decay(s.grad, effective_lr),
+        rms_grad=root / t.sqrt(),
+        eps=(root, eps),
+    )
+
+
+def _adadelta(s: Slice) -> Update:
+    """lr · RMS[Δx]_{t−1}/RMS[g]_t ⊙ g (Zeiler 2012, eq. 14; ``torch/optim/adadelta.py``).
+
+    The state after the step holds E[Δx²]_t. With r = g²/(E[g²]_t+ε), one step of its recurrence
+    solved for the average before it gives E[Δx²]_{t−1}+ε = (E[Δx²]_t+ρε)/(ρ+(1−ρ)r), which never
+    subtracts nearly equal numbers.
+    """
+    rho, eps = s.group["rho"], s.group["eps"]
+    mean_square, after = s["square_avg"], s["acc_delta"]
+    rms = (mean_square + eps).sqrt()
+    scaled = after + rho * eps
+    if s.group["weight_decay"] == 0:
+        grad = s.grad
+    elif s.before is not None:
+        grad = s.grad + s.group["weight_decay"] * s.before
+    else:
+        grad = _grad_with_decay(s, rms, scaled)
+    r = (grad / rms).square()
+    before = scaled / (rho + (1 - rho) * r)
+    return Update(
+        effective_lr=s.lr * before.sqrt() / rms,
+        direction=grad,
+        rms_grad=mean_square.sqrt(),
+        # E[Δx²] starts at 0: rounding must not make something of it in the first step.
+        rms_update=((before - eps).clamp(min=0) * (s.t() > 1)).sqrt(),
+        eps=(mean_square, eps),
+    )
+
+
+def _grad_with_decay(s: Slice, rms: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Solve g = grad + λ·θ_before for g, where θ_before = θ_after + lr·δ(g), by Newton's method."""
+    rho, decay = s.group["rho"], s.group["weight_decay"]
+    known = s.grad + decay * s.param
+    pull = decay * s.lr * scaled.sqrt()
+    x = known / rms  # δ(g) = √scaled · x/√(ρ + (1−ρ)x²), with x = g/RMS[g]
+    for _ in range(6):
+        root = (rho + (1 - rho) * x * x).sqrt()
+        x = x - (x * rms - pull * x / root - known) / (rms - pull * rho / root**3)
+    return x * rms
+
+
+def _rmsprop(s: Slice) -> Update:
+    """lr/(√avg+ε) ⊙ g (Hinton 2012, lecture 6; centered: Graves 2013; ``torch/optim/rmsprop.py``).
+
+    The momentum buffer holds gradients that are already divided, so its direction is multiplied
+    back by this step's denominator.
+    """
+    eps = s.group["eps"]
+    average = s["square_avg"]
+    if s.group["centered"]:
+        average = average - s["grad_avg"].square()
+    root = average.sqrt()
+    effective_lr = s.lr / (root + eps)
+    if s.group["momentum"] > 0:
+        direction = s["momentum_buffer"] * (root + eps)
+    else:
+        direction = s.solve_decay(s.grad, effective_lr)
+    return Update(effective_lr, direction, rms_grad=root, eps=(root, eps))
+
+
+ADAGRAD = Rule("adagrad", _adagrad)
+ADADELTA = Rule("adadelta", _adadelta, needs_grad=True)
+RMSPROP = Rule("rmsprop", _rmsprop)

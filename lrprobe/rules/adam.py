@@ -1,0 +1,105 @@
+"""Adam and its family: Adam, AdamW, NAdam, RAdam, Adamax, SparseAdam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrprobe.rules.base import Rule, Scalar, Slice, Update, power
+
+
+def _decoupled(s: Slice) -> Scalar:
+    return s.lr * s.group["weight_decay"] if s.group.get("decoupled_weight_decay") else 0.0
+
+
+def _adam(s: Slice) -> Update:
+    """lr/(√v̂+ε) ⊙ m̂ (Kingma and Ba 2015, algorithm 1; ``torch/optim/adam.py``).
+
+    amsgrad (Reddi et al. 2018): v is its own running maximum. AdamW (Loshchilov and Hutter 2019)
+    decouples the decay.
+    """
+    beta1, beta2 = s.group["betas"]
+    t = s.t("capturable", "differentiable")
+    v = s["max_exp_avg_sq"] if s.group["amsgrad"] else s["exp_avg_sq"]
+    rms = (v / (1 - power(beta2, t))).sqrt()
+    eps = s.group["eps"]
+    return Update(
+        effective_lr=s.lr / (rms + eps),
+        direction=s["exp_avg"] / (1 - power(beta1, t)),
+        decay=_decoupled(s),
+        rms_grad=rms,
+        eps=(rms, eps),
+    )
+
+
+def _nadam(s: Slice) -> Update:
+    """Adam with Nesterov's momentum (Dozat 2016; ``torch/optim/nadam.py``)."""
+    beta1, beta2 = s.group["betas"]
+    t = s.t("capturable")
+    eps = s.group["eps"]
+
+    def mu(t: Scalar) -> Any:
+        return beta1 * (1 - 0.5 * 0.96 ** (t * s.group["momentum_decay"]))
+
+    product: Any = s.scalar("mu_product")
+    product = product if s.group.get("capturable") else product.double()
+    rms = (s["exp_avg_sq"] / (1 - power(beta2, t))).sqrt()
+    effective_lr = s.lr / (rms + eps)
+    share = (1 - mu(t)) / (1 - product)
+    direction = share * s.grad + mu(t + 1) / (1 - product * mu(t + 1)) * s["exp_avg"]
+    if not s.group.get("decoupled_weight_decay"):
+        direction = s.solve_decay(direction, effective_lr, share=share)
+    return Update(effective_lr, direction, _decoupled(s), rms_grad=rms, eps=(rms, eps))
+
+
+def _radam(s: Slice) -> Update:
+    """Adam, rectified (Liu et al. 2020, algorithm 2; ``torch/optim/radam.py``).
+
+    While the variance is intractable (ρ_t ≤ 5) it is SGD with m̂. torch adds ε to √v, before
+    the bias correction.
+    """
+    beta1, beta2 = s.group["betas"]
+    t = s.t("capturable")
+    eps = s.group["eps"]
+    root = s["exp_avg_sq"].sqrt()
+    correction = 1 - power(beta2, t)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * power(beta2, t) / correction
+    rectification = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    tractable = (rho > 5).to(rho.dtype)
+    adaptive = tractable * (rectification.clamp(min=0) * correction).sqrt()
+    return Update(
+        effective_lr=s.lr * (adaptive / (root + eps) + (1 - tractable)),
+        direction=s["exp_avg"] / (1 - power(beta1, t)),
+        decay=_decoupled(s),
+        rms_grad=root / correction.sqrt(),
+        eps=(root, eps),
+    )
+
+
+def _adamax(s: Slice) -> Update:
+    """lr/u ⊙ m̂, u the decaying maximum of |g|+ε (Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``)."""
+    beta1, _ = s.group["betas"]
+    t = s.t("capturable")
+    return Update(s.lr / s["exp_inf"], s["exp_avg"] / (1 - power(beta1, t)))
+
+
+def _sparse_adam(s: Slice) -> Update:
+    """Adam on the rows that a sparse gradient touched (``torch/optim/_functional.py``); ε outside the correction."""
+    beta1, beta2 = s.group["betas"]
+    t = s.t()
+    eps = s.group["eps"]
+    root = s["exp_avg_sq"].sqrt()
+    correction = 1 - power(beta2, t)
+    return Update(
+        effective_lr=s.lr * correction.sqrt() / (root + eps),
+        direction=s["exp_avg"] / (1 - power(beta1, t)) * s.touched,
+        rms_grad=root / correction.sqrt(),
+        eps=(root, eps),
+    )
+
+
+ADAM = Rule("adam", _adam)
+NADAM = Rule("nadam", _nadam)
+RADAM = Rule("radam", _radam)
+ADAMAX = Rule("adamax", _adamax)
+SPARSE_ADAM = Rule("sparse_adam", _sparse_adam)

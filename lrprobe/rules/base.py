@@ -1,0 +1,240 @@
+"""What a rule is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Scalar: TypeAlias = float | Tensor
+"""A number, or a tensor that broadcasts against the elements (0-dim, or one value a row)."""
+
+Take: TypeAlias = "Callable[[Sequence[Tensor | SparseRows]], Tensor]"
+"""Reads the same elements out of one tensor per parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a rule says of one step, element by element.
+
+    θ_after = θ_before · (1 − decay) − effective_lr ⊙ direction
+
+    Attributes:
+        effective_lr: the factor of the direction; a scalar where all elements share it.
+        direction: what it multiplies, shaped like ``Slice.param``.
+        decay: the decoupled decay of this step, a scalar.
+        rms_grad: root of the second-moment estimate, bias-corrected where the rule corrects it,
+            without ε; None where the rule has none.
+        rms_update: the same of past updates (Adadelta's √E[Δx²] before this step).
+        eps: the statistic to which ε is added, and ε, on the scale where it is added.
+    """
+
+    effective_lr: Scalar
+    direction: Tensor
+    decay: Scalar = 0.0
+    rms_grad: Tensor | None = None
+    rms_update: Tensor | None = None
+    eps: tuple[Tensor, Scalar] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One parameter during one step, as rules and figures read it.
+
+    Attributes:
+        param: the parameter after the step, real (a complex one seen as pairs).
+        grad: its gradient, real and of the same shape; a ``SparseRows`` where it is sparse.
+        state: the optimizer's own state of it, real, and what ``Rule.before`` and ``Rule.whole``
+            added.
+    """
+
+    param: Tensor
+    grad: Tensor | SparseRows
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class SparseRows:
+    """A gradient that is sparse in its first dimension, read densely where it is asked for."""
+
+    def __init__(self, shape: torch.Size, rows: Tensor, values: Tensor) -> None:
+        self.shape = shape
+        self.rows = rows
+        self.values = values
+
+    @classmethod
+    def of(cls, grad: Tensor) -> SparseRows:
+        """From a ``torch.sparse_coo`` gradient with one sparse dimension."""
+        grad = grad.coalesce()
+        return cls(grad.shape, grad.indices()[0], grad.values())
+
+    def pattern(self) -> SparseRows:
+        """The same rows, with ones."""
+        return SparseRows(self.shape, self.rows, torch.ones_like(self.values))
+
+    def lookup(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each of these rows is stored, and whether it is stored at all."""
+        if not len(self.rows):
+            return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+        at = torch.searchsorted(self.rows, rows).clamp_(max=len(self.rows) - 1)
+        return at, self.rows[at] == rows
+
+
+class Slice:
+    """Some elements of one step: of one parameter (n,), or of several of one size (rows, n).
+
+    Everything is real, detached, in one floating dtype and in the same order: element i of
+    ``grad``, ``param`` and each state entry belong together.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        group: Mapping[str, Any],
+        take: Take,
+        before: Tensor | None = None,
+    ) -> None:
+        self.group = group
+        self._entries = entries
+        self._take = take
+        self._before = before
+
+    @cached_property
+    def param(self) -> Tensor:
+        """The parameter after the step."""
+        return self._take([e.param for e in self._entries])
+
+    @cached_property
+    def grad(self) -> Tensor:
+        """The gradient with the sign of ``maximize``, without weight decay."""
+        grad = self._take([e.grad for e in self._entries])
+        return -grad if self.group.get("maximize", False) else grad
+
+    @cached_property
+    def touched(self) -> Tensor:
+        """Bool: elements whose row a sparse gradient has; all of them where it is dense."""
+        return self._take([_touched(e.grad) for e in self._entries])
+
+    def __contains__(self, name: str) -> bool:
+        return all(e.state.get(name) is not None for e in self._entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A state entry at these elements; one of another shape is broadcast to the parameter's."""
+        tensors = [e.state[name] for e in self._entries]
+        if tensors[0].shape != self._entries[0].param.shape:
+            tensors = [t.expand(e.param.shape) for t, e in zip(tensors, self._entries, strict=True)]
+        return self._take(tensors)
+
+    def scalar(self, name: str) -> Scalar:
+        """A state entry that is one number per parameter, such as the step count."""
+        values = [e.state[name] for e in self._entries]
+        if len(values) == 1:
+            value = values[0]
+            return value.detach() if isinstance(value, Tensor) else value
+        device = self._entries[0].param.device
+        if not isinstance(values[0], Tensor):
+            column = torch.tensor(values, dtype=torch.float64)
+        else:
+            column = torch.stack([v.detach().reshape(()) for v in values])
+        return column.unsqueeze(1).to(device, non_blocking=True)
+
+    def t(self, *float32_if: str) -> Tensor:
+        """The number of this step, from 1, in float64.
+
+        Args:
+            float32_if: flags of the group under which torch computes with its own float32 tensor,
+                so that a rule rounds as torch does.
+        """
+        step = torch.as_tensor(self.scalar("step"))
+        return step if any(self.group.get(flag) for flag in float32_if) else step.double()
+
+    @property
+    def lr(self) -> Scalar:
+        """The group's rate during this step."""
+        lr = self.group["lr"]
+        return lr.detach().squeeze() if isinstance(lr, Tensor) else lr
+
+    def solve_decay(
+        self, direction: Tensor, effective_lr: Scalar, *, share: Scalar = 1.0, decay: Scalar = 0.0
+    ) -> Tensor:
+        """Add a coupled weight decay to a direction: direction + share·λ·θ_before.
+
+        θ_before is gone after the step, but follows from θ_after, since the direction is affine
+        in it: θ_before = (θ_after + e·d₀) / (1 − decay − e·share·λ).
+        """
+        weight_decay = self.group.get("weight_decay", 0.0)
+        if not isinstance(weight_decay, Tensor) and weight_decay == 0:
+            return direction
+        before = self._before
+        if before is None:
+            before = (self.param + effective_lr * direction) / (
+                1.0 - decay - effective_lr * (share * weight_decay)
+            )
+        return direction + (share * weight_decay) * before
+
+    @property
+    def before(self) -> Tensor | None:
+        """The parameter before the step, where it was kept (``inspect_step``)."""
+        return self._before
+
+
+class Whole:
+    """One whole parameter, for rules that need a figure of all of it (Adafactor, Muon)."""
+
+    def __init__(self, entry: Entry, group: Mapping[str, Any], slices: Callable[[], Any]) -> None:
+        self.entry = entry
+        self.group = group
+        self._slices = slices
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The optimizer's state of this parameter."""
+        return self.entry.state
+
+    def sum(self, function: Callable[[Slice], Tensor]) -> Tensor:
+        """Sum of an elementwise function over the whole parameter: 0-dim, float64."""
+        parts = [function(piece).sum(dtype=torch.float64) for piece in self._slices()]
+        return torch.stack(parts).sum()
+
+
+Before: TypeAlias = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Scalar]]
+"""Given the parameter, its state and its group before the step: scalars to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How to reconstruct one optimizer's step.
+
+    Attributes:
+        name: what the frame's column ``rule`` shows.
+        update: the equation: a pure function of a ``Slice``.
+        before: scalars to keep from before the step, given (parameter, state, group): for rules
+            whose state after the step no longer tells them. They are read back with
+            ``Slice.scalar``.
+        whole: figures of the whole parameter, computed after the step; read back with
+            ``Slice.scalar``, or, where shaped like the parameter, with ``Slice[...]``.
+        needs_grad: whether ``effective_lr`` itself depends on the gradient.
+    """
+
+    name: str
+    update: Callable[[Slice], Update]
+    before: Before | None = None
+    whole: Callable[[Whole], Mapping[str, Scalar]] | None = None
+    needs_grad: bool = False
+
+
+def power(base: Scalar, exponent: Tensor) -> Tensor:
+    """base ** exponent, in the precision of a tensor base (torch computes tensor betas so)."""
+    if isinstance(base, Tensor):
+        base = base.detach().squeeze().to(exponent.device)
+        return base ** exponent.to(base.dtype)
+    return base**exponent
+
+
+def _touched(grad: Tensor | SparseRows) -> Tensor | SparseRows:
+    if isinstance(grad, SparseRows):
+        return grad.pattern()
+    return torch.ones((), dtype=torch.bool, device=grad.device).expand(grad.shape)

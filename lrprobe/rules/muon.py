@@ -1,0 +1,50 @@
+"""Muon: momentum whose matrix is orthogonalised as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lrprobe.rules.base import Rule, Scalar, Slice, Update, Whole
+
+
+def _orthogonalise(matrix: Tensor, group: Any) -> Tensor:
+    """Newton–Schulz iteration towards UVᵀ, in bfloat16 as torch has it (Jordan et al. 2024)."""
+    a, b, c = group["ns_coefficients"]
+    tall = matrix.size(0) > matrix.size(1)
+    x = matrix.bfloat16()
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        polynomial = gram.addmm(gram, gram, beta=b, alpha=c)
+        x = x.addmm(polynomial, x, beta=a)
+    return x.T if tall else x
+
+
+def _whole(whole: Whole) -> dict[str, Scalar]:
+    group, buffer = whole.group, whole.state["momentum_buffer"]
+    if group["nesterov"]:
+        buffer = whole.entry.grad.lerp(buffer, group["momentum"])  # type: ignore[union-attr]
+    return {"orthogonal": _orthogonalise(buffer, group), "adjustment": _adjustment(whole)}
+
+
+def _adjustment(whole: Whole) -> float:
+    """Factor of lr that depends on the shape (``torch/optim/_muon.py``, ``_adjust_lr``)."""
+    rows, columns = whole.entry.param.shape[:2]
+    how = whole.group.get("adjust_lr_fn")
+    if how is None or how == "original":
+        return max(1.0, rows / columns) ** 0.5
+    if how == "match_rms_adamw":
+        return 0.2 * max(rows, columns) ** 0.5
+    return 1.0
+
+
+def _muon(s: Slice) -> Update:
+    """θ ← θ·(1 − lr·λ) − lr·adjustment·orthogonal (Jordan et al. 2024; ``torch/optim/_muon.py``)."""
+    adjustment: Any = s.scalar("adjustment")
+    return Update(s.lr * adjustment, s["orthogonal"], s.lr * s.group["weight_decay"])
+
+
+MUON = Rule("muon", _muon, whole=_whole)

@@ -1,0 +1,55 @@
+"""Rules whose rate does not depend on the size of the gradient: SGD, ASGD, Rprop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.rules.base import Rule, Scalar, Slice, Update
+
+
+def _sgd(s: Slice) -> Update:
+    """θ ← θ − lr·d; d = g, the buffer b, or g + μ·b (Sutskever et al. 2013; ``torch/optim/sgd.py``)."""
+    momentum = s.group["momentum"]
+    if "momentum_buffer" not in s:
+        direction = s.solve_decay(s.grad, s.lr)
+    elif s.group["nesterov"]:
+        direction = s.solve_decay(s.grad + momentum * s["momentum_buffer"], s.lr)
+    else:
+        direction = s["momentum_buffer"]
+    return Update(s.lr, direction)
+
+
+def _asgd_before(
+    _: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]
+) -> dict[str, Scalar]:
+    eta = state.get("eta")
+    # torch starts η at lr, in the default dtype.
+    return {"eta_before": torch.as_tensor(group["lr"]) if eta is None else eta.clone()}
+
+
+def _asgd(s: Slice) -> Update:
+    """θ ← θ·(1 − λη) − η·g (Polyak and Juditsky 1992; ``torch/optim/asgd.py``).
+
+    torch updates η at the end of its step, so the η of this step is kept from before it.
+    """
+    eta: Any = s.scalar("eta_before")
+    eta = eta if s.group.get("capturable") else eta.double()
+    decay = s.group["lambd"] * eta
+    return Update(eta, s.solve_decay(s.grad, eta, decay=decay), decay)
+
+
+def _rprop(s: Slice) -> Update:
+    """θ ← θ − step_size ⊙ sign(g) (Riedmiller and Braun 1993; ``torch/optim/rprop.py``).
+
+    Where the sign of the gradient changed torch keeps a zero in its stead, and does not move.
+    """
+    return Update(s["step_size"], s["prev"].sign())
+
+
+SGD = Rule("sgd", _sgd)
+ASGD = Rule("asgd", _asgd, before=_asgd_before)
+RPROP = Rule("rprop", _rprop)

@@ -1,0 +1,1 @@
+"""Tensors to mergeable figures, and figures to columns."""

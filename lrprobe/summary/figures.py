@@ -1,0 +1,387 @@
+"""Tensors to additive figures, on the device: nothing here reads a value on the host.
+
+A row of figures belongs to one parameter; its columns are ``PARTS``. All of them are sums, extremes
+or a mean with its squared deviations, so that rows of shards, modules and groups merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update, Whole
+from lrprobe.summary.reading import BLOCK, blocks, precision, take_block
+
+PARTS = (
+    "decay",
+    "rate_mean",
+    "rate_m2",  # Σ(rate − mean)²
+    "rate_log",  # Σ log rate
+    "rate_min",
+    "rate_max",
+    "dd",  # sums of products: d direction, e rate ⊙ direction, p parameter after, g gradient
+    "ee",
+    "ep",
+    "eg",
+    "pp",
+    "pg",
+    "gg",
+    "zeros",
+    "rms_grad",
+    "rms_update",
+    "below_eps",
+    "nonfinite",
+)
+CHECKS = (
+    "checked",  # elements in the check sample
+    "lost",
+    "residual",  # Σ of squares, beyond one ulp
+    "intended",
+    "observed",
+    "sample_gg",
+    "sample_og",  # Σ observed · gradient
+)
+
+BINS = 1 << 14
+SHIFT = 17
+"""A bin of the fine histogram: the upper 14 bits below the sign of a float32, 64 bins an octave."""
+SAMPLE = 1 << 16
+"""Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
+
+
+def _column(value: Scalar, like: Tensor) -> Tensor:
+    """A scalar of an update as float64, one value a row of ``like`` (0-dim for a flat one)."""
+    value = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+    if like.dim() == 1:
+        return value.reshape(())
+    return value.reshape(-1).expand(like.shape[0])
+
+
+def _is_scalar(rate: Scalar, like: Tensor) -> bool:
+    return not isinstance(rate, Tensor) or rate.shape != like.shape
+
+
+def row_figures(s: Slice, update: Update, states: Sequence[Tensor]) -> Tensor:
+    """Figures of small parameters that were read whole, in float64: (rows, PARTS)."""
+    p, g, d = s.param, s.grad, update.direction
+    n = p.shape[1]
+    if _is_scalar(update.effective_lr, p):
+        rate = _column(update.effective_lr, p)
+        nothing = torch.zeros_like(rate)
+        moments = [rate, nothing, n * rate.log(), rate, rate]
+        e = rate.unsqueeze(1) * d
+    else:
+        rates: Any = update.effective_lr
+        mean = rates.mean(1)
+        low, high = rates.aminmax(dim=1)
+        # A constant must not get a deviation from the rounding of its mean.
+        deviation = (rates - mean.clamp(low, high).unsqueeze(1)).square().sum(1)
+        moments = [mean.clamp(low, high), deviation, rates.log().sum(1), low, high]
+        e = rates * d
+    bad = ~(torch.isfinite(p) & torch.isfinite(g))
+    for state in states:
+        bad |= ~torch.isfinite(state)
+    nan = p.new_full((p.shape[0],), torch.nan)
+    return torch.stack(
+        [
+            _column(update.decay, p),
+            *moments,
+            *((a * b).sum(1) for a, b in ((d, d), (e, e), (e, p), (e, g), (p, p), (p, g), (g, g))),
+            (g == 0).sum(1),
+            nan if update.rms_grad is None else update.rms_grad.sum(1),
+            nan if update.rms_update is None else update.rms_update.sum(1),
+            nan if update.eps is None else (update.eps[0] <= update.eps[1]).sum(1),
+            bad.sum(1),
+        ],
+        dim=1,
+    )
+
+
+def check_figures(
+    s: Slice, update: Update, before: Tensor, after: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The update as reconstructed against the one observed, on a sample: (rows, CHECKS).
+
+    Args:
+        s: the sample, in float64.
+        update: what the rule says of it.
+        before: the parameter before the step, in its own dtype: (rows, n).
+        after: the same after the step.
+        dtype: the parameter's dtype, whose rounding is no error.
+    """
+    old = before.double()
+    change = intended(update, s)
+    observed = s.param - old
+    residual = ((change - observed).abs() - ulp(old, dtype)).clamp(min=0)
+    return torch.stack(
+        [
+            torch.full_like(old[:, 0], old.shape[1]),
+            ((change != 0) & (before == after)).sum(1).double(),
+            residual.square().sum(1),
+            change.square().sum(1),
+            observed.square().sum(1),
+            s.grad.square().sum(1),
+            (observed * s.grad).sum(1),
+        ],
+        dim=1,
+    )
+
+
+def measured_figures(s: Slice, before: Tensor) -> tuple[Tensor, Tensor]:
+    """What can be said without a rule: CHECKS, and |Δθ|/|g| where g ≠ 0 (NaN elsewhere)."""
+    observed = s.param - before.double()
+    nan = torch.full_like(observed[:, 0], torch.nan)
+    checks = torch.stack(
+        [
+            torch.full_like(nan, observed.shape[1]),
+            nan,
+            nan,
+            nan,
+            observed.square().sum(1),
+            s.grad.square().sum(1),
+            (observed * s.grad).sum(1),
+        ],
+        dim=1,
+    )
+    return checks, measured_rates(observed, s.grad)
+
+
+def measured_rates(observed: Tensor, grad: Tensor) -> Tensor:
+    """|Δθ|/|g|, NaN where the gradient is 0."""
+    return torch.where(grad == 0, torch.nan, observed.abs() / grad.abs())
+
+
+def intended(update: Update, s: Slice) -> Tensor:
+    """Δθ before any rounding, from the state after the step alone: (as ``s.param``)."""
+    rate: Any = update.effective_lr
+    return -(rate * update.direction + update.decay * s.param) / (1 - update.decay)
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance of float64 values to the next one in ``dtype``: (as ``values``)."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values)
+    spacing = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+    return spacing.clamp(min=info.smallest_normal * info.eps)
+
+
+def suspicious(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Rows of PARTS whose float32 sums may have overflowed, underflowed or met a NaN: (rows,).
+
+    They are computed again, exactly.
+    """
+    named = dict(zip(PARTS, parts.T, strict=True))
+    optional = ("rms_grad", "rms_update", "below_eps")
+    wrong = ~np.isfinite([named[k] for k in PARTS if k not in optional]).all(axis=0)
+    for name in optional:
+        wrong |= np.isinf(named[name])
+    squares = np.array([named[k] for k in ("dd", "ee", "pp", "gg")])
+    wrong |= (squares < 1e-24).any(axis=0)
+    same = named["rate_min"] == named["rate_max"]
+    wrong |= ~same & ((named["rate_min"] < 1e-9) | (named["rate_max"] > 1e9))
+    wrong |= ~same & (named["rate_m2"] < 1e-24)
+    return wrong
+
+
+class Stream:
+    """One large parameter, block by block."""
+
+    def __init__(self, entry: Entry, group: Mapping[str, Any], rule: Rule, exact: bool) -> None:
+        """``exact`` computes in float64 and counts what is not finite; else a row that float32
+        may have spoiled comes out nonfinite or out of the safe range (see ``suspicious``)."""
+        self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
+        self.dtype = torch.float64 if exact else precision(entry.param)
+        self.numel = entry.param.numel()
+
+    def slices(self) -> Iterator[Slice]:
+        """All of it, in order."""
+        for block in blocks(self.entry.param.shape):
+            yield Slice([self.entry], self.group, take_block(block, self.dtype))
+
+    def figures(self) -> tuple[Tensor, Tensor]:
+        """PARTS (1, ·), and the fine histogram of a sample of the rates: (1, BINS), int32."""
+        device = self.entry.param.device
+        sample = RateSample(self.entry.param, device)
+        slots: list[Tensor] = []
+        extremes: list[Tensor] = []
+        pivot: Scalar | None = None
+        decay: Scalar = 0.0
+        names = list(state_like(self.entry))
+        start = 0
+        for s in self.slices():
+            update = self.rule.update(s)
+            decay = update.decay
+            if pivot is None:
+                pivot = _pivot(update, s)
+            values, extreme = self._block(s, update, pivot, names)
+            slots.append(torch.stack(values))
+            extremes.append(extreme)
+            sample.add(update.effective_lr, start, s.param)
+            start += len(s.param)
+        sums = torch.stack(slots).double().sum(0)
+        low_high = torch.stack(extremes).double()
+        pivot64 = _column(pivot if pivot is not None else 0.0, sums)
+        # Σ(x−c) and Σ(x−c)² to mean and Σ(x−mean)².
+        low, high = low_high[:, 0].amin(), low_high[:, 1].amax()
+        shift = sums[0] / self.numel
+        m2 = (sums[1] - shift * sums[0]).clamp(min=0)
+        mean = (pivot64 + shift).clamp(low, high)
+        head = torch.stack([_column(decay, sums), mean, m2, sums[2], low, high])
+        return torch.cat([head, sums[3:]]).unsqueeze(0), sample.histogram().unsqueeze(0)
+
+    def _block(
+        self, s: Slice, update: Update, pivot: Scalar, names: Sequence[str]
+    ) -> tuple[list[Tensor], Tensor]:
+        p, g, d = s.param, s.grad, update.direction
+        rate: Any = update.effective_lr
+        scalar = _is_scalar(rate, p)
+        zero = p.new_zeros(())
+        nan = p.new_full((), torch.nan)
+        if scalar:
+            rate = torch.as_tensor(rate, dtype=torch.float64, device=p.device).reshape(())
+            moments = [zero, zero, (len(p) * rate.log()).to(p.dtype)]
+            extreme = torch.stack([rate, rate])
+            dd = torch.dot(d, d)
+            products = [dd, rate * rate * dd, rate * torch.dot(d, p), rate * torch.dot(d, g)]
+            products = [x.to(p.dtype) for x in products]
+        else:
+            deviation = rate - pivot
+            moments = [deviation.sum(), torch.dot(deviation, deviation), self._log_sum(rate)]
+            extreme = torch.stack(torch.aminmax(rate))
+            e = torch.mul(rate, d, out=deviation)
+            products = [torch.dot(d, d), torch.dot(e, e), torch.dot(e, p), torch.dot(e, g)]
+        below = nan
+        if update.eps is not None:
+            below = torch.count_nonzero(update.eps[0] <= update.eps[1]).to(p.dtype)
+        return [
+            *moments,
+            *products,
+            torch.dot(p, p),
+            torch.dot(p, g),
+            torch.dot(g, g),
+            (len(g) - torch.count_nonzero(g)).to(p.dtype),
+            nan if update.rms_grad is None else update.rms_grad.sum(),
+            nan if update.rms_update is None else update.rms_update.sum(),
+            below,
+            self._nonfinite(s, names),
+        ], extreme
+
+    def _log_sum(self, rate: Tensor) -> Tensor:
+        if self.exact:
+            return rate.log().sum()
+        # Products of four: a quarter of the logarithms. `suspicious` guards the range.
+        quarter = len(rate) // 4
+        if not quarter:
+            return rate.log().sum()
+        product = rate[:quarter] * rate[quarter : 2 * quarter]
+        product *= rate[2 * quarter : 3 * quarter]
+        product *= rate[3 * quarter : 4 * quarter]
+        return product.log_().sum() + rate[4 * quarter :].log().sum()
+
+    def _nonfinite(self, s: Slice, names: Sequence[str]) -> Tensor:
+        if self.exact:
+            bad = ~(torch.isfinite(s.param) & torch.isfinite(s.grad))
+            for name in names:
+                bad |= ~torch.isfinite(s[name])
+            return torch.count_nonzero(bad).to(s.param.dtype)
+        # 0, or NaN where some state is not finite; parameter and gradient show in their products.
+        total = s.param.new_zeros(())
+        for name in names:
+            total = total + s[name].sum()
+        return total * 0
+
+
+def _pivot(update: Update, s: Slice) -> Scalar:
+    rate = update.effective_lr
+    if _is_scalar(rate, s.param):
+        return rate
+    assert isinstance(rate, Tensor)
+    return rate.mean()
+
+
+def state_like(entry: Entry) -> Iterator[str]:
+    """Names of the floating state entries that are shaped like the parameter."""
+    for name, value in entry.state.items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape == entry.param.shape
+            and value.is_floating_point()
+        ):
+            yield name
+
+
+class RateSample:
+    """The fine histogram of evenly spread elements of a large parameter's rates."""
+
+    def __init__(self, param: Tensor, device: torch.device) -> None:
+        self.stride = stride_for(param.numel(), param.shape[-1] if param.dim() else 1)
+        self.device = device
+        self.pieces: list[Tensor] = []
+
+    def add(self, rate: Scalar, start: int, like: Tensor) -> None:
+        """Take the rates of one block that starts at flat position ``start``."""
+        if not _is_scalar(rate, like):
+            assert isinstance(rate, Tensor)
+            self.pieces.append(rate[(-start) % self.stride :: self.stride].float())
+
+    def histogram(self) -> Tensor:
+        """Counts: (BINS,), int32; zeros where all elements share one rate."""
+        counts = torch.zeros(BINS, dtype=torch.int32, device=self.device)
+        if not self.pieces:
+            return counts
+        at = bins_of(torch.cat(self.pieces))
+        return counts.index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+
+
+def bins_of(rates: Tensor) -> Tensor:
+    """Bin of each float32 rate, by its bits."""
+    return (rates.contiguous().view(torch.int32) >> SHIFT).clamp_(0, BINS - 1)
+
+
+def stride_for(numel: int, width: int) -> int:
+    """A stride that takes at least ``SAMPLE`` elements and no column more often than others."""
+    stride = max(1, numel // SAMPLE)
+    while stride > 1 and math.gcd(stride, width) > 1:
+        stride -= 1
+    return stride
+
+
+def plain_figures(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """What needs no rule, of whole parameters, exactly: name in PARTS to (entries,)."""
+    rows = []
+    for entry in entries:
+        grad = entry.grad.values if isinstance(entry.grad, SparseRows) else entry.grad
+        missing = entry.param.numel() - grad.numel()
+        states = [entry.state[name] for name in state_like(entry)]
+        zeros = bad = torch.zeros((), dtype=torch.int64, device=entry.param.device)
+        for block in blocks(grad.shape):
+            zeros = zeros + torch.count_nonzero(grad[block] == 0)
+        for block in blocks(entry.param.shape):
+            finite = torch.isfinite(entry.param[block])
+            for tensor in (*states, *([] if missing else [grad])):
+                finite = finite & torch.isfinite(tensor[block])
+            bad = bad + torch.count_nonzero(~finite)
+        rows.append(torch.stack([square_sum(entry.param), square_sum(grad), zeros + missing, bad]))
+    return dict(zip(("pp", "gg", "zeros", "nonfinite"), torch.stack(rows).T, strict=True))
+
+
+def square_sum(tensor: Tensor) -> Tensor:
+    """Σx² in float64, without a copy of the tensor's size: 0-dim."""
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for block in blocks(tensor.shape):
+        piece = tensor[block].reshape(-1).double()
+        total = total + torch.dot(piece, piece)
+    return total
+
+
+def whole_of(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
+    """Add what the rule needs to know of the whole parameter to the entry's state."""
+    if rule.whole is not None:
+        stream = Stream(entry, group, rule, exact=entry.param.numel() <= BLOCK)
+        entry.state.update(rule.whole(Whole(entry, group, stream.slices)))

@@ -1,0 +1,295 @@
+"""From the device to a record: the only place where device values reach the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.names import module_of
+from lrprobe.record import ELEMENT_COLUMNS, FIGURES, LEVELS, Columns, Level, Record, frame_columns
+from lrprobe.summary import finish
+from lrprobe.summary.figures import CHECKS, PARTS
+from lrprobe.summary.snapshot import Raw, Watched
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What the hooks know of a step without asking the device."""
+
+    step: int
+    time: float
+    attempt: int
+    optimizer: str
+    samples: float
+    run: Mapping[str, Any]
+
+
+class Pending:
+    """The figures of one step on their way to the host: one buffer crosses, nobody waits."""
+
+    def __init__(self, raw: Raw, watched: Sequence[Watched], info: StepInfo) -> None:
+        self._raw = raw
+        self._info = info
+        self.watched = list(watched)
+        self._names = [w.name for w in watched]
+        self._groups = [w.group for w in watched]
+        self._rules = [w.rule for w in watched]
+        self._tensors = [t for rows in raw.rows for _, t in rows.tensors()]
+        numbers = [*raw.lr.values(), *(w.initial_lr for w in watched)]
+        numbers += [raw.found_inf, raw.grad_scale]
+        self._tensors += [t for t in numbers if isinstance(t, Tensor)]
+        self._crossing = _Crossing(self._tensors)
+        self._host: dict[int, NDArray[Any]] | None = None
+
+    def ready(self) -> bool:
+        """Whether the buffer has arrived."""
+        return self._crossing.ready()
+
+    def _value(self, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if self._host is None:
+            arrays = self._crossing.arrays()
+            self._host = {id(t): a for t, a in zip(self._tensors, arrays, strict=True)}
+        return self._host[id(tensor)]
+
+    def _number(self, value: Any) -> float:
+        return float(np.asarray(self._value(value)).reshape(()))
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a fused optimizer skipped the step for the gradient scaler."""
+        return self._raw.found_inf is not None and self._number(self._raw.found_inf) != 0
+
+    @property
+    def errors(self) -> Mapping[int, str]:
+        """What rules raised, by position of the parameter."""
+        return self._raw.errors
+
+    def reconstruction_errors(self) -> Floats:
+        """Error of each parameter whose step a rule explained; NaN elsewhere: (parameters,)."""
+        checks = self._table("checks", len(CHECKS))
+        named = dict(zip(CHECKS, checks.T, strict=True))
+        with np.errstate(all="ignore"):
+            moved = np.sqrt(np.maximum(named["intended"], named["observed"]))
+            error: Floats = np.sqrt(named["residual"]) / moved
+        return error
+
+    def _table(self, name: str, width: int) -> Floats:
+        table = np.full((len(self._names), width), np.nan)
+        for rows in self._raw.rows:
+            tensor = getattr(rows, name)
+            if tensor is not None:
+                table[rows.at] = self._value(tensor)
+        return table
+
+    def record(self) -> Record:
+        """Merge and finish the figures of every level."""
+        raw, info = self._raw, self._info
+        count = len(self._names)
+        stepped = np.zeros(count, np.bool_)
+        stepped[raw.stepped] = not self.skipped
+        rule_names = [
+            "measured" if rule is None or i in raw.errors else rule.name
+            for i, rule in enumerate(self._rules)
+        ]
+        summary = finish.Summary(
+            numel=np.array([w.numel for w in self.watched], dtype=np.int64),
+            stepped=stepped,
+            measured=np.array([name == "measured" for name in rule_names]),
+            parts=self._table("parts", len(PARTS)),
+            checks=self._table("checks", len(CHECKS)),
+            rates=self._rates(count),
+        )
+        tables = {level: self._columns(summary, level, rule_names) for level in LEVELS}
+        edges, counts = [], []
+        mean = summary.part("rate_mean")
+        for i in range(count):
+            known = stepped[i] and not (summary.rates[i] is None and np.isnan(mean[i]))
+            pair = (
+                finish.histogram(summary.rates[i], mean[i], int(summary.numel[i]))
+                if known
+                else (np.zeros(0), np.zeros(0, np.int64))
+            )
+            edges.append(pair[0])
+            counts.append(pair[1])
+        return Record(
+            step=info.step,
+            time=info.time,
+            attempt=info.attempt,
+            optimizer=info.optimizer,
+            tables=tables,
+            edges=edges,
+            counts=counts,
+            elements=self._elements(stepped),
+            run=info.run,
+        )
+
+    def _rates(self, count: int) -> list[finish.Rates | None]:
+        result: list[finish.Rates | None] = [None] * count
+        for rows in self._raw.rows:
+            if rows.rates is not None:
+                values = self._value(rows.rates)
+                for at, row in zip(rows.at, values, strict=True):
+                    result[at] = finish.Rates(values=row)
+            elif rows.bins is not None:
+                for at, row in zip(rows.at, self._value(rows.bins), strict=True):
+                    bins = np.flatnonzero(row)
+                    if len(bins):
+                        result[at] = finish.Rates(bins=bins, counts=row[bins].astype(np.float64))
+        return result
+
+    def _columns(self, summary: finish.Summary, level: Level, rules: Sequence[str]) -> Columns:
+        raw, info = self._raw, self._info
+        keys: Sequence[str | int]
+        if level == "parameter":
+            keys = range(len(self._names))
+        elif level == "module":
+            keys = [module_of(name) for name in self._names]
+        elif level == "group":
+            keys = self._groups
+        else:
+            keys = [0] * len(self._names)
+        label, order = finish.labels(keys)
+        rows = len(order)
+        values: dict[str, NDArray[Any]] = dict(finish.columns(summary, label, rows))
+        stepped = np.zeros(rows, np.bool_)
+        np.logical_or.at(stepped, label, summary.stepped)
+        lr = np.array([self._number(raw.lr[group]) for group in self._groups])
+        initial = np.array([self._number(w.initial_lr) for w in self.watched])
+        values["lr"] = finish.merged_numbers(lr, label, rows)
+        values["initial_lr"] = finish.merged_numbers(initial, label, rows)
+        values["decay"] = finish.merged_numbers(
+            np.where(summary.stepped, summary.part("decay"), np.nan), label, rows
+        )
+        values["samples"] = np.full(rows, info.samples)
+        values["lr_per_sample"] = values["lr"] / info.samples
+        gone = {"lr", "param_norm"}
+        if self.skipped:
+            gone |= {"grad_norm", "nonfinite"}
+            gradients, bad = self._skipped_gradients(summary, label, rows)
+            values["grad_norm"], values["nonfinite"] = gradients, bad
+        for name in FIGURES:
+            if name not in gone:
+                values[name] = np.where(stepped, values[name], np.nan)
+        values["stepped"] = stepped
+        values["numel"] = np.zeros(rows, np.int64)
+        np.add.at(values["numel"], label, summary.numel)
+        values["rule"] = _merged_names(rules, label, rows)
+        values["group"] = np.array(self._groups if level == "parameter" else order)
+        values["parameter"] = _strings(self._names)
+        values["module"] = _strings([str(key) for key in order])
+        values["step"] = np.full(rows, info.step, np.int64)
+        values["time"] = np.full(rows, info.time)
+        values["attempt"] = np.full(rows, info.attempt, np.int64)
+        values["optimizer"] = _strings([info.optimizer] * rows)
+        return {
+            name: values[name] if kind == "str" else values[name].astype(kind)
+            for name, kind in frame_columns(level).items()
+        }
+
+    def _skipped_gradients(
+        self, summary: finish.Summary, label: NDArray[np.int64], rows: int
+    ) -> tuple[Floats, Floats]:
+        """Norm and nonfinite count of gradients that were not used."""
+        scale = 1.0 if self._raw.grad_scale is None else self._number(self._raw.grad_scale)
+        squares, bad = np.zeros(rows), np.zeros(rows)
+        with_grad = np.zeros(len(self._names), np.bool_)
+        with_grad[self._raw.stepped] = True
+        np.add.at(squares, label[with_grad], summary.part("gg")[with_grad])
+        np.add.at(bad, label[with_grad], summary.part("nonfinite")[with_grad])
+        some = np.zeros(rows, np.bool_)
+        some[label[with_grad]] = True
+        norm = np.sqrt(squares) / scale
+        return np.where(some, norm, np.nan), np.where(some, bad, np.nan)
+
+    def _elements(self, stepped: NDArray[np.bool_]) -> Columns:
+        info = self._info
+        pieces: dict[str, list[Any]] = {name: [] for name in ELEMENT_COLUMNS}
+        found: dict[int, Any] = {}
+        for rows in self._raw.rows:
+            if rows.tracked is not None:
+                values = self._value(rows.tracked)
+                found |= {at: values[:, row] for row, at in enumerate(rows.at)}
+        for i in sorted(found):
+            where = self.watched[i].tracked
+            assert where is not None
+            n = len(where)
+            rate, update, grad, param = found[i]
+            if not stepped[i]:
+                rate = update = np.full(n, np.nan)
+            constants = (info.step, info.time, info.attempt, info.optimizer)
+            keys = (*constants, self._groups[i], self._names[i])
+            for name, key in zip(ELEMENT_COLUMNS, keys, strict=False):
+                pieces[name] += [key] * n
+            pieces["element"] += where.tolist()
+            for name, column in (
+                ("effective_lr", rate), ("update", update), ("grad", grad), ("param", param)
+            ):  # fmt: skip
+                pieces[name] += column.tolist()
+        return {
+            name: _strings(pieces[name]) if kind == "str" else np.array(pieces[name], dtype=kind)
+            for name, kind in ELEMENT_COLUMNS.items()
+        }
+
+
+class _Crossing:
+    """Tensors on their way to the host, those of one device in one buffer."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._buffers: dict[torch.device, Tensor] = {}
+        self._events: list[Any] = []
+        devices = {t.device for t in tensors if t.device.type != "cpu"}
+        for device in devices:
+            flat = [
+                t.contiguous().reshape(-1).view(torch.uint8) for t in tensors if t.device == device
+            ]
+            buffer = torch.cat(flat)
+            host = torch.empty_like(buffer, device="cpu", pin_memory=True)
+            host.copy_(buffer, non_blocking=True)
+            event = torch.get_device_module(device).Event()
+            event.record(torch.get_device_module(device).current_stream(device))
+            self._buffers[device] = host
+            self._events.append(event)
+
+    def ready(self) -> bool:
+        return all(event.query() for event in self._events)
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """The values of the tensors, in order; waits for what is still on its way."""
+        for event in self._events:
+            event.synchronize()
+        start = dict.fromkeys(self._buffers, 0)
+        result = []
+        for tensor in self._tensors:
+            host = tensor
+            if tensor.device in self._buffers:
+                end = start[tensor.device] + tensor.numel() * tensor.element_size()
+                piece = self._buffers[tensor.device][start[tensor.device] : end]
+                host = piece.clone().view(tensor.dtype).reshape(tensor.shape)
+                start[tensor.device] = end
+            result.append(host.double().numpy() if host.dtype == torch.bfloat16 else host.numpy())
+        return result
+
+
+def _strings(values: Sequence[str]) -> NDArray[Any]:
+    result = np.empty(len(values), dtype=object)
+    result[:] = list(values)
+    return result
+
+
+def _merged_names(names: Sequence[str], label: NDArray[np.int64], rows: int) -> NDArray[Any]:
+    """The name that all parameters of a row share, else ``mixed``."""
+    result = np.empty(rows, dtype=object)
+    for name, at in zip(names, label, strict=True):
+        result[at] = name if result[at] in (None, name) else "mixed"
+    return result

@@ -1,0 +1,143 @@
+"""Which elements are read, and how: blocks of one tensor, or the same positions of several."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.rules.base import Entry, SparseRows, Take
+
+WHOLE = 4096
+"""Parameters up to this size are read whole, in float64; of larger ones a sample is checked."""
+
+BLOCK = 1 << 17
+"""Elements of a large parameter read at once: few enough for temporaries to stay in cache."""
+
+Block = tuple[int | slice, ...]
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Detached, a complex tensor seen as pairs of reals."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def entry_of(
+    param: Tensor,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    grad: Tensor | None = None,
+) -> Entry:
+    """What rules read of a parameter; ``grad`` stands in where it has no gradient."""
+    grad = param.grad if grad is None else grad
+    assert grad is not None
+    if grad.is_sparse and grad.sparse_dim() == 1:
+        gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
+    else:
+        gradient = real(grad.to_dense() if grad.is_sparse else grad)
+    real_state = {
+        name: real(value.to_dense() if value.is_sparse else value)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in state.items()
+    }
+    return Entry(real(param), gradient, {**real_state, **extra})
+
+
+def precision(tensor: Tensor) -> torch.dtype:
+    """The dtype in which the elements of a large parameter are computed."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def blocks(shape: Sequence[int], limit: int = BLOCK) -> Iterator[Block]:
+    """Indices that cut a tensor into consecutive blocks of at most ``limit`` elements."""
+    inner = math.prod(shape)
+    for dim, size in enumerate(shape):
+        inner //= max(size, 1)
+        if inner <= limit:
+            break
+    else:  # 0-dim
+        yield ()
+        return
+    pieces = max(1, math.ceil(size / max(1, limit // max(inner, 1))))
+    cuts = [size * i // pieces for i in range(pieces + 1)]
+    for lead in itertools.product(*(range(n) for n in shape[:dim])):
+        for start, stop in itertools.pairwise(cuts):
+            yield (*lead, slice(start, stop))
+
+
+def take_block(block: Block, dtype: torch.dtype) -> Take:
+    """Read one block of one tensor, flat."""
+
+    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+        (tensor,) = tensors
+        if isinstance(tensor, SparseRows):
+            return _sparse_block(tensor, block).reshape(-1).to(dtype)
+        return tensor.detach()[block].reshape(-1).to(dtype)
+
+    return take
+
+
+def take_rows(at: Sequence[Tensor | None], dtype: torch.dtype) -> Take:
+    """Read flat positions of several tensors, or all of each: (tensors, positions)."""
+
+    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+        return torch.stack(list(map(positions, tensors, at))).to(dtype)
+
+    return take
+
+
+def positions(tensor: Tensor | SparseRows, at: Tensor | None) -> Tensor:
+    """The elements at flat, row-major positions (all of them for None)."""
+    if isinstance(tensor, SparseRows):
+        return _sparse_positions(tensor, at)
+    if at is None:
+        return tensor.reshape(-1)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[at]
+    return tensor[torch.unravel_index(at, tensor.shape)]
+
+
+def _sparse_block(grad: SparseRows, block: Block) -> Tensor:
+    first = block[0]
+    device = grad.values.device
+    if isinstance(first, int):
+        at, hit = grad.lookup(torch.tensor([first], device=device))
+        rest: Block = (0, *block[1:])
+    else:
+        at, hit = grad.lookup(torch.arange(first.start, first.stop, device=device))
+        rest = ()
+    if not len(grad.values):
+        return grad.values.new_zeros((len(at), *grad.shape[1:]))[rest]
+    values = grad.values[at]
+    return torch.where(hit.view(-1, *[1] * (values.dim() - 1)), values, 0)[rest]
+
+
+def _sparse_positions(grad: SparseRows, at: Tensor | None) -> Tensor:
+    if at is None:
+        return _sparse_block(grad, (slice(0, grad.shape[0]),)).reshape(-1)
+    width = math.prod(grad.shape[1:])
+    if not len(grad.values):
+        return grad.values.new_zeros(len(at))
+    row, hit = grad.lookup(at // width)
+    return torch.where(hit, grad.values.reshape(len(grad.rows), -1)[row, at % width], 0)
+
+
+@lru_cache(maxsize=256)
+def spread(numel: int, count: int, device: torch.device) -> Tensor:
+    """``count`` ascending positions spread evenly over ``numel``, one drawn from each stratum.
+
+    The same in every run; drawn rather than strided, so that no row length can alias with it.
+    """
+    generator = torch.Generator("cpu").manual_seed(numel)
+    edges = torch.arange(count + 1, dtype=torch.int64, device="cpu") * numel // count
+    widths = edges.diff()
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    jitter = (uniform * widths).long()
+    return (edges[:-1] + torch.minimum(jitter, widths - 1)).to(device)

@@ -1,0 +1,312 @@
+"""One recorded step, on the device: what is kept from before it, and its figures after it.
+
+``before`` runs in the optimizer's pre-hook, ``after`` in its post-hook. Parameters are taken in
+batches: small ones whole, many at a time; large ones block by block, with a sample of each checked
+against the step really taken. What comes out is a ``Raw``: a few tensors, still on the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update
+from lrprobe.summary import figures
+from lrprobe.summary.reading import (
+    BLOCK,
+    WHOLE,
+    entry_of,
+    positions,
+    real,
+    spread,
+    take_rows,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Watched:
+    """One parameter that a probe watches.
+
+    Attributes:
+        name: its name in the frame.
+        group: index of its parameter group.
+        ref: weak reference to it.
+        rule: the equation of its optimizer; None where its rate can only be measured.
+        tracked: flat positions whose elements are recorded, or None.
+        numel: its real elements (a complex one counts twice).
+        initial_lr: what the frame shows; NaN until first seen.
+        bad_steps: recorded steps in a row that the rule did not explain.
+    """
+
+    name: str
+    group: int
+    ref: weakref.ref[Tensor]
+    rule: Rule | None
+    tracked: Tensor | None
+    numel: int
+    initial_lr: Scalar | None = None
+    bad_steps: int = 0
+
+
+@dataclass(slots=True)
+class Before:
+    """What is kept from before a step: a sample of each parameter, and a few scalars."""
+
+    samples: dict[int, Tensor]
+    tracked: dict[int, Tensor]
+    scalars: dict[int, Mapping[str, Scalar]]
+
+
+@dataclass(slots=True)
+class Rows:
+    """Figures of some of the watched parameters, still on the device.
+
+    Attributes:
+        at: their positions among the watched.
+        parts, checks: ``figures.PARTS`` and ``figures.CHECKS``, float64.
+        rates: all rates of small parameters, or measured ones of a sample (NaN: none): (rows, n).
+        bins: fine histograms of large parameters: (rows, BINS), int32.
+        tracked: rate, update, gradient, parameter of tracked elements: (4, rows, k).
+    """
+
+    at: list[int]
+    parts: Tensor | None = None
+    checks: Tensor | None = None
+    rates: Tensor | None = None
+    bins: Tensor | None = None
+    tracked: Tensor | None = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The fields that are there."""
+        for name in ("parts", "checks", "rates", "bins", "tracked"):
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+
+@dataclass(slots=True)
+class Raw:
+    """All figures of one recorded step."""
+
+    stepped: list[int] = field(default_factory=list)
+    """Positions of the parameters that had a gradient."""
+    rows: list[Rows] = field(default_factory=list)
+    lr: dict[int, Scalar] = field(default_factory=dict)
+    """Per group."""
+    found_inf: Tensor | None = None
+    """Nonzero where a fused optimizer skipped the step for the gradient scaler."""
+    grad_scale: Tensor | None = None
+    """Factor still in the gradients of a skipped step."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Position of a parameter to what its rule raised."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Error of a reconstruction above which a rule does not explain the step."""
+    return 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+
+
+def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Before:
+    """Keep what cannot be told after the step. Gradients may not exist yet (closures)."""
+    samples: dict[int, Tensor] = {}
+    tracked: dict[int, Tensor] = {}
+    scalars: dict[int, Mapping[str, Scalar]] = {}
+    for i, w in enumerate(watched):
+        param = w.ref()
+        if param is None or not param.requires_grad:
+            continue
+        flat = real(param)
+        samples[i] = positions(flat, _sample_of(flat)).clone()
+        if w.tracked is not None:
+            tracked[i] = positions(flat, w.tracked.to(flat.device))
+        if w.rule is not None and w.rule.before is not None:
+            state = optimizer.state.get(param, {})
+            scalars[i] = w.rule.before(param.detach(), state, optimizer.param_groups[w.group])
+    return Before(samples, tracked, scalars)
+
+
+def after(watched: Sequence[Watched], optimizer: torch.optim.Optimizer, kept: Before) -> Raw:
+    """Reconstruct and summarise the step that has just been taken."""
+    raw = Raw(
+        lr={g: _copied(group["lr"]) for g, group in enumerate(optimizer.param_groups)},
+        found_inf=_copied(getattr(optimizer, "found_inf", None)),
+        grad_scale=_copied(getattr(optimizer, "grad_scale", None)),
+    )
+    batches: dict[Any, list[tuple[int, Entry]]] = defaultdict(list)
+    for i, w in enumerate(watched):
+        param = w.ref()
+        if param is None:
+            continue
+        if param.grad is None or i not in kept.samples:
+            raw.rows.append(_norms_only(i, real(param)))
+            continue
+        raw.stepped.append(i)
+        state = optimizer.state.get(param, {})
+        entry = entry_of(param, state, kept.scalars.get(i, {}))
+        small = w.numel <= WHOLE
+        names = tuple(k for k, v in state.items() if v is not None)
+        batches[
+            w.group,
+            w.rule,
+            w.numel if small else None,
+            param.dtype,
+            param.device,
+            names,
+            isinstance(entry.grad, SparseRows),
+            entry.param.dim() if names else 0,
+        ].append((i, entry))
+    for (group_index, rule, *_), batch in batches.items():
+        group = optimizer.param_groups[group_index]
+        width = min(batch[0][1].param.numel(), WHOLE)
+        for part in _parted(batch, max(1, BLOCK // max(width, 1))):
+            _summarise(part, group, rule, watched, kept, raw)
+    return raw
+
+
+def _summarise(
+    batch: list[tuple[int, Entry]],
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    watched: Sequence[Watched],
+    kept: Before,
+    raw: Raw,
+) -> None:
+    at = [i for i, _ in batch]
+    if batch[0][1].param.numel() == 0:
+        return
+    if rule is not None:
+        try:
+            raw.rows += _reconstructed(batch, group, rule, watched, kept)
+            return
+        except Exception as error:  # a rule must never stop a training
+            raw.errors.update(dict.fromkeys(at, f"{type(error).__name__}: {error}"))
+    raw.rows += _measured(batch, group, watched, kept)
+
+
+def _reconstructed(
+    batch: list[tuple[int, Entry]],
+    group: Mapping[str, Any],
+    rule: Rule,
+    watched: Sequence[Watched],
+    kept: Before,
+) -> list[Rows]:
+    entries = [entry for _, entry in batch]
+    at = [i for i, _ in batch]
+    for entry in entries:
+        figures.whole_of(entry, group, rule)
+    sampled = [_sample_of(e.param) for e in entries]
+    s = Slice(entries, group, take_rows(sampled, torch.float64))
+    update = rule.update(s)
+    old = torch.stack([kept.samples[i] for i in at])
+    new = take_rows(sampled, old.dtype)([e.param for e in entries])
+    rows = Rows(at, checks=figures.check_figures(s, update, old, new, old.dtype))
+    result = [rows]
+    if entries[0].param.numel() <= WHOLE:
+        states = [s[name] for name in figures.state_like(entries[0])]
+        rows.parts = figures.row_figures(s, update, states)
+        rows.rates = _all_rates(update, s.param)
+    else:
+        for i, entry in batch:
+            parts, bins = _large(entry, group, rule)
+            result.append(Rows([i], parts=parts, bins=bins))
+    result += _tracked(batch, group, rule, watched, kept)
+    return result
+
+
+def _large(entry: Entry, group: Mapping[str, Any], rule: Rule) -> tuple[Tensor, Tensor]:
+    on_host = entry.param.device.type == "cpu"
+    # A device must not be asked what came out, so there it is computed the sure way at once.
+    parts, bins = figures.Stream(entry, group, rule, exact=not on_host).figures()
+    if on_host and figures.suspicious(parts.numpy())[0]:
+        parts, bins = figures.Stream(entry, group, rule, exact=True).figures()
+    return parts, bins
+
+
+def _all_rates(update: Update, like: Tensor) -> Tensor | None:
+    rate = update.effective_lr
+    if isinstance(rate, Tensor) and rate.shape == like.shape:
+        return rate
+    return None  # a scalar: the extremes tell it
+
+
+def _measured(
+    batch: list[tuple[int, Entry]],
+    group: Mapping[str, Any],
+    watched: Sequence[Watched],
+    kept: Before,
+) -> list[Rows]:
+    entries = [entry for _, entry in batch]
+    at = [i for i, _ in batch]
+    s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
+    checks, rates = figures.measured_figures(s, torch.stack([kept.samples[i] for i in at]))
+    parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
+    for name, values in figures.plain_figures(entries).items():
+        parts[:, figures.PARTS.index(name)] = values
+    rows = Rows(at, parts=parts, checks=checks, rates=rates)
+    return [rows, *_tracked(batch, group, None, watched, kept)]
+
+
+def _tracked(
+    batch: list[tuple[int, Entry]],
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    watched: Sequence[Watched],
+    kept: Before,
+) -> list[Rows]:
+    by_count: dict[int, list[tuple[int, Entry]]] = defaultdict(list)
+    for i, entry in batch:
+        where = watched[i].tracked
+        if where is not None:
+            by_count[len(where)].append((i, entry))
+    result = []
+    for some in by_count.values():
+        at = [i for i, _ in some]
+        entries = [entry for _, entry in some]
+        s = Slice(entries, group, take_rows(_tracked_at(some, watched), torch.float64))
+        if rule is None:
+            change = s.param - torch.stack([kept.tracked[i] for i in at]).double()
+            rate = figures.measured_rates(change, s.grad)
+        else:
+            update = rule.update(s)
+            change = figures.intended(update, s)
+            rate = torch.as_tensor(update.effective_lr, dtype=torch.float64).expand(s.param.shape)
+        gradient = -s.grad if group.get("maximize", False) else s.grad
+        result.append(Rows(at, tracked=torch.stack([rate, change, gradient, s.param])))
+    return result
+
+
+def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> list[Tensor]:
+    result = []
+    for i, entry in some:
+        where = watched[i].tracked
+        assert where is not None
+        result.append(where.to(entry.param.device))
+    return result
+
+
+def _norms_only(i: int, param: Tensor) -> Rows:
+    parts = torch.full((1, len(figures.PARTS)), torch.nan, dtype=torch.float64)
+    parts = parts.to(param.device)
+    parts[0, figures.PARTS.index("pp")] = figures.square_sum(param)
+    return Rows([i], parts=parts)
+
+
+def _sample_of(param: Tensor) -> Tensor | None:
+    if param.numel() <= WHOLE:
+        return None
+    return spread(param.numel(), WHOLE, param.device)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _parted(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

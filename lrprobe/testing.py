@@ -1,0 +1,97 @@
+"""The oracle for rules: a rule against the steps that its optimizer really takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrprobe.inspect import reconstruct, step_error
+from lrprobe.rules import find_rule
+from lrprobe.summary.reading import entry_of, positions, real
+
+SHAPES = ((5, 7), (11,), (3, 2, 4, 2), ())
+
+
+def check_rule(
+    make_optimizer: Callable[[list[Tensor]], Optimizer],
+    *,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    steps: int = 10,
+    tolerance: float = 1e-12,
+) -> float:
+    """Prove an optimizer's rule against real steps, with a gradient spike in the middle.
+
+    After each step θ_before·(1 − decay) − effective_lr⊙direction, reconstructed from what is left
+    after the step, must be θ_after.
+
+    Args:
+        make_optimizer: given parameters, the optimizer with the options to prove.
+        shapes: shapes of the parameters.
+        dtype: their dtype.
+        steps: how many steps to take.
+        tolerance: largest error allowed, relative to the step, beyond one rounding of the
+            parameter.
+
+    Returns:
+        The largest error seen.
+
+    Raises:
+        AssertionError: if a step is not explained; it shows both numbers.
+        LookupError: if the optimizer's class has no rule.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+
+    params: list[Tensor] = [nn.Parameter(random(shape)) for shape in shapes]
+    optimizer = make_optimizer(params)
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        params = [param.clone() for param in params]  # torch refuses to step a leaf then
+        optimizer = make_optimizer(params)
+    rule = find_rule(type(optimizer))
+    if rule is None:
+        raise LookupError(
+            f"{type(optimizer).__name__} has no rule: give it one with lrprobe.register_rule"
+        )
+    worst = 0.0
+    for step in range(1, steps + 1):
+        for param in params:
+            scale = 1e3 if step == steps // 2 else 1.0
+            param.grad = random(param.shape) * scale
+        before = [real(param).clone() for param in params]
+        kept = [
+            dict(rule.before(p.detach(), optimizer.state.get(p, {}), g)) if rule.before else {}
+            for g in optimizer.param_groups
+            for p in g["params"]
+        ]
+        optimizer.step()
+        owners = [g for g in optimizer.param_groups for _ in g["params"]]
+        for index, (param, old, extra, group) in enumerate(
+            zip(params, before, kept, owners, strict=True)
+        ):
+            with torch.no_grad():
+                entry = entry_of(param, optimizer.state.get(param, {}), extra)
+                s, update = reconstruct(entry, group, rule, None)
+                rate, decay = update.effective_lr, update.decay
+                start = positions(old, None).to(s.param.dtype)
+                predicted = start * (1 - decay) - rate * update.direction
+                change = (predicted - start).double()
+                observed = (s.param - start).double()
+                error = step_error(change, observed, start.double(), dtype)
+            worst = max(worst, error)
+            if not error <= tolerance and bool(observed.count_nonzero()):
+                at = int((predicted - s.param).abs().nan_to_num(torch.inf).argmax())
+                raise AssertionError(
+                    f"rule {rule.name!r} does not explain step {step} of parameter {index} "
+                    f"{tuple(param.shape)} under {type(optimizer).__name__}: error {error:.3g} > "
+                    f"{tolerance:g}\n"
+                    f"  largest at element {at}: before {start[at]:.17g}\n"
+                    f"  after, by the rule:      {predicted[at]:.17g}\n"
+                    f"  after, really:           {s.param[at]:.17g}"
+                )
+    return worst

@@ -1,0 +1,23 @@
+"""How lrprobe speaks to its user."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def warn(message: str) -> None:
+    """Warn, pointing at the first line up the stack that is neither lrprobe's nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("lrprobe.", "torch.", "contextlib")
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"lrprobe: {message}", stacklevel=level)

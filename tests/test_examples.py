@@ -1,0 +1,85 @@
+"""The examples run as a user runs them, and leave what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import lrprobe
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["hidden1", "hidden2", "output"]
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    """Run a script of the repository with warnings as errors; what it prints."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder where two epochs of the demo ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run("examples/demo.py", "--epochs", "2", "--out", "out", cwd=folder)
+
+
+def test_demo_leaves_a_dataset_of_each_run(demo: tuple[Path, str]) -> None:
+    """pandas opens them, and they hold every layer at every tenth step."""
+    folder, _ = demo
+    for name in ("adadelta", "adam", "sgd"):
+        frame = pd.read_parquet(folder / "out" / f"{name}.parquet")
+        assert frame["step"].unique().tolist() == [1, 10, 20]
+        assert set(frame["rule"]) == {name}
+        assert set(frame["parameter"]) == {f"{x}.{y}" for x in LAYERS for y in ("weight", "bias")}
+        assert frame["reconstruction_error"].max() < 1e-4
+
+
+def test_demo_shows_the_rate_of_the_schedule(demo: tuple[Path, str]) -> None:
+    """Under one cycle, SGD's lr differs from step to step, and is its effective rate."""
+    folder, _ = demo
+    frame = lrprobe.read(folder / "out" / "sgd.parquet", by="model")
+    assert frame["lr"].is_unique
+    assert frame["effective_lr_p50"].tolist() == pytest.approx(frame["lr"].tolist())
+
+
+def test_demo_leaves_a_logdir_that_reads_back(demo: tuple[Path, str]) -> None:
+    """TensorBoard's scalars are there for each run."""
+    folder, _ = demo
+    for name in ("adadelta", "adam", "sgd"):
+        frame = lrprobe.read(folder / "out" / "tensorboard" / name)
+        assert frame["step"].unique().tolist() == [1, 10, 20]
+        assert frame["effective_lr_p50"].notna().all()
+
+
+def test_demo_leaves_a_picture_and_says_where_everything_is(demo: tuple[Path, str]) -> None:
+    """Every path it prints exists."""
+    folder, printed = demo
+    paths = re.findall(r"out\S*", printed.partition("TensorBoard logdir")[2])
+    assert len(paths) == 5
+    assert all((folder / path).exists() for path in paths)
+    assert (folder / "out" / "effective_lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_documented_answers_are_what_is_measured(tmp_path: Path) -> None:
+    """docs/answers_table.md is what docs/measure_answers.py prints, to the rounding of machines."""
+    number = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
+    documented = (ROOT / "docs" / "answers_table.md").read_text()
+    measured = run("docs/measure_answers.py", cwd=tmp_path)
+    assert number.sub("#", measured) == number.sub("#", documented)
+    pairs = zip(number.findall(measured), number.findall(documented), strict=True)
+    for now, then in pairs:
+        assert float(now) == pytest.approx(float(then), rel=0.05, abs=1e-12)
+
+
+def test_demo_is_short() -> None:
+    """An example is a model of how to use lrprobe only while it fits on a page or two."""
+    for script in (ROOT / "examples").glob("*.py"):
+        assert len(script.read_text().splitlines()) <= 100, script.name
