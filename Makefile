@@ -7,10 +7,11 @@ BIN := .venv/bin
 .PHONY: demo test docs format clean
 .DELETE_ON_ERROR:
 
+# One thread: the network is small, and two would mostly wait for each other.
 demo: .venv/.demo
-	$(BIN)/python examples/demo.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
 
-# The last line printed is pytest's summary. One thread a worker: they would only fight for the cores.
+# The last line printed is pytest's summary. One thread a worker, for the same reason.
 test: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

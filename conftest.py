@@ -1,40 +1,18 @@
-"""Runs the examples of the README, of docs/ and of the docstrings as doctests."""
+"""Runs the examples of README, docs/ and docstrings as doctests, with pyproject.toml."""
 
 import os
-import tempfile
 from pathlib import Path
-from typing import Any
 
-from sybil import Sybil, SybilCollection
-from sybil.parsers import myst, rest
+import pytest
 
-
-def enter_empty_folder(namespace: dict[str, Any]) -> None:
-    """Let what an example writes land where nothing is."""
-    namespace["_home"] = Path.cwd()
-    namespace["_folder"] = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    os.chdir(namespace["_folder"].name)
+os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, not shown
+collect_ignore_glob = ["docs/*.py"]  # Sphinx's configuration, and a program: no examples in them
 
 
-def leave_folder(namespace: dict[str, Any]) -> None:
-    """Go back, and remove it."""
-    os.chdir(namespace["_home"])
-    namespace["_folder"].cleanup()
-
-
-pytest_collect_file = SybilCollection(
-    [
-        Sybil(
-            parsers=[myst.PythonCodeBlockParser(), myst.SkipParser()],
-            patterns=["*.md"],
-            setup=enter_empty_folder,
-            teardown=leave_folder,
-        ),
-        Sybil(
-            parsers=[rest.DocTestParser(), rest.SkipParser()],
-            patterns=["lrprobe/*.py", "lrprobe/**/*.py"],
-            setup=enter_empty_folder,
-            teardown=leave_folder,
-        ),
-    ]
-).pytest()
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an example writes lands where nothing is."""
+    if isinstance(request.node, pytest.DoctestItem):
+        monkeypatch.chdir(tmp_path)

@@ -184,10 +184,11 @@ def state_after_step() -> tuple[str, str]:
     optimizer = Adadelta(model.parameters(), rho=RHO, eps=EPS)
     printed, right = [], []
     for step in gradients(model, STEP):
+        if step not in {1, STEP}:
+            optimizer.step()
+            continue
         with lrprobe.inspect_step(optimizer, model) as inspected:
             optimizer.step()
-        if step not in {1, STEP}:
-            continue
         rates = [
             ((s["acc_delta"] + EPS) / (s["square_avg"] + EPS)).sqrt().flatten()
             for s in (optimizer.state[p] for p in model.parameters())

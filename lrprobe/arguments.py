@@ -20,7 +20,7 @@ class Options:
     Attributes:
         names: id of a parameter to its name in the model.
         chosen: which parameters are recorded.
-        every, step, track, batch_size: as given to ``attach``.
+        every, step, track, batch_size, sample: as given to ``attach``.
         attempt: how often the destination was continued.
     """
 
@@ -30,10 +30,11 @@ class Options:
     step: Step
     track: int
     batch_size: int | None
+    sample: int | None = None
     attempt: int = 0
 
 
-def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
+def check_counts(every: Any, track: Any, batch_size: Any, step: Any, sample: Any) -> None:
     """Check the whole numbers among the arguments of ``attach``.
 
     Raises:
@@ -43,6 +44,7 @@ def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
     _check("every", every, 1, ", or a function of the step", callable(every))
     _check("track", track, 0)
     _check("batch_size", batch_size, 1, ", or None", batch_size is None)
+    _check("sample", sample, 1, ", or None", sample is None)
     allowed = ", a function that gives it, or None"
     _check("step", step, 0, allowed, step is None or callable(step))
 

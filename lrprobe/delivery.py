@@ -12,7 +12,6 @@ import os
 import queue
 import threading
 import time
-import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from functools import partial
 
 from lrprobe.record import Record
 from lrprobe.sinks.base import Sink
+from lrprobe.text import warn
 
 WAITING_RECORDS = 1000
 """Bound of the records that wait for the thread (per ``Delivery``), and of those that wait for a
@@ -30,6 +30,7 @@ WAITING_BYTES = 256 * 2**20
 
 _FLUSH_SECS = 1.0  # of a sink that does not say
 _PAUSES = (1.0, 60.0)  # seconds to the first retry of a failing sink, doubling up to the second
+_STALL_SECS = 1.0  # how long a hanging sink may hold up the training, once, when all is full
 _EXIT_SECS = 60.0  # how long a hanging sink may hold up the end of the process
 
 
@@ -60,6 +61,9 @@ class Delivery:
     def put(self, make: Callable[[], Record | None], nbytes: int = 0) -> bool:
         """Have the record that ``make`` returns written; takes microseconds.
 
+        Where too much waits already, it lets the thread catch up first; where the thread makes no
+        progress for a second (a sink that hangs), records are lost, and counted, until it does.
+
         Args:
             make: run in the background thread; None means that there is nothing to write.
             nbytes: what ``make`` keeps in memory, for the bound on it.
@@ -71,10 +75,10 @@ class Delivery:
         line = self._line
         if line.closed or line.pid != os.getpid():
             return False
+        if line.full(nbytes):
+            line.wait_for_room(nbytes)
         with line.lock:
-            above = (
-                line.waiting >= WAITING_RECORDS or line.waiting_bytes + nbytes > WAITING_BYTES
-            ) and line.waiting > 0
+            above = line.full(nbytes)
             if above:
                 line.overflow += 1
             else:
@@ -156,11 +160,28 @@ class _Line:
         self.waiting = 0
         self.waiting_bytes = 0
         self.overflow = 0
+        self.stuck_at = -1  # records that waited when the thread was last seen to hang
 
         self.unmade = 0
         self.making = True  # False after a failure, so that only the first of a row is told
         self.lost: Counter[str] = Counter()  # by the name of the sink
         self._messages: deque[str] = deque()
+
+    def full(self, nbytes: int) -> bool:
+        """Whether as much waits as may."""
+        much = self.waiting_bytes + nbytes > WAITING_BYTES
+        return (self.waiting >= WAITING_RECORDS or much) and self.waiting > 0
+
+    def wait_for_room(self, nbytes: int) -> None:
+        """Let a thread that works catch up; one that hangs is waited for once, a second long."""
+        seen, since = self.waiting, time.monotonic()
+        if seen == self.stuck_at:
+            return
+        while self.full(nbytes) and time.monotonic() < since + _STALL_SECS:
+            time.sleep(0.002)
+            if self.waiting < seen:
+                seen, since = self.waiting, time.monotonic()
+        self.stuck_at = self.waiting if self.full(nbytes) else -1
 
     def close(self) -> None:
         if not self.closed:
@@ -168,7 +189,7 @@ class _Line:
             self.courier.send(partial(self.courier.close, self))
 
     def say(self, message: str) -> None:
-        self._messages.append(f"lrprobe: {message}")
+        self._messages.append(message)
 
     def said(self) -> list[str]:
         messages = []
@@ -183,6 +204,10 @@ class _Channel:
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
         self.name = _name(sink)
+        self.flushes = callable(getattr(sink, "flush", None))
+        self.tells = callable(getattr(sink, "problems", None))
+        wait = getattr(sink, "flush_secs", _FLUSH_SECS)
+        self.flush_secs = wait if isinstance(wait, (int, float)) else _FLUSH_SECS
         self.lines: list[_Line] = []
         self.owned = False
         self.backlog: deque[tuple[Record, _Line]] = deque()
@@ -240,18 +265,19 @@ class _Channel:
             self.backlog_bytes = sum(record.nbytes for record, _ in self.backlog)
             line.lost[self.name] += waiting
         unflushed = self.unflushed.pop(line, 0)
+        cause = self.failure
         if self.owned and not self.lines:
-            cause = self.failure
             try:
                 self.sink.close()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - a sink may raise what it likes
                 cause = _cause(error)
                 line.say(f"{self.name} could not be closed: {cause}")
                 line.lost[self.name] += unflushed
         elif not done and unflushed:
-            line.say(f"{self.name} may lack the last {unflushed:,} records: {self.failure}")
+            line.say(f"{self.name} may lack the last {unflushed:,} records: {cause}")
         if line.lost[self.name]:
-            line.say(f"{line.lost[self.name]:,} records were lost to {self.name}: {self.failure}")
+            why = f": {cause}" if cause else ""
+            line.say(f"{line.lost[self.name]:,} records were not written to {self.name}{why}")
         return not self.lines
 
     def _write_backlog(self) -> None:
@@ -260,25 +286,24 @@ class _Channel:
             self.sink.write(record)
             self.backlog.popleft()
             self.backlog_bytes -= record.nbytes
-            if hasattr(self.sink, "flush"):
+            if self.flushes:
                 self.unflushed[line] += 1
-                if self.flush_at is None:
-                    wait = getattr(self.sink, "flush_secs", _FLUSH_SECS)
-                    self.flush_at = time.monotonic() + 0.8 * wait  # the rest is for doing it
+                if self.flush_at is None:  # a fifth of the time is left for doing it
+                    self.flush_at = time.monotonic() + 0.8 * self.flush_secs
 
     def _flush(self) -> None:
-        if hasattr(self.sink, "flush"):
-            self.sink.flush()
+        if self.flushes:
+            self.sink.flush()  # type: ignore[attr-defined]
         self.flush_at = None
         self.unflushed.clear()
 
     def _guarded(self, work: Callable[[], None]) -> bool:
         try:
             work()
-            if hasattr(self.sink, "problems"):
-                for message in self.sink.problems():
-                    self._say(str(message).removeprefix("lrprobe: "))
-        except BaseException as error:
+            if self.tells:
+                for message in self.sink.problems():  # type: ignore[attr-defined]
+                    self._say(str(message))
+        except BaseException as error:  # noqa: BLE001 - a sink may raise what it likes
             if not self.failure:
                 self._say(
                     f"{self.name} failed: {_cause(error)}; its records wait in memory (up to "
@@ -356,7 +381,7 @@ class _Courier:
         try:
             record = make()
             line.making = True
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, training goes on
             record = None
             line.unmade += 1
             if line.making:
@@ -417,8 +442,8 @@ class _Courier:
             else:
                 try:
                     command()
-                except BaseException as error:  # a bug of ours must not end the thread
-                    self.unsaid.append(f"lrprobe: the delivery of records failed: {_cause(error)}")
+                except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
+                    self.unsaid.append(f"the delivery of records failed: {_cause(error)}")
                 # Or the frame of a waiting thread would keep the last record alive.
                 del command
             now = time.monotonic()
@@ -436,7 +461,7 @@ def _name(sink: Sink) -> str:
         return type(sink).__name__
     try:
         return repr(sink)
-    except Exception:
+    except Exception:  # noqa: BLE001 - it is only for a message
         return type(sink).__name__
 
 
@@ -456,7 +481,7 @@ _courier = _Courier()
 
 def _after_fork() -> None:
     """Give a forked child a courier of its own: locks and thread of the old are its parent's."""
-    global _courier
+    global _courier  # noqa: PLW0603 - one for the process is what it is
     _courier = _Courier()
 
 
@@ -469,7 +494,7 @@ def _at_exit() -> None:
     # After the non-daemon threads have ended: one of them may have been the training.
     _courier.finish(close=True, timeout=_EXIT_SECS)
     while _courier.unsaid:
-        warnings.warn(_courier.unsaid.popleft(), RuntimeWarning, stacklevel=2)
+        warn(_courier.unsaid.popleft())
 
 
 if hasattr(os, "register_at_fork"):

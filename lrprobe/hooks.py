@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import sys
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -28,9 +28,11 @@ from lrprobe.text import listed, warn
 class Owner(Protocol):
     """What hooks know of the probe they belong to."""
 
-    run: Mapping[str, Any]
-    waiting: Any
-    """True where figures are still on their way to the host."""
+    run: dict[str, Any]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether figures are still on their way to the host."""
 
     def add(self, hooks: Hooks, pending: Pending) -> None:
         """Take the figures of a step."""
@@ -133,7 +135,7 @@ class Hooks:
                 run=self._owner.run,
             )
             with _undisturbed():
-                raw = after(self.watched, optimizer, state)
+                raw = after(self.watched, optimizer, state, self._options.sample)
                 pending = Pending(raw, self.watched, info)
             self._owner.add(self, pending)
         elif self._owner.waiting:
@@ -242,17 +244,17 @@ def _draw(name: str, numel: int, count: int) -> Tensor | None:
 
 def _is_nested(optimizer: Optimizer) -> bool:
     """Whether a step of this optimizer is under way further up the stack."""
-    # The frames here are: this, _before_step, _before, torch's wrapper of the step just begun.
-    frame = sys._getframe(4)
+    frame = inspect.currentframe()
+    found = 0
     while frame is not None:
         if (
             frame.f_code.co_name == "wrapper"
             and frame.f_globals.get("__name__") == "torch.optim.optimizer"
             and frame.f_locals.get("self") is optimizer
         ):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+            found += 1
+        frame = frame.f_back
+    return found > 1  # the first is the one that has just begun
 
 
 @contextmanager

@@ -172,7 +172,9 @@ def _view(
     if rule is None:
         grad = positions(entry.grad, None).to(torch.float64)
         rate: Any = measured_rates(observed, grad)
-        direction, change, decay, name = -observed / rate, observed, 0.0, "measured"
+        # Where nothing moved the rate is 0, and any direction will do.
+        direction = torch.where(rate == 0, grad, -observed / rate)
+        change, decay, name = observed, 0.0, "measured"
     else:
         _, update = reconstruct(entry, group, rule, old)
         rate, direction, decay = update.effective_lr, update.direction, float(update.decay)

@@ -49,7 +49,8 @@ class Passes:
         self.remove()
         if param is not None:
             self._param = weakref.ref(param)
-            self._handle = param.register_post_accumulate_grad_hook(self._passed)
+            register: Any = param.register_post_accumulate_grad_hook
+            self._handle = register(self._passed)
 
     def _passed(self, param: Tensor) -> None:
         grad = param.grad

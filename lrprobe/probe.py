@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def attach(
+def attach(  # noqa: PLR0913 - the whole of the public interface
     optimizer: Any,
     model: nn.Module | None = None,
     *,
@@ -41,7 +41,7 @@ def attach(
     batch_size: int | None = None,
     step: Step = None,
     sample: int | None = None,
-    compile: bool = False,
+    compile: bool = False,  # noqa: A002 - the field's word for it
 ) -> Probe:
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
 
@@ -79,9 +79,9 @@ def attach(
     """
     optimizers = find_optimizers(optimizer)
     names = parameter_names(model)
-    check_counts(every, track, batch_size, step)
-    if sample is not None or compile:
-        raise NotImplementedError("sample= and compile= come with the work on cost")
+    check_counts(every, track, batch_size, step, sample)
+    if compile:
+        raise NotImplementedError("compile= is not there yet; leave it out")
     chosen = Filter(include, exclude)
     for each in optimizers.values():
         chosen.see(name for _, name, _ in name_parameters(each, names))
@@ -94,7 +94,7 @@ def attach(
         memory = Memory()
         sinks.insert(0, memory)
     attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
-    options = Options(names, chosen, every, step, track, batch_size, attempt)
+    options = Options(names, chosen, every, step, track, batch_size, sample, attempt)
     probe = Probe(memory, Delivery(sinks, owned), places)
     for name, each in optimizers.items():
         probe.hooks.append(Hooks(name, each, options, probe))
@@ -114,7 +114,7 @@ class Probe:
         self._delivery = delivery
         self.places = places
         self.hooks: list[Hooks] = []
-        self.waiting: deque[tuple[Hooks, Pending]] = deque()
+        self._waiting: deque[tuple[Hooks, Pending]] = deque()
         self._closed = False
         self.run: dict[str, Any] = {}
 
@@ -195,6 +195,11 @@ class Probe:
         state = "closed" if self._closed else f"every {self.hooks[0].schedule}"
         return f"<lrprobe.Probe of {names}: {watched} parameters, step {self.step}, {state}>"
 
+    @property
+    def waiting(self) -> bool:
+        """Whether figures are still on their way to the host."""
+        return bool(self._waiting)
+
     def describe(self) -> None:
         """Hyperparameters and versions, which travel with every record."""
         self.run = {
@@ -206,15 +211,16 @@ class Probe:
         }
 
     def add(self, hooks: Hooks, pending: Pending) -> None:
-        self.waiting.append((hooks, pending))
+        """Take the figures of a step, still on the device."""
+        self._waiting.append((hooks, pending))
         self.collect()
 
     def collect(self, wait: bool = False) -> None:
         """Pass on what has arrived on the host; the rest is asked again at a later hook."""
-        while self.waiting and (wait or self.waiting[0][1].ready()):
-            hooks, pending = self.waiting.popleft()
+        while self._waiting and (wait or self._waiting[0][1].ready()):
+            hooks, pending = self._waiting.popleft()
             hooks.judge(pending)
-            self._delivery.put(pending.record)
+            self._delivery.put(pending.record, pending.nbytes)
         self._tell()
 
     def _wait(self) -> None:

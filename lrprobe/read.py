@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from lrprobe.record import KEYS, LEVELS, Level
+from lrprobe.text import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,7 @@ _SHOWN = (  # per parameter, in the order of the frame
     "update_ratio",
     "grad_norm",
 )
+_KEYS = ["optimizer", "attempt", "step"]
 _WHAT = "a Parquet dataset of lrprobe's (a folder) or a TensorBoard logdir"
 
 
@@ -101,19 +102,19 @@ def read(
 
 
 def _run_names(paths: list[Path]) -> list[str]:
-    """The shortest end of each path that none of the others has."""
-    whole = [
-        path.resolve().with_name(path.resolve().name.removesuffix(".parquet")) for path in paths
-    ]
-    names = [path.name for path in whole]
-    for depth in range(2, max(len(path.parts) for path in whole) + 1):
-        again = [i for i, name in enumerate(names) if names.count(name) > 1]
-        for i in again:
-            names[i] = Path(*whole[i].parts[-depth:]).as_posix()
-    return [
-        f"{name}#{names[:i].count(name)}" if name in names[:i] else name
-        for i, name in enumerate(names)
-    ]
+    """The shortest end of each path that no other path has; the same path twice is numbered."""
+    whole = [path.resolve() for path in paths]
+    whole = [path.with_name(path.name.removesuffix(".parquet")) for path in whole]
+    names = dict.fromkeys(whole, "")
+    for path in names:
+        for depth in range(1, len(path.parts) + 1):
+            names[path] = Path(*path.parts[-depth:]).as_posix()
+            if not any(
+                other.parts[-depth:] == path.parts[-depth:] for other in names if other != path
+            ):
+                break
+    again = [whole[:at].count(path) for at, path in enumerate(whole)]
+    return [names[path] + (f"#{n}" if n else "") for path, n in zip(whole, again, strict=True)]
 
 
 def _read_one(path: Path, table: str, by: Level, last: bool) -> pd.DataFrame:
@@ -159,49 +160,68 @@ def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
     import pyarrow as pa
 
     from lrprobe.sinks.memory import SCHEMAS, to_pandas
-    from lrprobe.sinks.parquet import FOLDERS, inspect_part, part_files
+    from lrprobe.sinks.parquet import part_files
 
-    tables = [SCHEMAS[name].empty_table()]
-    keys = []
-    good = 0
-    broken = []
+    tables = []
+    keys = [SCHEMAS["parameter"].empty_table().select(_KEYS)]
+    broken: list[str] = []
     for path in part_files(folder):
-        rows: int | None = None  # of this table; None is all, where the frame's part cannot tell
-        try:
-            part = inspect_part(path)
-            rows = part.rows[name]
-            frame = _read_part(path, "parameter", None, keys_only=name != "parameter")
-            if last:
-                keys.append(frame.select(["optimizer", "attempt", "step"]))
-            if name == "parameter":
-                tables.append(frame)
-            good += 1
-        except FileNotFoundError:
-            continue  # the run has just taken it away
-        except ValueError as error:
-            broken.append(str(error))
-        other = folder / FOLDERS[name] / path.name
-        if name != "parameter" and (rows or (rows is None and other.exists())):
-            try:
-                tables.append(_read_part(other, name, rows))
-                good += rows is None
-            except (ValueError, FileNotFoundError) as error:
-                broken.append(str(error))
+        table, its_keys = _read_parts(path, name, broken)
+        tables += table
+        keys += its_keys
     if broken:
-        message = f"{len(broken)} of the files in {str(folder)!r} cannot be read: " + "; ".join(
-            broken[:3] + [f"and {len(broken) - 3} more"] * (len(broken) > 3)
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        message = f"{len(broken)} of the files in {str(folder)!r} cannot be read: " + (
+            "; ".join(broken[:3]) + more
         )
-        if not good:
+        if not tables:
             raise ValueError(message)
-        warnings.warn(f"{message}. The others are read", UserWarning, stacklevel=4)
-    result = to_pandas(pa.concat_tables(tables))
-    if last and keys:
-        every = (
-            pa.concat_tables(keys).group_by(["optimizer", "attempt"]).aggregate([("step", "min")])
-        )
-        first = {(row["optimizer"], row["attempt"]): row["step_min"] for row in every.to_pylist()}
-        result = _without_superseded(result, first)
-    return result
+        warn(f"{message}. The others are read")
+    frame = to_pandas(pa.concat_tables([SCHEMAS[name].empty_table(), *tables]))
+    if not last:
+        return frame
+    every = pa.concat_tables(keys).group_by(["optimizer", "attempt"]).aggregate([("step", "min")])
+    first = {(row["optimizer"], row["attempt"]): row["step_min"] for row in every.to_pylist()}
+    return _without_superseded(frame, first)
+
+
+def _read_parts(
+    path: Path, name: TableName, broken: list[str]
+) -> tuple[list[pa.Table], list[pa.Table]]:
+    """What one part file of the frame, or the same part of another table, has.
+
+    Returns:
+        The table, and the frame's columns that tell attempts; each a list of one, or of none where
+        it cannot be read, which ``broken`` is told.
+    """
+    from lrprobe.sinks.memory import SCHEMAS
+    from lrprobe.sinks.parquet import FOLDERS, inspect_part
+
+    rows: int | None = None
+    keys = []
+    try:
+        part = inspect_part(path)
+        frame = _read_part(path, "parameter", None, keys_only=name != "parameter")
+        keys = [frame.select(_KEYS)]
+        if name == "parameter":
+            return [frame], keys
+        rows = part.rows[name]
+        if not rows:
+            return [SCHEMAS[name].empty_table()], keys
+    except FileNotFoundError:  # the run has just taken it away: an attempt without a record
+        return [], []
+    except ValueError as error:
+        broken.append(str(error))
+        if name == "parameter":
+            return [], []
+    other = path.parent / FOLDERS[name] / path.name
+    try:
+        # Where the frame's part is broken, nobody knows how many rows belong to it: take all.
+        if rows or other.exists():
+            return [_read_part(other, name, rows)], keys
+    except (ValueError, FileNotFoundError) as error:
+        broken.append(str(error))
+    return [], keys
 
 
 def _read_part(path: Path, name: TableName, rows: int | None, keys_only: bool = False) -> pa.Table:
@@ -213,7 +233,7 @@ def _read_part(path: Path, name: TableName, rows: int | None, keys_only: bool = 
 
     schema = SCHEMAS[name]
     if keys_only:
-        schema = pa.schema([schema.field(key) for key in ("optimizer", "attempt", "step")])
+        schema = pa.schema([schema.field(key) for key in _KEYS])
     expected = f"expected a Parquet file with the columns of lrprobe's table {name!r}"
     try:
         with pq.ParquetFile(path) as file:
@@ -232,82 +252,98 @@ def _read_part(path: Path, name: TableName, rows: int | None, keys_only: bool = 
 
 
 def _read_logdir(folder: Path, by: Level, last: bool) -> pd.DataFrame:
-    import pandas as pd
-
-    from lrprobe.sinks.tensorboard import MAP_PLUGIN, SCALARS
-
-    known: dict[str, tuple[str, str, Any, str]] = {}  # tag: optimizer, level, key, column
-    group_of: dict[tuple[str, str, Any], Any] = {}
-    session_of: dict[str, str] = {}  # optimizer: the sink that writes its tags now
-    sessions: dict[str, list[str]] = {}  # optimizer: all of them, in order
-    values: dict[tuple[str, str, int, int, float], dict[Any, dict[str, float]]] = {}
-
-    def learn(content: Mapping[str, Any]) -> None:
-        optimizers = set(content["reconstruction_error"].values())
-        for optimizer in optimizers:
-            session_of[optimizer] = content["session"]
-            if content["session"] not in sessions.setdefault(optimizer, []):
-                sessions[optimizer].append(content["session"])
-        for name, about in content["names"].items():
-            where = (about["optimizer"], about["level"], about["key"])
-            group_of[where] = about["group"]
-            for metric, column in SCALARS.items():
-                known[f"{content['prefix']}{metric}/{name}"] = (*where, column)
-        for tag, (optimizer, group) in content["lr"].items():
-            known[tag] = (optimizer, "group", group, "lr")
-        for tag, optimizer in content["reconstruction_error"].items():
-            known[tag] = (optimizer, "model", None, "reconstruction_error")
-
+    scalars = _Scalars()
     for file in sorted(path for path in folder.iterdir() if "tfevents" in path.name):
         for event in _events(file):
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == MAP_PLUGIN:
-                    learn(json.loads(value.tensor.string_val[0]))
-                elif value.tag in known and value.HasField("simple_value"):
-                    optimizer, level, key, column = known[value.tag]
-                    attempt = sessions[optimizer].index(session_of[optimizer])
-                    at = (level, optimizer, attempt, event.step, event.wall_time)
-                    values.setdefault(at, {}).setdefault(key, {})[column] = value.simple_value
-    if not known:
+            scalars.take(event)
+    levels = [level for level in LEVELS if level in scalars.levels]
+    if not levels:
         raise ValueError(
             f"{str(folder)!r} has no events of lrprobe's; allowed is {_WHAT} that a probe wrote to"
         )
-    levels = {level for _, level, _, _ in known.values()}
     if by not in levels:
         raise ValueError(
-            f"by={by!r}, but the logdir {str(folder)!r} has no tags of that kind; it has "
-            + ", ".join(repr(level) for level in LEVELS if level in levels)
+            f"by={by!r}, but the tags in the logdir {str(folder)!r} are by "
+            + ", ".join(map(repr, levels))
         )
+    frame = scalars.frame(by)
+    return _without_superseded(frame, scalars.first_steps()) if last else frame
 
-    figures = {"group": ("lr",), "model": ("reconstruction_error",)}.get(by, _SHOWN)
-    kinds = {"step": "int64", "time": "float64", "attempt": "int64", "optimizer": "str"}
-    kinds |= {**KEYS[by], **dict.fromkeys(figures, "float64")}
-    rows = []
-    for (level, optimizer, attempt, step, when), members in values.items():
-        if level != by:
-            continue
-        rates = values.get(("group", optimizer, attempt, step, when), {})
-        for key, found in members.items():
-            group = group_of.get((optimizer, level, key))
-            rows.append(
-                {
-                    "step": step,
-                    "time": when,
-                    "attempt": attempt,
-                    "optimizer": optimizer,
-                    level: key,
-                    **({"group": group} if level == "parameter" else {}),
-                    "lr": rates.get(group, {}).get("lr", float("nan")),
-                    **found,
-                }
-            )
-    frame = pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
-    if last:
+
+class _Event(NamedTuple):
+    """What the scalars of one record have in common."""
+
+    optimizer: str
+    attempt: int
+    step: int
+    time: float
+
+
+class _Scalars:
+    """The scalars of a logdir, put together to rows again."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, str, Any, str]] = {}  # optimizer, level, key, column
+        self._groups: dict[tuple[str, str, Any], int | None] = {}
+        # An attempt is a sink's life: the sinks of each optimizer, the present one, in order.
+        self._sinks: dict[str, list[str]] = {}
+        self._sink: dict[str, str] = {}
+        self._found: dict[_Event, dict[tuple[str, Any], dict[str, float]]] = {}
+
+    @property
+    def levels(self) -> set[str]:
+        return {level for _, level, _, _ in self._known.values()}
+
+    def first_steps(self) -> dict[tuple[str, int], int]:
         first: dict[tuple[str, int], int] = {}
-        for _, optimizer, attempt, step, _ in values:
-            first[optimizer, attempt] = min(step, first.get((optimizer, attempt), step))
-        frame = _without_superseded(frame, first)
-    return frame
+        for event in self._found:
+            key = event.optimizer, event.attempt
+            first[key] = min(event.step, first.get(key, event.step))
+        return first
+
+    def take(self, event: Any) -> None:
+        from lrprobe.sinks.tensorboard import MAP_PLUGIN
+
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == MAP_PLUGIN:
+                self._learn(json.loads(value.tensor.string_val[0]))
+            elif value.tag in self._known and value.HasField("simple_value"):
+                optimizer, level, key, column = self._known[value.tag]
+                attempt = self._sinks[optimizer].index(self._sink[optimizer])
+                at = _Event(optimizer, attempt, event.step, event.wall_time)
+                row = self._found.setdefault(at, {}).setdefault((level, key), {})
+                row[column] = value.simple_value
+
+    def frame(self, by: Level) -> pd.DataFrame:
+        import pandas as pd
+
+        figures = {"group": ("lr",), "model": ("reconstruction_error",)}.get(by, _SHOWN)
+        kinds = {"step": "int64", "time": "float64", "attempt": "int64", "optimizer": "str"}
+        kinds |= {**KEYS[by], **dict.fromkeys(figures, "float64")}
+        rows = []
+        for event, found in self._found.items():
+            for (level, key), values in found.items():
+                if level == by:
+                    group = self._groups.get((event.optimizer, level, key))
+                    lr = found.get(("group", group), {}).get("lr", float("nan"))
+                    row = {**event._asdict(), "group": group, level: key, "lr": lr, **values}
+                    rows.append(row)
+        return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
+
+    def _learn(self, content: Mapping[str, Any]) -> None:
+        """Take in the map that a sink writes before its first scalars: which tag is what."""
+        for tag, optimizer in content["reconstruction_error"].items():
+            self._sink[optimizer] = content["sink"]
+            if content["sink"] not in self._sinks.setdefault(optimizer, []):
+                self._sinks[optimizer].append(content["sink"])
+            self._known[tag] = (optimizer, "model", None, "reconstruction_error")
+        for tag, (optimizer, group) in content["lr"].items():
+            self._known[tag] = (optimizer, "group", group, "lr")
+        for name, about in content["names"].items():
+            where = (about["optimizer"], about["level"], about["key"])
+            self._groups[where] = about["group"]
+            for metric, column in content["scalars"].items():
+                self._known[f"{content['prefix']}{metric}/{name}"] = (*where, column)
 
 
 def _events(path: Path) -> Iterator[Any]:
@@ -330,11 +366,9 @@ def _events(path: Path) -> Iterator[Any]:
                 data = content[:length]
                 sound = masked_crc(data) == struct.unpack("<I", content[length:])[0]
             if not sound:
-                warnings.warn(
+                warn(
                     f"{path}: expected a TensorBoard event file, found a broken or foreign one; "
-                    "what comes before is read",
-                    UserWarning,
-                    stacklevel=5,
+                    "what comes before is read"
                 )
                 return
             yield Event.FromString(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Sequence
 
@@ -15,8 +15,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 def warn(message: str) -> None:
     """Warn, pointing at the first line up the stack that is neither lrprobe's nor torch's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+    level, frame = 2, inspect.currentframe()
+    frame = frame and frame.f_back
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
         ("lrprobe.", "torch.", "contextlib")
     ):
         level, frame = level + 1, frame.f_back

@@ -68,6 +68,14 @@ def test_demo_leaves_a_picture_and_says_where_everything_is(demo: tuple[Path, st
     assert (folder / "out" / "effective_lr.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_lost_updates_are_seen_in_bfloat16_only(tmp_path: Path) -> None:
+    """And more of them at the lower rate."""
+    rows = [line.split() for line in run("examples/lost_updates.py", cwd=tmp_path).splitlines()]
+    lost = {(dtype, lr): float(share.rstrip("%")) for dtype, lr, share, _ in rows[1:]}
+    assert lost["float32", "0.001"] < 1 < lost["bfloat16", "0.001"] < lost["bfloat16", "0.0001"]
+    assert lost["float32", "0.0001"] < 1
+
+
 def test_documented_answers_are_what_is_measured(tmp_path: Path) -> None:
     """docs/answers_table.md is what docs/measure_answers.py prints, to the rounding of machines."""
     number = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")

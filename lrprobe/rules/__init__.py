@@ -30,8 +30,10 @@ _RULES: dict[type, Rule] = {
 
 
 def find_rule(cls: type) -> Rule | None:
-    """The rule of a class, or of the nearest parent that has one: the check against the real step
-    tells whether it holds for the child."""
+    """The rule of a class, or of the nearest parent that has one.
+
+    Whether it holds for the child, the check against the real step tells.
+    """
     return next((_RULES[c] for c in cls.__mro__ if c in _RULES), None)
 
 

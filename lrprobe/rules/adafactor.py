@@ -44,8 +44,10 @@ def _denominator(s: Slice) -> Tensor:
 
 
 def _adafactor(s: Slice) -> Update:
-    """α_t/max(1, RMS(u)/d) · 1/√max(v, ε₁²) ⊙ g (Shazeer and Stern 2018, algorithms 4 and 5;
-    ``torch/optim/_adafactor.py``)."""
+    """α_t/max(1, RMS(u)/d) · 1/√max(v, ε₁²) ⊙ g, with u = g/√v.
+
+    Shazeer and Stern 2018, algorithms 4 and 5; ``torch/optim/_adafactor.py``.
+    """
     lr: Any = s.lr
     _, eps2 = s.group["eps"]
     t = s.t()

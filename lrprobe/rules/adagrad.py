@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from lrprobe.rules.base import Rule, Slice, Update
 
@@ -50,12 +50,12 @@ def _adadelta(s: Slice) -> Update:
     )
 
 
-def _grad_with_decay(s: Slice, rms: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+def _grad_with_decay(s: Slice, rms: Tensor, scaled: Tensor) -> Tensor:
     """Solve g = grad + λ·θ_before for g, where θ_before = θ_after + lr·δ(g), by Newton's method."""
     rho, decay = s.group["rho"], s.group["weight_decay"]
     known = s.grad + decay * s.param
     pull = decay * s.lr * scaled.sqrt()
-    x = known / rms  # δ(g) = √scaled · x/√(ρ + (1−ρ)x²), with x = g/RMS[g]
+    x: Tensor = known / rms  # δ(g) = √scaled · x/√(ρ + (1−ρ)x²), with x = g/RMS[g]
     for _ in range(6):
         root = (rho + (1 - rho) * x * x).sqrt()
         x = x - (x * rms - pull * x / root - known) / (rms - pull * rho / root**3)

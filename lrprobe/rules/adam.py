@@ -77,14 +77,20 @@ def _radam(s: Slice) -> Update:
 
 
 def _adamax(s: Slice) -> Update:
-    """lr/u ⊙ m̂, u the decaying maximum of |g|+ε (Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``)."""
+    """lr/u ⊙ m̂, u the decaying maximum of |g|+ε.
+
+    Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``.
+    """
     beta1, _ = s.group["betas"]
     t = s.t("capturable")
     return Update(s.lr / s["exp_inf"], s["exp_avg"] / (1 - power(beta1, t)))
 
 
 def _sparse_adam(s: Slice) -> Update:
-    """Adam on the rows that a sparse gradient touched (``torch/optim/_functional.py``); ε outside the correction."""
+    """Adam on the rows that a sparse gradient touched; ε stands outside the bias correction.
+
+    ``torch/optim/_functional.py``.
+    """
     beta1, beta2 = s.group["betas"]
     t = s.t()
     eps = s.group["eps"]

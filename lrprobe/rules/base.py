@@ -151,11 +151,13 @@ class Slice:
         step = torch.as_tensor(self.scalar("step"))
         return step if any(self.group.get(flag) for flag in float32_if) else step.double()
 
-    @property
-    def lr(self) -> Scalar:
-        """The group's rate during this step."""
+    @cached_property
+    def lr(self) -> Tensor:
+        """The group's rate during this step: 0-dim, float64 unless torch has a tensor of its own."""
         lr = self.group["lr"]
-        return lr.detach().squeeze() if isinstance(lr, Tensor) else lr
+        if isinstance(lr, Tensor):
+            return lr.detach().squeeze()
+        return torch.tensor(lr, dtype=torch.float64, device="cpu")
 
     def solve_decay(
         self, direction: Tensor, effective_lr: Scalar, *, share: Scalar = 1.0, decay: Scalar = 0.0
@@ -173,7 +175,8 @@ class Slice:
             before = (self.param + effective_lr * direction) / (
                 1.0 - decay - effective_lr * (share * weight_decay)
             )
-        return direction + (share * weight_decay) * before
+        total: Tensor = direction + (share * weight_decay) * before
+        return total
 
     @property
     def before(self) -> Tensor | None:

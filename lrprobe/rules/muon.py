@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def _orthogonalise(matrix: Tensor, group: Any) -> Tensor:
         gram = x @ x.T
         polynomial = gram.addmm(gram, gram, beta=b, alpha=c)
         x = x.addmm(polynomial, x, beta=a)
-    return x.T if tall else x
+    return cast("Tensor", x.T if tall else x)
 
 
 def _whole(whole: Whole) -> dict[str, Scalar]:
@@ -35,14 +36,17 @@ def _adjustment(whole: Whole) -> float:
     rows, columns = whole.entry.param.shape[:2]
     how = whole.group.get("adjust_lr_fn")
     if how is None or how == "original":
-        return max(1.0, rows / columns) ** 0.5
+        return math.sqrt(max(1.0, rows / columns))
     if how == "match_rms_adamw":
-        return 0.2 * max(rows, columns) ** 0.5
+        return 0.2 * math.sqrt(max(rows, columns))
     return 1.0
 
 
 def _muon(s: Slice) -> Update:
-    """θ ← θ·(1 − lr·λ) − lr·adjustment·orthogonal (Jordan et al. 2024; ``torch/optim/_muon.py``)."""
+    """θ ← θ·(1 − lr·λ) − lr·adjustment·orthogonal.
+
+    Jordan et al. 2024; ``torch/optim/_muon.py``.
+    """
     adjustment: Any = s.scalar("adjustment")
     return Update(s.lr * adjustment, s["orthogonal"], s.lr * s.group["weight_decay"])
 

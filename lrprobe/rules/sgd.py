@@ -12,7 +12,10 @@ from lrprobe.rules.base import Rule, Scalar, Slice, Update
 
 
 def _sgd(s: Slice) -> Update:
-    """θ ← θ − lr·d; d = g, the buffer b, or g + μ·b (Sutskever et al. 2013; ``torch/optim/sgd.py``)."""
+    """θ ← θ − lr·d with d = g, the buffer b, or g + μ·b.
+
+    Sutskever et al. 2013; ``torch/optim/sgd.py``.
+    """
     momentum = s.group["momentum"]
     if "momentum_buffer" not in s:
         direction = s.solve_decay(s.grad, s.lr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -23,6 +22,7 @@ from lrprobe.record import (
     Record,
     frame_columns,
 )
+from lrprobe.text import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
     return frame
 
 
-def encode(table: pa.Table) -> pa.Buffer:
+def encode(table: pa.Table) -> bytes:
     """The table as the bytes of a Parquet file, its metadata included."""
     text: Any = []
     figures: Any = []  # the stubs have these two parameters as bool only
@@ -137,7 +137,7 @@ def encode(table: pa.Table) -> pa.Buffer:
         use_byte_stream_split=figures,
         write_statistics=False,
     )
-    return sink.getvalue()
+    return sink.getvalue().to_pybytes()  # whose size is what it takes, unlike the buffer's
 
 
 def footprint(record: Record, names: set[int] | None = None) -> int:
@@ -149,8 +149,9 @@ def footprint(record: Record, names: set[int] | None = None) -> int:
             added.
     """
     seen = set() if names is None else names
-    total = 0
+    total = sys.getsizeof(record.edges) + sys.getsizeof(record.counts)
     for columns in (*record.tables.values(), record.elements):
+        total += sys.getsizeof(columns)
         for array in columns.values():
             total += array.nbytes + _ARRAY
             if array.dtype == object:
@@ -179,7 +180,7 @@ class _Block:
 
     arrivals: NDArray[np.int64]
     rows: Mapping[TableName, NDArray[np.int64]]
-    files: Mapping[TableName, pa.Buffer]
+    files: Mapping[TableName, bytes]
     nbytes: int
 
     @classmethod
@@ -190,7 +191,8 @@ class _Block:
         tables = arrow_tables(records)
         files = {name: encode(table) for name, table in tables.items() if table.num_rows}
         arrays = [arrivals, *rows.values()]
-        nbytes = sum(file.size for file in files.values()) + sum(a.nbytes + _ARRAY for a in arrays)
+        nbytes = sum(map(sys.getsizeof, files.values()))
+        nbytes += sum(array.nbytes + _ARRAY for array in arrays)
         return cls(arrivals, rows, files, nbytes)
 
     def table(self, name: TableName) -> pa.Table:
@@ -345,7 +347,7 @@ class Memory:
             del self._tiers[lowest]
             if self._lowest == 0:
                 self._problems.append(
-                    f"lrprobe: the records in memory have reached their bound of "
+                    f"the records in memory have reached their bound of "
                     f"{self.max_bytes:,} bytes (sinks.Memory(max_bytes={self.max_bytes})). To stay "
                     "within it, every second record is dropped, and again each time it is "
                     "reached; the first and the newest are kept. For all records, "
@@ -365,7 +367,7 @@ class Memory:
                 "lrprobe.read() it"
             )
         for problem in self.problems():  # where no delivery has passed it on
-            warnings.warn(problem, RuntimeWarning, stacklevel=3)
+            warn(problem)
         with self._lock:
             blocks = [block for tier in self._tiers.values() for block in tier.blocks]
             loose = [kept for tier in self._tiers.values() for kept in tier.open]

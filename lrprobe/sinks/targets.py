@@ -12,10 +12,58 @@ from typing import Any
 from lrprobe.sinks.base import Sink
 
 _FILE_ENDINGS = frozenset(
-    ".arrow .avro .bin .bz2 .ckpt .csv .db .duckdb .feather .gz .h5 .hdf5 .html .ipc .json .jsonl "
-    ".log .mat .md .msgpack .ndjson .npy .npz .orc .pb .pdf .pickle .pkl .png .pq .pt .pth .py "
-    ".safetensors .sqlite .sqlite3 .svg .tar .tfevents .toml .tsv .txt .xls .xlsx .xml .xz .yaml "
-    ".yml .zip .zst".split()
+    {
+        ".arrow",
+        ".avro",
+        ".bin",
+        ".bz2",
+        ".ckpt",
+        ".csv",
+        ".db",
+        ".duckdb",
+        ".feather",
+        ".gz",
+        ".h5",
+        ".hdf5",
+        ".html",
+        ".ipc",
+        ".json",
+        ".jsonl",
+        ".log",
+        ".mat",
+        ".md",
+        ".msgpack",
+        ".ndjson",
+        ".npy",
+        ".npz",
+        ".orc",
+        ".pb",
+        ".pdf",
+        ".pickle",
+        ".pkl",
+        ".png",
+        ".pq",
+        ".pt",
+        ".pth",
+        ".py",
+        ".safetensors",
+        ".sqlite",
+        ".sqlite3",
+        ".svg",
+        ".tar",
+        ".tfevents",
+        ".toml",
+        ".tsv",
+        ".txt",
+        ".xls",
+        ".xlsx",
+        ".xml",
+        ".xz",
+        ".yaml",
+        ".yml",
+        ".zip",
+        ".zst",
+    }
 )
 _ALLOWED = (
     "a path ending in .parquet (a dataset), another path without a file ending (a TensorBoard "
@@ -54,10 +102,9 @@ def destinations(to: Any) -> list[str]:
     many = isinstance(to, Sequence) and not isinstance(to, str | bytes)
     found = []
     for one in to if many else [to]:
-        if _is_summary_writer(one):
-            one = getattr(one, "log_dir", None)
-        if isinstance(one, str | os.PathLike):
-            found.append(os.path.realpath(os.fspath(one)))
+        path = getattr(one, "log_dir", None) if _is_summary_writer(one) else one
+        if isinstance(path, str | os.PathLike):
+            found.append(os.path.realpath(os.fspath(path)))
     return found
 
 

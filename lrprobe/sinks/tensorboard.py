@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -50,6 +51,7 @@ MAP_PLUGIN = "lrprobe"
 """Plugin name of the tensor, a JSON text, that says which tags belong to what."""
 
 _HISTOGRAM = "effective_lr_log10_hist"
+_BUCKETS = 32  # TensorBoard draws 30
 _MAX_NAME = 200  # characters of a name in a tag
 
 _CARD = """\
@@ -177,7 +179,7 @@ class _Tags:
     def __init__(self, prefix: str) -> None:
         self.news = True  # something is to be described to TensorBoard
         self._prefix = prefix
-        self._session = secrets.token_hex(8)  # tells readers one attempt from the next
+        self._sink = secrets.token_hex(8)  # tells readers one attempt from the next
         self._plans: dict[str, _Plan] = {}
         self._names: dict[tuple[str, str, str], str] = {}  # (optimizer, level, key) to name
         self._owners: dict[str, str] = {}
@@ -238,8 +240,9 @@ class _Tags:
         summary.MergeFrom(text(f"{self._prefix}lrprobe", card))  # type: ignore[no-untyped-call]
         content = {
             "schema_version": SCHEMA_VERSION,
-            "session": self._session,
+            "sink": self._sink,
             "prefix": self._prefix,
+            "scalars": dict(SCALARS),
             "names": {
                 name: {
                     "optimizer": optimizer,
@@ -349,7 +352,7 @@ def _add_scalars(summary: Any, plan: _Plan, record: Record) -> None:
                     add(tag=plan.tag(metric, name), simple_value=value)
         groups = record.tables["group"]
         for group, lr in zip(groups["group"].tolist(), groups["lr"].tolist(), strict=True):
-            if lr == lr:  # not NaN, which stands for a mixed one
+            if not math.isnan(lr):  # which stands for a mixed one
                 tag = plan.tag("lr", f"{plan.owner}group{group}")
                 add(tag=tag, simple_value=float(np.float32(lr)))
         errors = table["reconstruction_error"]
@@ -386,6 +389,9 @@ def log10_histogram(edges: NDArray[np.float64], counts: NDArray[Any]) -> Any:
     if len(finite) < len(limits):
         low, high = (finite[0], finite[-1]) if len(finite) else (0.0, 0.0)
         limits = np.clip(limits, low - 1, high + 1)
+    if len(counts) > _BUCKETS:
+        picks = np.unique(np.linspace(0, len(counts), _BUCKETS + 1).round().astype(int))
+        counts, limits = np.add.reduceat(counts, picks[:-1]), limits[picks]
     middles = (limits[1:] + limits[:-1]) / 2
     weighted = middles * counts
     return HistogramProto(
@@ -560,10 +566,10 @@ class _EventFile:
 
     def _open(self) -> None:
         try:
-            os.makedirs(self.folder, exist_ok=True)
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
             name += f".{os.getpid()}.{next(_uid)}.lrprobe"
-            self._file = open(Path(self.folder, name), "xb", buffering=0)  # noqa: SIM115
+            self._file = Path(self.folder, name).open("xb", buffering=0)  # noqa: SIM115 - close() closes it
             self._size = 0
             self.add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         except OSError as error:
@@ -594,7 +600,8 @@ class _Writer:
         return True
 
     def add(self, event: Any) -> None:
-        file_writer = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
+        # Not public, but what all its methods use: the file, opened again where it was closed.
+        file_writer = self._writer._get_file_writer()  # type: ignore[no-untyped-call] # noqa: SLF001
         file_writer.add_event(event, event.step, event.wall_time)
 
     def flush(self) -> None:

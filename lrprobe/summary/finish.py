@@ -6,7 +6,7 @@ The parameter's own row is a merge of one, so that every level goes through the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,14 @@ class Summary:
     parts: Floats
     checks: Floats
     rates: Sequence[Rates | None]
+    _binned: dict[int, tuple[Ints, Floats]] = field(default_factory=dict)
+
+    def binned(self, i: int) -> tuple[Ints, Floats]:
+        """Fine bins of a parameter's rates, and their counts, computed once."""
+        if i not in self._binned:
+            constant = float(self.parts[i, PARTS.index("rate_mean")])
+            self._binned[i] = binned(self.rates[i], constant, int(self.numel[i]))
+        return self._binned[i]
 
     def part(self, name: str) -> Floats:
         """One column of ``parts``."""
@@ -68,7 +76,7 @@ class Summary:
         return self.checks[:, CHECKS.index(name)]
 
 
-def columns(summary: Summary, label: Ints, rows: int) -> dict[str, NDArray[np.float64]]:
+def columns(summary: Summary, label: Ints, rows: int) -> dict[str, Floats]:
     """The figures of each row, merged from the parameters with its label.
 
     Args:
@@ -77,132 +85,176 @@ def columns(summary: Summary, label: Ints, rows: int) -> dict[str, NDArray[np.fl
         rows: number of rows.
 
     Returns:
-        Column name to (rows,): all figures but the learning rate and samples.
+        Column name to (rows,): all figures but the learning rate, decay and samples.
     """
-    on = summary.stepped
-    lab = label[on]
-    n = summary.numel[on].astype(np.float64)
-
-    def add(values: Floats) -> Floats:
-        total = np.zeros(rows)
-        np.add.at(total, lab, values[on])
-        return np.where(some, total, np.nan)
-
-    def extreme(values: Floats, how: np.ufunc) -> Floats:
-        result = np.full(rows, np.inf if how is np.minimum else -np.inf)
-        how.at(result, lab, values[on])
-        return np.where(some, result, np.nan)
-
-    some = np.zeros(rows, dtype=np.bool_)
-    some[lab] = True
-    count = np.zeros(rows)
-    np.add.at(count, lab, n)
-    weight = summary.numel.astype(np.float64)
+    # Parameters that stepped, those of one row side by side.
+    order = np.flatnonzero(summary.stepped)
+    order = order[np.argsort(label[order], kind="stable")]
+    found, starts = np.unique(label[order], return_index=True)
     with np.errstate(all="ignore"):
-        low, high = (
-            extreme(summary.part("rate_min"), np.minimum),
-            extreme(summary.part("rate_max"), np.maximum),
-        )
-        constant = low == high
-        mean = np.where(constant, low, add(weight * summary.part("rate_mean")) / count)
-        away = summary.part("rate_mean") - mean[label]
-        m2 = add(summary.part("rate_m2") + np.where(weight > 0, weight * away**2, 0))
-        gmean = np.where(constant, low, np.exp(add(summary.part("rate_log")) / count))
-        scale = weight / summary.check("checked")
-        decay = summary.part("decay")
-        u2 = (
-            summary.part("ee") + 2 * decay * summary.part("ep") + decay**2 * summary.part("pp")
-        ) / (1 - decay) ** 2
-        descent = (summary.part("eg") + decay * summary.part("pg")) / (1 - decay)
-        measured = summary.measured
-        observed = summary.check("observed") * scale
-        u2 = np.where(measured, observed, u2.clip(min=0))
-        descent = np.where(measured, -summary.check("sample_og") * scale, descent)
-        dd = np.where(measured, summary.check("sample_gg") * scale, summary.part("dd"))
-        ee = np.where(measured, observed, summary.part("ee"))
-        update = np.sqrt(add(u2))
-        grad = np.sqrt(add(summary.part("gg")))
-        sampled_grad = np.where(measured, summary.check("sample_gg") * scale, summary.part("gg"))
-        param2 = np.zeros(rows)
-        np.add.at(param2, label, summary.part("pp"))
-        param = np.sqrt(param2)
-        intended = np.sqrt(add(summary.check("intended") * scale))
-        moved = np.maximum(intended, np.sqrt(add(observed)))
-        result = {
-            "effective_lr_mean": mean,
-            "effective_lr_gmean": gmean,
-            "effective_lr_std": np.where(constant, 0.0, np.sqrt(m2 / count)),
-            "effective_lr_min": low,
-            "effective_lr_max": high,
-            "effective_lr_applied": np.sqrt(add(ee) / add(dd)),
-            "update_norm": update,
-            "update_ratio": update / param,
-            "update_grad_cosine": add(descent) / (update * np.sqrt(add(sampled_grad))),
-            "param_norm": param,
-            "grad_norm": grad,
-            "zero_grad_fraction": add(summary.part("zeros")) / count,
-            "rms_grad_mean": add(summary.part("rms_grad")) / count,
-            "rms_update_mean": add(summary.part("rms_update")) / count,
-            "eps_fraction": add(summary.part("below_eps")) / count,
-            "nonfinite": add(summary.part("nonfinite")),
-            "lost_fraction": add(summary.check("lost") * scale) / count,
-            "reconstruction_error": np.sqrt(add(summary.check("residual") * scale)) / moved,
-        }
-        result["effective_lr_applied"] = np.where(
-            constant & ~np.isnan(result["effective_lr_applied"]),
-            low,
-            result["effective_lr_applied"],
-        )
-    result |= _quantiles(summary, label, rows, low, high)
+        terms = _terms(summary, order)
+        mean = terms.pop("mean")
+        low, high = terms.pop("low"), terms.pop("high")
+        if len(order):
+            low = np.minimum.reduceat(low, starts)
+            high = np.maximum.reduceat(high, starts)
+            summed = np.add.reduceat(np.stack(list(terms.values())), starts, axis=1)
+            total = dict(zip(terms, summed, strict=True))
+            n = total["n"]
+            constant = low == high
+            center = np.where(constant, low, total["n_mean"] / n)
+            members = np.diff(starts, append=len(order))
+            away = terms["n"] * (mean - np.repeat(center, members)) ** 2
+            total["m2"] += np.add.reduceat(away, starts)
+            figures = _finished(total, n, constant, low, high, center)
+        else:
+            figures = dict.fromkeys(_MERGED, low)
+        result = {name: _spread(figures[name], found, rows) for name in _MERGED}
+        # The norm of a parameter is known, whether it stepped or not.
+        squares = np.zeros(rows)
+        np.add.at(squares, label, summary.part("pp"))
+        result["param_norm"] = np.sqrt(squares)
+        result["update_ratio"] = result["update_norm"] / result["param_norm"]
+    lows, highs = result["effective_lr_min"], result["effective_lr_max"]
+    quantiles = np.full((rows, len(QUANTILES)), np.nan)
+    ends = [*starts[1:].tolist(), len(order)]
+    for row, start, end in zip(found.tolist(), starts.tolist(), ends, strict=True):
+        low_high = float(lows[row]), float(highs[row])
+        quantiles[row] = _row_quantiles(summary, order[start:end], *low_high)
+    for at, suffix in enumerate(QUANTILES):
+        result[f"effective_lr_{suffix}"] = quantiles[:, at]
     return result
 
 
-def _quantiles(
-    summary: Summary, label: Ints, rows: int, low: Floats, high: Floats
+def _terms(summary: Summary, order: Ints) -> dict[str, Floats]:
+    """What adds up, for the chosen parameters; a measured one from its sample."""
+    part = dict(zip(PARTS, summary.parts[order].T, strict=True))
+    check = dict(zip(CHECKS, summary.checks[order].T, strict=True))
+    measured = summary.measured[order]
+    n = summary.numel[order].astype(np.float64)
+    scale = n / check["checked"]
+    decay = part["decay"]
+    observed = check["observed"] * scale
+    # ‖Δθ‖² and −Δθ·g, where Δθ = −(e⊙d + decay·θ_after)/(1 − decay).
+    update = part["ee"] + 2 * decay * part["ep"] + decay**2 * part["pp"]
+    update = (update / (1 - decay) ** 2).clip(min=0)
+    descent = (part["eg"] + decay * part["pg"]) / (1 - decay)
+    sampled = check["sample_gg"] * scale
+    return {
+        "mean": part["rate_mean"],
+        "low": part["rate_min"],
+        "high": part["rate_max"],
+        "n": n,
+        "n_mean": n * part["rate_mean"],
+        "m2": part["rate_m2"],
+        "log": part["rate_log"],
+        "ee": np.where(measured, observed, part["ee"]),
+        "dd": np.where(measured, sampled, part["dd"]),
+        "update": np.where(measured, observed, update),
+        "descent": np.where(measured, -check["sample_og"] * scale, descent),
+        "gg": part["gg"],
+        "seen_gg": np.where(measured, sampled, part["gg"]),
+        "zeros": part["zeros"],
+        "rms_grad": part["rms_grad"],
+        "rms_update": part["rms_update"],
+        "below_eps": part["below_eps"],
+        "nonfinite": part["nonfinite"],
+        "lost": check["lost"] * scale,
+        "residual": check["residual"] * scale,
+        "intended": check["intended"] * scale,
+        "observed": observed,
+    }
+
+
+def _finished(
+    total: dict[str, Floats],
+    n: Floats,
+    constant: NDArray[np.bool_],
+    low: Floats,
+    high: Floats,
+    mean: Floats,
 ) -> dict[str, Floats]:
-    result = np.full((rows, len(QUANTILES)), np.nan)
-    members: list[list[int]] = [[] for _ in range(rows)]
-    for i in np.flatnonzero(summary.stepped):
-        members[label[i]].append(int(i))
-    shares = np.array(list(QUANTILES.values()))
-    for row, inside in enumerate(members):
-        if not inside:
-            continue
-        if low[row] == high[row]:
-            result[row] = low[row]
-        elif any(summary.measured[i] for i in inside) or not np.isnan(low[row]):
-            result[row] = _row_quantiles(summary, inside, shares, low[row], high[row])
-    return {f"effective_lr_{suffix}": result[:, at] for at, suffix in enumerate(QUANTILES)}
+    update = np.sqrt(total["update"])
+    moved = np.sqrt(np.maximum(total["intended"], total["observed"]))
+    applied = np.sqrt(total["ee"] / total["dd"])
+    return {
+        "effective_lr_mean": mean,
+        "effective_lr_gmean": np.where(constant, low, np.exp(total["log"] / n)),
+        "effective_lr_std": np.where(constant, 0.0, np.sqrt(total["m2"] / n)),
+        "effective_lr_min": low,
+        "effective_lr_max": high,
+        "effective_lr_applied": np.where(constant & ~np.isnan(applied), low, applied),
+        "update_norm": update,
+        "update_grad_cosine": total["descent"] / (update * np.sqrt(total["seen_gg"])),
+        "grad_norm": np.sqrt(total["gg"]),
+        "zero_grad_fraction": total["zeros"] / n,
+        "rms_grad_mean": total["rms_grad"] / n,
+        "rms_update_mean": total["rms_update"] / n,
+        "eps_fraction": total["below_eps"] / n,
+        "nonfinite": total["nonfinite"],
+        "lost_fraction": total["lost"] / n,
+        "reconstruction_error": np.sqrt(total["residual"]) / moved,
+    }
 
 
-def _row_quantiles(
-    summary: Summary, inside: list[int], shares: Floats, low: float, high: float
-) -> Floats:
-    numel = summary.numel[inside]
+_MERGED = (
+    "effective_lr_mean",
+    "effective_lr_gmean",
+    "effective_lr_std",
+    "effective_lr_min",
+    "effective_lr_max",
+    "effective_lr_applied",
+    "update_norm",
+    "update_grad_cosine",
+    "grad_norm",
+    "zero_grad_fraction",
+    "rms_grad_mean",
+    "rms_update_mean",
+    "eps_fraction",
+    "nonfinite",
+    "lost_fraction",
+    "reconstruction_error",
+)
+_SHARES = np.array(list(QUANTILES.values()))
+
+
+def _spread(values: Floats, found: Ints, rows: int) -> Floats:
+    result = np.full(rows, np.nan)
+    result[found] = values
+    return result
+
+
+def _row_quantiles(summary: Summary, inside: Ints, low: float, high: float) -> Floats:
+    """Quantiles of the rates of the parameters of one row: (QUANTILES,)."""
+    measured = bool(summary.measured[inside].any())
+    if low == high:
+        return np.full(len(_SHARES), low)
+    if np.isnan(low) and not measured:
+        return np.full(len(_SHARES), np.nan)
+    numel = summary.numel[inside].tolist()
     rates = [summary.rates[i] for i in inside]
-    if len(inside) == 1 and rates[0] is not None and rates[0].values is not None:
-        return _exact(rates[0].values, shares, bool(summary.measured[inside[0]]))
-    constants = [summary.part("rate_mean")[i] for i in inside]
-    if numel.sum() <= WHOLE:
+    only = rates[0] if len(rates) == 1 else None
+    if only is not None and only.values is not None:
+        return _exact(only.values, measured)
+    if sum(numel) <= WHOLE:
+        constants = summary.part("rate_mean")[inside].tolist()
         pieces = [
             np.full(n, c) if r is None or r.values is None else r.values
             for r, c, n in zip(rates, constants, numel, strict=True)
         ]
-        return _exact(np.concatenate(pieces), shares, bool(summary.measured[inside].any()))
-    bins, counts = [], []
-    for r, constant, n in zip(rates, constants, numel, strict=True):
-        b, c = binned(r, constant, int(n))
-        bins.append(b)
-        counts.append(c)
-    return bin_quantiles(np.concatenate(bins), np.concatenate(counts), shares, low, high)
+        return _exact(np.concatenate(pieces), measured)
+    bins, counts = zip(*(summary.binned(i) for i in inside.tolist()), strict=True)
+    return bin_quantiles(np.concatenate(bins), np.concatenate(counts), low, high)
 
 
-def _exact(values: Floats, shares: Floats, measured: bool) -> Floats:
+def _exact(values: Floats, measured: bool) -> Floats:
     if measured:
         values = values[~np.isnan(values)]
     if not len(values):
-        return np.full(len(shares), np.nan)
-    return np.quantile(values, shares)
+        return np.full(len(_SHARES), np.nan)
+    with np.errstate(invalid="ignore"):  # between two infinite rates
+        quantiles: Floats = np.quantile(values, _SHARES)
+    return quantiles
 
 
 def binned(rates: Rates | None, constant: float, numel: int) -> tuple[Ints, Floats]:
@@ -216,16 +268,17 @@ def binned(rates: Rates | None, constant: float, numel: int) -> tuple[Ints, Floa
     with np.errstate(over="ignore", under="ignore"):
         bits = finite.astype(np.float32).view(np.int32) >> SHIFT
     bins, counts = np.unique(bits.clip(0, BINS - 1), return_counts=True)
-    return bins.astype(np.int64), counts * (numel / len(values))
+    scaled: Floats = counts.astype(np.float64) * (numel / len(values))
+    return bins.astype(np.int64), scaled
 
 
-def bin_quantiles(bins: Ints, counts: Floats, shares: Floats, low: float, high: float) -> Floats:
-    """Quantiles of fine bins, each within 1 % of a value of its rank: (shares,)."""
+def bin_quantiles(bins: Ints, counts: Floats, low: float, high: float) -> Floats:
+    """Quantiles of fine bins, each within 1 % of a value of its rank: (QUANTILES,)."""
     if not len(bins):
-        return np.full(len(shares), np.nan)
+        return np.full(len(_SHARES), np.nan)
     total = np.bincount(bins, weights=counts, minlength=BINS)
     upto = np.cumsum(total)
-    rank = shares * upto[-1]
+    rank = _SHARES * upto[-1]
     at = np.minimum(np.searchsorted(upto, rank), int(bins.max()))
     left, right = _EDGES[at], _EDGES[at + 1]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -238,9 +291,8 @@ def bin_quantiles(bins: Ints, counts: Floats, shares: Floats, low: float, high: 
     return value.clip(*bounds)
 
 
-def histogram(rates: Rates | None, constant: float, numel: int) -> tuple[Floats, Ints]:
+def histogram(bins: Ints, counts: Floats) -> tuple[Floats, Ints]:
     """A histogram to keep: (edges (n + 1,), counts (n,)); a run of empty bins is one wide bin."""
-    bins, counts = binned(rates, constant, numel)
     keep = bins < _INFINITE
     coarse, where = np.unique(bins[keep] >> _COARSE, return_inverse=True)
     if not len(coarse):
@@ -255,10 +307,14 @@ def histogram(rates: Rates | None, constant: float, numel: int) -> tuple[Floats,
 
 
 def merged_numbers(values: Floats, label: Ints, rows: int) -> Floats:
-    """A hyperparameter of each row: NaN where its parameters differ: (rows,)."""
+    """A hyperparameter of each row: NaN where its parameters differ: (rows,).
+
+    Parameters that have none (NaN) do not count.
+    """
+    has = ~np.isnan(values)
     low, high = np.full(rows, np.inf), np.full(rows, -np.inf)
-    np.minimum.at(low, label, values)
-    np.maximum.at(high, label, values)
+    np.minimum.at(low, label[has], values[has])
+    np.maximum.at(high, label[has], values[has])
     return np.where(low == high, low, np.nan)
 
 

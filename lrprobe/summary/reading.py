@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ def entry_of(
     grad: Tensor | None = None,
 ) -> Entry:
     """What rules read of a parameter; ``grad`` stands in where it has no gradient."""
-    grad = param.grad if grad is None else grad
-    assert grad is not None
+    grad = cast("Tensor", param.grad) if grad is None else grad
     if grad.is_sparse and grad.sparse_dim() == 1:
         gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
     else:
@@ -58,13 +57,13 @@ def precision(tensor: Tensor) -> torch.dtype:
 def blocks(shape: Sequence[int], limit: int = BLOCK) -> Iterator[Block]:
     """Indices that cut a tensor into consecutive blocks of at most ``limit`` elements."""
     inner = math.prod(shape)
-    for dim, size in enumerate(shape):
+    if not shape:
+        yield ()
+        return
+    for dim, size in enumerate(shape):  # noqa: B007 - the dimension to cut is used below
         inner //= max(size, 1)
         if inner <= limit:
             break
-    else:  # 0-dim
-        yield ()
-        return
     pieces = max(1, math.ceil(size / max(1, limit // max(inner, 1))))
     cuts = [size * i // pieces for i in range(pieces + 1)]
     for lead in itertools.product(*(range(n) for n in shape[:dim])):
@@ -129,15 +128,23 @@ def _sparse_positions(grad: SparseRows, at: Tensor | None) -> Tensor:
     return torch.where(hit, grad.values.reshape(len(grad.rows), -1)[row, at % width], 0)
 
 
+RUN = 16
+"""Neighbours that a sample takes together: a cache line of float32."""
+
+
 @lru_cache(maxsize=256)
 def spread(numel: int, count: int, device: torch.device) -> Tensor:
-    """``count`` ascending positions spread evenly over ``numel``, one drawn from each stratum.
+    """At least ``count`` ascending positions spread evenly over ``numel``, in runs of ``RUN``.
 
-    The same in every run; drawn rather than strided, so that no row length can alias with it.
+    One run is drawn from each stratum, the same in every run of the program; drawn rather than
+    strided, so that no row length can alias with it.
     """
+    runs = -(-count // RUN)
+    lines = numel // RUN
     generator = torch.Generator("cpu").manual_seed(numel)
-    edges = torch.arange(count + 1, dtype=torch.int64, device="cpu") * numel // count
+    edges = torch.arange(runs + 1, dtype=torch.int64, device="cpu") * lines // runs
     widths = edges.diff()
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-    jitter = (uniform * widths).long()
-    return (edges[:-1] + torch.minimum(jitter, widths - 1)).to(device)
+    uniform = torch.rand(runs, generator=generator, dtype=torch.float64, device="cpu")
+    drawn = edges[:-1] + torch.minimum((uniform * widths).long(), widths - 1)
+    within = torch.arange(RUN, dtype=torch.int64, device="cpu")
+    return (drawn.unsqueeze(1) * RUN + within).reshape(-1).to(device)

@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lrprobe.summary.reading import (
     WHOLE,
     entry_of,
     positions,
+    precision,
     real,
     spread,
     take_rows,
@@ -131,8 +132,20 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
     return Before(samples, tracked, scalars)
 
 
-def after(watched: Sequence[Watched], optimizer: torch.optim.Optimizer, kept: Before) -> Raw:
-    """Reconstruct and summarise the step that has just been taken."""
+def after(
+    watched: Sequence[Watched],
+    optimizer: torch.optim.Optimizer,
+    kept: Before,
+    sample: int | None = None,
+) -> Raw:
+    """Reconstruct and summarise the step that has just been taken.
+
+    Args:
+        watched: the parameters.
+        optimizer: theirs.
+        kept: what ``before`` kept.
+        sample: take the figures of larger parameters from that many elements.
+    """
     raw = Raw(
         lr={g: _copied(group["lr"]) for g, group in enumerate(optimizer.param_groups)},
         found_inf=_copied(getattr(optimizer, "found_inf", None)),
@@ -165,7 +178,7 @@ def after(watched: Sequence[Watched], optimizer: torch.optim.Optimizer, kept: Be
         group = optimizer.param_groups[group_index]
         width = min(batch[0][1].param.numel(), WHOLE)
         for part in _parted(batch, max(1, BLOCK // max(width, 1))):
-            _summarise(part, group, rule, watched, kept, raw)
+            _summarise(part, group, rule, watched, kept, raw, sample)
     return raw
 
 
@@ -176,16 +189,18 @@ def _summarise(
     watched: Sequence[Watched],
     kept: Before,
     raw: Raw,
+    sample: int | None,
 ) -> None:
     at = [i for i, _ in batch]
     if batch[0][1].param.numel() == 0:
         return
     if rule is not None:
         try:
-            raw.rows += _reconstructed(batch, group, rule, watched, kept)
-            return
-        except Exception as error:  # a rule must never stop a training
+            raw.rows += _reconstructed(batch, group, rule, watched, kept, sample)
+        except Exception as error:  # noqa: BLE001 - a rule must never stop a training
             raw.errors.update(dict.fromkeys(at, f"{type(error).__name__}: {error}"))
+        else:
+            return
     raw.rows += _measured(batch, group, watched, kept)
 
 
@@ -195,6 +210,7 @@ def _reconstructed(
     rule: Rule,
     watched: Sequence[Watched],
     kept: Before,
+    sample: int | None,
 ) -> list[Rows]:
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
@@ -213,13 +229,20 @@ def _reconstructed(
         rows.rates = _all_rates(update, s.param)
     else:
         for i, entry in batch:
-            parts, bins = _large(entry, group, rule)
+            some = None if sample is None or sample >= entry.param.numel() else sample
+            parts, bins = _large(entry, group, rule, some)
             result.append(Rows([i], parts=parts, bins=bins))
     result += _tracked(batch, group, rule, watched, kept)
     return result
 
 
-def _large(entry: Entry, group: Mapping[str, Any], rule: Rule) -> tuple[Tensor, Tensor]:
+def _large(
+    entry: Entry, group: Mapping[str, Any], rule: Rule, sample: int | None
+) -> tuple[Tensor, Tensor]:
+    if sample is not None:
+        at = spread(entry.param.numel(), sample, entry.param.device)
+        s = Slice([entry], group, take_rows([at], precision(entry.param)))
+        return figures.sampled_figures(s, rule.update(s), entry)
     on_host = entry.param.device.type == "cpu"
     # A device must not be asked what came out, so there it is computed the sure way at once.
     parts, bins = figures.Stream(entry, group, rule, exact=not on_host).figures()
@@ -246,7 +269,7 @@ def _measured(
     s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
     checks, rates = figures.measured_figures(s, torch.stack([kept.samples[i] for i in at]))
     parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
-    for name, values in figures.plain_figures(entries).items():
+    for name, values in figures.plain_figures(entries, states=True).items():
         parts[:, figures.PARTS.index(name)] = values
     rows = Rows(at, parts=parts, checks=checks, rates=rates)
     return [rows, *_tracked(batch, group, None, watched, kept)]
@@ -282,12 +305,7 @@ def _tracked(
 
 
 def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> list[Tensor]:
-    result = []
-    for i, entry in some:
-        where = watched[i].tracked
-        assert where is not None
-        result.append(where.to(entry.param.device))
-    return result
+    return [cast("Tensor", watched[i].tracked).to(entry.param.device) for i, entry in some]
 
 
 def _norms_only(i: int, param: Tensor) -> Rows:
