@@ -89,7 +89,9 @@ def _patterns(argument: str, given: str | Sequence[str] | None) -> list[re.Patte
     if given is None:
         return None
     patterns = []
-    for text in [given] if isinstance(given, str | re.Pattern) else given:
+    if isinstance(given, str | re.Pattern) or not isinstance(given, Iterable):
+        given = [given]
+    for text in given:
         if not isinstance(text, str | re.Pattern):
             raise TypeError(f"{argument}= takes regular expressions; got {text!r}")
         try:

@@ -226,15 +226,18 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
                 "use lrprobe.inspect_step around optimizer.step()"
             )
         found = {}
+        # All of them zero: zero_grad(set_to_none=False) has been there.
+        gradients = [p.grad for g in each.param_groups for p in g["params"] if p.grad is not None]
+        zeroed = rule.needs_grad and not any(bool(torch.count_nonzero(g)) for g in gradients)
         for index, name, param in name_parameters(each, names):
             state = each.state.get(param, {})
             group = each.param_groups[index]
-            if state or not _keeps_state(rule, group):
-                found[name] = _last_rate(param, state, group, rule, kind)
+            if state or (param.grad is not None and not _keeps_state(rule, group)):
+                found[name] = _last_rate(param, state, group, rule, kind, zeroed=zeroed)
         if not found:
             raise RuntimeError(
-                f"{kind} has not taken a step yet: call effective_lr after optimizer.step(), or "
-                "use lrprobe.inspect_step around it"
+                f"the state of {kind} tells of no step: call effective_lr after optimizer.step() "
+                "and before zero_grad(), or use lrprobe.inspect_step around it"
             )
         rates |= found
     return rates
@@ -246,10 +249,15 @@ def _keeps_state(rule: Rule, group: Mapping[str, Any]) -> bool:
 
 @torch.no_grad()
 def _last_rate(
-    param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], rule: Rule, kind: str
+    param: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    rule: Rule,
+    kind: str,
+    *,
+    zeroed: bool,
 ) -> Tensor:
-    gone = param.grad is None or (rule.needs_grad and not torch.count_nonzero(param.grad))
-    if gone and rule.needs_grad:
+    if rule.needs_grad and (param.grad is None or zeroed):
         raise RuntimeError(
             f"the effective rate of {kind} depends on the gradient of the step, which is gone "
             "(zero_grad?): call effective_lr before it, or use lrprobe.inspect_step"

@@ -121,14 +121,16 @@ def _unwrap(given: Any) -> Optimizer:
         for attribute in ("optimizer", "optim"):
             inner = getattr(found, attribute, None)
             # A wrapper may itself subclass Optimizer without ever running its hooks.
-            if isinstance(inner, Optimizer) or hasattr(inner, "param_groups"):
+            if isinstance(inner, Optimizer) or (
+                inner is not None and not isinstance(found, Optimizer)
+            ):
                 found = inner
                 break
     if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_post_hooks"):
         return found
     raise TypeError(
-        "attach takes a torch.optim.Optimizer, a wrapper around one (with .optimizer or .optim), "
-        f"a list of them, or a dict of name to optimizer; got {_kind(given)}"
+        "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer or "
+        f".optim), a list of them, or a dict of name to optimizer; got {_kind(given)}"
     )
 
 

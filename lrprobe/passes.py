@@ -27,7 +27,7 @@ class Passes:
         self._params = [weakref.ref(p) for p in params]
         current = self._param() if self._param is not None else None
         if current is None or not current.requires_grad:
-            self._choose(next((p for p in params if p.requires_grad and p.is_leaf), None))
+            self._choose(next(filter(_can_count, params), None))
 
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
@@ -36,7 +36,7 @@ class Passes:
             return float(count * self._batch_size * _world_size())
         # This parameter takes no part; another one may.
         alive = (p for p in (ref() for ref in self._params) if p is not None)
-        self._choose(next((p for p in alive if p.requires_grad and p.grad is not None), None))
+        self._choose(next((p for p in alive if _can_count(p) and p.grad is not None), None))
         return math.nan
 
     def remove(self) -> None:
@@ -61,6 +61,10 @@ class Passes:
             self._count = 0
             self._grad = weakref.ref(grad)
         self._count += 1
+
+
+def _can_count(param: Tensor) -> bool:
+    return param.requires_grad and param.is_leaf  # torch refuses the hook on others
 
 
 def _world_size() -> int:

@@ -21,7 +21,7 @@ from lrprobe.hooks import Hooks
 from lrprobe.names import find_optimizers, name_parameters, parameter_names
 from lrprobe.record import SCHEMA_VERSION, Level
 from lrprobe.sinks.memory import Memory
-from lrprobe.sinks.targets import destinations, open_sinks
+from lrprobe.sinks.targets import open_sinks, targets
 from lrprobe.summary.pending import Pending
 from lrprobe.text import listed, warn
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def attach(  # noqa: PLR0913 - the whole of the public interface
+def attach(
     optimizer: Any,
     model: nn.Module | None = None,
     *,
@@ -86,9 +86,15 @@ def attach(  # noqa: PLR0913 - the whole of the public interface
     for each in optimizers.values():
         chosen.see(name for _, name, _ in name_parameters(each, names))
     chosen.warn_unused()
-    places = destinations(to)
+    params = {id(p) for each in optimizers.values() for g in each.param_groups for p in g["params"]}
+    if names and not params & names.keys():
+        warn("the model has none of the optimizer's parameters, so that it names none of them")
+    found = targets(to)
+    places = [target.place for target in found if target.place is not None]
+    if not found:  # the probe's own memory is the one destination
+        places = [f"the memory of {name} ({id(each):#x})" for name, each in optimizers.items()]
     _close_older(places)
-    sinks, owned = open_sinks(to)
+    sinks, owned = open_sinks(found)
     memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
     if memory is None:
         memory = Memory()

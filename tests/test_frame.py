@@ -79,12 +79,12 @@ def probe_rates(*rates: Tensor, generator_seed: int = 0, **options: Any) -> lrpr
     return probe
 
 
-def assert_quantiles(row: pd.Series, rates: np.ndarray, where: str) -> None:
+def assert_quantiles(row: pd.Series, rates: np.ndarray, where: str, ranks: float = 0.01) -> None:
     """Within 1 % of a value whose true rank is within one percentage point."""
     wrong = []
     levels = np.array(list(QUANTILES.values()))
-    lows = np.quantile(rates, np.clip(levels - 0.01, 0, 1))
-    highs = np.quantile(rates, np.clip(levels + 0.01, 0, 1))
+    lows = np.quantile(rates, np.clip(levels - ranks, 0, 1))
+    highs = np.quantile(rates, np.clip(levels + ranks, 0, 1))
     for name, low, high in zip(QUANTILES, lows, highs, strict=True):
         got = row[f"effective_lr_{name}"]
         if not low * 0.99 <= got <= high * 1.01:
@@ -249,7 +249,7 @@ def test_lost_fraction_is_what_bitwise_comparison_shows(kind: str, way: str) -> 
             moment = optimizer.state[param]["exp_avg"] if kind == "AdamW" else grad
             meant = (moment != 0).numpy()
             shares.append(float(np.mean(meant & (before == oracle.bits(param)))))
-    assert 0.1 < min(shares), f"the case is none: {shares}"
+    assert min(shares) > 0.1, f"the case is none: {shares}"
     np.testing.assert_allclose(probe.frame()["lost_fraction"], shares, atol=1e-12)
 
 
@@ -263,7 +263,7 @@ def distributions(size: int) -> dict[str, np.ndarray]:
     tail = random.pareto(0.5, size) + 1e-12
     return {
         "constant": np.full(size, 0.3),
-        "spikes": np.where(np.arange(size) % 2 < 1, 1e-6, 1e4),
+        "spikes": np.where(np.arange(size) % 2 == 0, 1e-6, 1e4),
         "spikes-in-halves": np.where(np.arange(size) < half, 1e-6, 1e4),
         "zero": np.zeros(size),
         "half-zero": random.random(size) * (random.random(size) < 0.5),
@@ -659,7 +659,7 @@ def test_merged_rows_are_those_of_the_tensors_laid_end_to_end(by: str) -> None:
             parts.setdefault(key, []).append(truth)
         assert len(frame[frame["step"] == step]) == len(parts)
         for key, merged in parts.items():
-            row = one_row(frame, step=step, **{name: key for name in keys})
+            row = one_row(frame, step=step, **dict.fromkeys(keys, key))
             right = oracle.row(merged)
             where = f"by={by} {key!r}, step {step}"
             check_error(row, right.pop("reconstruction_error"), 1e-12, where)
@@ -1152,12 +1152,14 @@ def test_lbfgs_is_measured() -> None:
         loss.backward()
         return loss
 
-    with pytest.warns(UserWarning, match="register_rule") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         with lrprobe.attach(optimizer, every=1) as probe:
             tape.before()
             optimizer.step(closure)
             truth = tape.after()["group0.param0"]
     assert len(caught) == 1
+    assert "register_rule" in str(caught[0].message)
     row = probe.frame().iloc[0]
     assert row["rule"] == "measured"
     assert row["update_norm"] == pytest.approx(float(np.linalg.norm(truth.after - truth.before)))
@@ -1166,7 +1168,7 @@ def test_lbfgs_is_measured() -> None:
 def test_a_subclass_that_steps_otherwise_becomes_measured() -> None:
     """A rule that two recorded steps in a row belie is given up, with one warning."""
     params = [nn.Parameter(torch.randn(40, dtype=torch.float64)) for _ in range(2)]
-    frame, said, truths = measure(Halved(params, lr=0.5), 5)
+    frame, said, _ = measure(Halved(params, lr=0.5), 5)
     assert len(said) == 1, said
     for word in ("register_rule", "Halved", "group0.param0", "group0.param1"):
         assert word in said[0], f"{word!r} not in: {said[0]}"
@@ -1247,3 +1249,75 @@ def test_a_fused_skip_for_the_scaler_is_no_step() -> None:
     gone = [c for c in oracle.FIGURES if c not in ("param_norm", "grad_norm", "nonfinite")]
     assert skipped[gone].isna().all(), f"not NaN: {skipped[gone].dropna().to_dict()}"
     assert not frame["reconstruction_error"].gt(1e-6).any()
+
+
+# --- figures from a sample ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adadelta", "Adafactor", "Rprop"])
+def test_figures_from_a_sample_are_estimates_and_norms_stay_exact(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """With `sample`, param_norm and grad_norm are exact and the other figures near the right."""
+    generator = torch.Generator().manual_seed(14)
+    shapes = [(300, 500), (70_000,), (11,)]
+    params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    optimizer = getattr(torch.optim, kind)(params, lr=0.1)
+    tape = Tape(optimizer)
+    with lrprobe.attach(optimizer, every=1, sample=10_000) as probe:
+        for _ in range(3):
+            for param in params:
+                grad = torch.randn(param.shape, generator=generator)
+                param.grad = (grad + grad.sign()).to(dtype)
+            tape.before()
+            optimizer.step()
+            truths = tape.after()
+    for name, truth in truths.items():
+        row = one_row(probe.frame(), step=3, parameter=name)
+        right = oracle.row(truth)
+        where = f"{kind} {dtype} {name}"
+        exact = ("numel", "stepped", "lr", "param_norm", "grad_norm", "nonfinite")
+        assert_close(row, {key: right[key] for key in exact}, where, 1e-5)
+        assert_quantiles(row, truth.rate, where, ranks=0.02)  # of a sample of 10,000
+        near = ("mean", "gmean", "applied")
+        estimates = {f"effective_lr_{key}": right[f"effective_lr_{key}"] for key in near}
+        if dtype == torch.float32:
+            estimates["update_norm"] = right["update_norm"]
+        assert_close(row, estimates, where, 0.05)
+
+
+@pytest.mark.parametrize("where", ["gradient", "parameter"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 1, 12_345, 99_999])
+def test_a_sample_never_misses_a_nonfinite(where: str, bad: float, at: int) -> None:
+    """With `sample`, a single NaN or inf in gradient or parameter is not missed."""
+    param = nn.Parameter(torch.ones(100_000))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    with lrprobe.attach(optimizer, every=1, sample=1000) as probe:
+        for step in range(2):
+            param.grad = torch.ones(100_000)
+            if step:
+                (param.grad if where == "gradient" else param.detach())[at] = bad
+            optimizer.step()
+    got = probe.frame()["nonfinite"].tolist()
+    assert got[0] == 0
+    assert got[1] >= 1
+
+
+def test_a_sample_is_the_same_every_time() -> None:
+    """With `sample`, the figures of two runs are the same, and draw nothing at random."""
+    frames = []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(15)
+        param = nn.Parameter(torch.randn(50_000, generator=generator))
+        optimizer = torch.optim.Adam([param], lr=0.1)
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        with lrprobe.attach(optimizer, every=1, sample=500) as probe:
+            for _ in range(2):
+                param.grad = torch.randn(50_000, generator=generator)
+                optimizer.step()
+        assert torch.equal(state, torch.get_rng_state())
+        frames.append(probe.frame().drop(columns="time"))
+    pd.testing.assert_frame_equal(*frames)

@@ -83,7 +83,11 @@ def _adamax(s: Slice) -> Update:
     """
     beta1, _ = s.group["betas"]
     t = s.t("capturable")
-    return Update(s.lr / s["exp_inf"], s["exp_avg"] / (1 - power(beta1, t)))
+    effective_lr = s.lr / s["exp_inf"]
+    direction = s["exp_avg"] / (1 - power(beta1, t))
+    # The direction does not depend on θ_before, so that θ_before follows from it at once.
+    grad = s.grad + s.group["weight_decay"] * (s.param + effective_lr * direction)
+    return Update(effective_lr, direction, eps=(grad.abs(), s.group["eps"]))
 
 
 def _sparse_adam(s: Slice) -> Update:

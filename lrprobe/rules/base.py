@@ -153,7 +153,7 @@ class Slice:
 
     @cached_property
     def lr(self) -> Tensor:
-        """The group's rate during this step: 0-dim, float64 unless torch has a tensor of its own."""
+        """The group's rate during this step: 0-dim, float64 unless it is a tensor already."""
         lr = self.group["lr"]
         if isinstance(lr, Tensor):
             return lr.detach().squeeze()

@@ -17,7 +17,7 @@ def _sgd(s: Slice) -> Update:
     Sutskever et al. 2013; ``torch/optim/sgd.py``.
     """
     momentum = s.group["momentum"]
-    if "momentum_buffer" not in s:
+    if momentum == 0 or "momentum_buffer" not in s:
         direction = s.solve_decay(s.grad, s.lr)
     elif s.group["nesterov"]:
         direction = s.solve_decay(s.grad + momentum * s["momentum_buffer"], s.lr)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +73,53 @@ _ALLOWED = (
 )
 
 
-def open_sinks(to: Any) -> tuple[list[Sink], list[Sink]]:
-    """All sinks that ``to`` stands for, and those among them that were opened here.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One destination, checked but not opened yet.
+
+    Attributes:
+        place: where a path or writer leads, comparable; None for a sink, which may be shared.
+        open: gives the sink.
+        owned: whether lrprobe opens it, and so closes it.
+    """
+
+    place: str | None
+    open: Callable[[], Sink]
+    owned: bool
+
+
+def targets(to: Any) -> list[Target]:
+    """Everything that ``to`` stands for.
 
     Raises:
         TypeError: for something that is not a destination.
-        ValueError: for a path that no sink writes.
-        OSError: if a destination cannot be written.
+        ValueError: for a path that no sink writes, or one that is there twice.
     """
     if to is None:
-        return [], []
+        return []
     many = isinstance(to, Sequence) and not isinstance(to, str | bytes)
+    found = [_target(one) for one in (to if many else [to])]
+    places = [target.place for target in found if target.place is not None]
+    twice = {place for place in places if places.count(place) > 1}
+    if twice:
+        raise ValueError(f"to= has the same destination twice: {', '.join(sorted(twice))}")
+    return found
+
+
+def open_sinks(found: Sequence[Target]) -> tuple[list[Sink], list[Sink]]:
+    """The sinks, and those among them that were opened here.
+
+    Raises:
+        OSError: if a destination cannot be written.
+        ValueError: if a folder holds something else.
+    """
     sinks: list[Sink] = []
     owned: list[Sink] = []
     try:
-        for one in to if many else [to]:
-            sink, ours = _open(one)
+        for target in found:
+            sink = target.open()
             sinks.append(sink)
-            if ours:
+            if target.owned:
                 owned.append(sink)
     except BaseException:
         for sink in owned:
@@ -97,48 +128,46 @@ def open_sinks(to: Any) -> tuple[list[Sink], list[Sink]]:
     return sinks, owned
 
 
-def destinations(to: Any) -> list[str]:
-    """Where paths and writers in ``to`` lead, comparable; a sink may be shared and is left out."""
-    many = isinstance(to, Sequence) and not isinstance(to, str | bytes)
-    found = []
-    for one in to if many else [to]:
-        path = getattr(one, "log_dir", None) if _is_summary_writer(one) else one
-        if isinstance(path, str | os.PathLike):
-            found.append(os.path.realpath(os.fspath(path)))
-    return found
-
-
-def _open(to: Any) -> tuple[Sink, bool]:
+def _target(to: Any) -> Target:
     if isinstance(to, str | os.PathLike):
-        return _from_path(os.fspath(to)), True
+        path = os.fspath(to)
+        return Target(os.path.realpath(path), _from_path(path), owned=True)
     if _is_summary_writer(to):
-        from lrprobe.sinks.tensorboard import TensorBoard
-
-        return TensorBoard(to), True
+        folder = getattr(to, "log_dir", None)
+        place = os.path.realpath(folder) if isinstance(folder, str | os.PathLike) else None
+        return Target(place, partial(_tensorboard, to), owned=True)
     if (
         callable(getattr(to, "write", None))
         and callable(getattr(to, "close", None))
         and not isinstance(to, io.IOBase | type)
     ):
-        return to, False
+        return Target(None, lambda: to, owned=False)
     raise TypeError(f"to= takes {_ALLOWED}; got {type(to).__name__}: {to!r}")
 
 
-def _from_path(path: Any) -> Sink:
+def _from_path(path: Any) -> Callable[[], Sink]:
     if not isinstance(path, str) or not path:
         raise ValueError(f"to= takes {_ALLOWED}; got the path {path!r}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise ValueError(f"to={path!r}: no sink writes to a URL; to= takes {_ALLOWED}")
     ending = Path(path).suffix.lower()
     if ending == ".parquet":
-        from lrprobe.sinks.parquet import Parquet
-
-        return Parquet(path)
+        return partial(_parquet, path)
     if ending in _FILE_ENDINGS:
         raise ValueError(f"to={path!r}: no sink writes {ending} files; to= takes {_ALLOWED}")
+    return partial(_tensorboard, path)
+
+
+def _parquet(path: str) -> Sink:
+    from lrprobe.sinks.parquet import Parquet
+
+    return Parquet(path)
+
+
+def _tensorboard(where: Any) -> Sink:
     from lrprobe.sinks.tensorboard import TensorBoard
 
-    return TensorBoard(path)
+    return TensorBoard(where)
 
 
 def _is_summary_writer(thing: Any) -> bool:

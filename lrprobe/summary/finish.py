@@ -117,7 +117,7 @@ def columns(summary: Summary, label: Ints, rows: int) -> dict[str, Floats]:
         result["update_ratio"] = result["update_norm"] / result["param_norm"]
     lows, highs = result["effective_lr_min"], result["effective_lr_max"]
     quantiles = np.full((rows, len(QUANTILES)), np.nan)
-    ends = [*starts[1:].tolist(), len(order)]
+    ends = [*starts[1:].tolist(), len(order)][: len(starts)]
     for row, start, end in zip(found.tolist(), starts.tolist(), ends, strict=True):
         low_high = float(lows[row]), float(highs[row])
         quantiles[row] = _row_quantiles(summary, order[start:end], *low_high)

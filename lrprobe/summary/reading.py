@@ -128,23 +128,20 @@ def _sparse_positions(grad: SparseRows, at: Tensor | None) -> Tensor:
     return torch.where(hit, grad.values.reshape(len(grad.rows), -1)[row, at % width], 0)
 
 
-RUN = 16
-"""Neighbours that a sample takes together: a cache line of float32."""
-
-
 @lru_cache(maxsize=256)
-def spread(numel: int, count: int, device: torch.device) -> Tensor:
-    """At least ``count`` ascending positions spread evenly over ``numel``, in runs of ``RUN``.
+def spread(numel: int, count: int, device: torch.device, run: int = 16) -> Tensor:
+    """At least ``count`` ascending positions spread evenly over ``numel``.
 
-    One run is drawn from each stratum, the same in every run of the program; drawn rather than
-    strided, so that no row length can alias with it.
+    They are taken ``run`` neighbours together, since those share a cache line. One run is drawn
+    from each stratum, the same in every program; drawn rather than strided, so that no row length
+    can alias with it.
     """
-    runs = -(-count // RUN)
-    lines = numel // RUN
+    runs = -(-count // run)
+    lines = numel // run
     generator = torch.Generator("cpu").manual_seed(numel)
     edges = torch.arange(runs + 1, dtype=torch.int64, device="cpu") * lines // runs
     widths = edges.diff()
     uniform = torch.rand(runs, generator=generator, dtype=torch.float64, device="cpu")
     drawn = edges[:-1] + torch.minimum((uniform * widths).long(), widths - 1)
-    within = torch.arange(RUN, dtype=torch.int64, device="cpu")
-    return (drawn.unsqueeze(1) * RUN + within).reshape(-1).to(device)
+    within = torch.arange(run, dtype=torch.int64, device="cpu")
+    return (drawn.unsqueeze(1) * run + within).reshape(-1).to(device)

@@ -193,6 +193,7 @@ def _summarise(
 ) -> None:
     at = [i for i, _ in batch]
     if batch[0][1].param.numel() == 0:
+        raw.rows.append(_empty(batch, group, rule))
         return
     if rule is not None:
         try:
@@ -240,7 +241,7 @@ def _large(
     entry: Entry, group: Mapping[str, Any], rule: Rule, sample: int | None
 ) -> tuple[Tensor, Tensor]:
     if sample is not None:
-        at = spread(entry.param.numel(), sample, entry.param.device)
+        at = spread(entry.param.numel(), sample, entry.param.device, run=4)
         s = Slice([entry], group, take_rows([at], precision(entry.param)))
         return figures.sampled_figures(s, rule.update(s), entry)
     on_host = entry.param.device.type == "cpu"
@@ -306,6 +307,20 @@ def _tracked(
 
 def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> list[Tensor]:
     return [cast("Tensor", watched[i].tracked).to(entry.param.device) for i, entry in some]
+
+
+def _empty(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule | None) -> Rows:
+    """Parameters without elements: their sums are 0, and they have no rate."""
+    like = batch[0][1].param
+    parts = torch.zeros((len(batch), len(figures.PARTS)), dtype=torch.float64, device=like.device)
+    for name in ("decay", "rate_mean", "rate_min", "rate_max", "rms_grad", "rms_update"):
+        parts[:, figures.PARTS.index(name)] = torch.nan
+    if rule is not None and rule.whole is None:
+        entries = [entry for _, entry in batch]
+        update = rule.update(Slice(entries, group, take_rows([None] * len(batch), torch.float64)))
+        parts[:, 0] = figures.column(update.decay, parts)
+    checks = torch.zeros((len(batch), len(figures.CHECKS)), dtype=torch.float64)
+    return Rows([i for i, _ in batch], parts=parts, checks=checks.to(like.device))
 
 
 def _norms_only(i: int, param: Tensor) -> Rows:
