@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update, Whole
-from lrprobe.summary.reading import BLOCK, blocks, precision, take_block
+from lrprobe.summary.reading import BLOCK, Spread, blocks, precision, take_block, take_flat
 
 PARTS = (
     "decay",
@@ -195,25 +195,39 @@ def suspicious(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
 class Stream:
     """One large parameter, block by block."""
 
-    def __init__(self, entry: Entry, group: Mapping[str, Any], rule: Rule, exact: bool) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        group: Mapping[str, Any],
+        rule: Rule,
+        *,
+        exact: bool,
+        sample: Spread | None = None,
+    ) -> None:
         """``exact`` computes in float64 and counts what is not finite.
 
-        Else a row that float32 may have spoiled comes out ``suspicious``.
+        Else a row that float32 may have spoiled comes out ``suspicious``. With ``sample`` the
+        figures are estimates from these elements, but for the norms of parameter and gradient.
         """
         self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
+        self.sample = sample
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
         self._scratch: Tensor | None = None
 
     def slices(self) -> Iterator[Slice]:
-        """All of it, in order."""
+        """All of it, in order, or the sample."""
+        if self.sample is not None:
+            take = take_flat(self.sample, self.dtype)
+            yield Slice([self.entry], self.group, take)
+            return
         for block in blocks(self.entry.param.shape):
             yield Slice([self.entry], self.group, take_block(block, self.dtype))
 
     def figures(self) -> tuple[Tensor, Tensor]:
         """PARTS (1, ·), and the fine histogram of a sample of the rates: (1, BINS), int32."""
         device = self.entry.param.device
-        sample = RateSample(self.entry.param, device)
+        sample = RateSample(self.entry.param, device, None if self.sample is None else 1)
         slots: list[Tensor] = []
         extremes: list[Tensor] = []
         pivot: Scalar | None = None
@@ -235,14 +249,27 @@ class Stream:
         pivot64 = column(pivot if pivot is not None else 0.0, sums)
         # Σ(x−c) and Σ(x−c)² to mean and Σ(x−mean)².
         low, high = low_high[:, 0].amin(), low_high[:, 1].amax()
-        shift = sums[0] / self.numel
+        shift = sums[0] / start
         m2 = (sums[1] - shift * sums[0]).clamp(min=0)
         mean = torch.where(high.isinf(), high, (pivot64 + shift).clamp(low, high))
         log = sums[2]
         if self.dtype is not torch.float64:
-            log = (log + self.numel * sample.log2_correction()) * math.log(2)
+            log = (log + start * sample.log2_correction()) * math.log(2)
         head = torch.stack([column(decay, sums), mean, m2, log, low, high])
-        return torch.cat([head, sums[3:]]).unsqueeze(0), sample.histogram().unsqueeze(0)
+        parts = torch.cat([head, sums[3:]]).unsqueeze(0)
+        if self.sample is not None:
+            self._scale(parts, self.numel / start)
+        return parts, sample.histogram().unsqueeze(0)
+
+    def _scale(self, parts: Tensor, factor: float) -> None:
+        """Figures of a sample to those of all, with the exact norms."""
+        for name in ADDITIVE:
+            parts[:, PARTS.index(name)] *= factor
+        plain = plain_figures([self.entry], counts=False)
+        for name in ("pp", "gg"):
+            parts[:, PARTS.index(name)] = plain[name]
+        bad = parts[:, PARTS.index("nonfinite")]
+        bad.copy_(torch.maximum(bad, plain["nonfinite"].double()))
 
     def _block(
         self, s: Slice, update: Update, pivot: Scalar, names: Sequence[str]
@@ -256,14 +283,14 @@ class Stream:
             rate = torch.as_tensor(rate, dtype=torch.float64, device=p.device).reshape(())
             moments = [zero, zero, zero]  # one rate for all: the extremes tell it
             extreme = torch.stack([rate, rate])
-            dd, dp, dg = self._sum(d, d), self._sum(d, p), self._sum(d, g)
+            dd, dp, dg = self._sum(d, d), torch.dot(d, p), torch.dot(d, g)
             products = [x.to(p.dtype) for x in (dd, rate * rate * dd, rate * dp, rate * dg)]
         else:
             deviation = rate - pivot
             moments = [deviation.sum(), self._sum(deviation, deviation), self._log_sum(rate)]
             extreme = torch.stack(torch.aminmax(rate))
             e = torch.mul(rate, d, out=deviation)
-            products = [self._sum(d, d), self._sum(e, e), self._sum(e, p), self._sum(e, g)]
+            products = [self._sum(d, d), self._sum(e, e), torch.dot(e, p), torch.dot(e, g)]
         below = nan
         if update.eps is not None:
             below = self._count_below(*update.eps)
@@ -271,7 +298,7 @@ class Stream:
             *moments,
             *products,
             self._sum(p, p),
-            self._sum(p, g),
+            torch.dot(p, g),
             self._sum(g, g),
             (len(g) - torch.count_nonzero(g)).to(p.dtype),
             nan if update.rms_grad is None else update.rms_grad.sum(),
@@ -288,7 +315,7 @@ class Stream:
         return torch.count_nonzero(statistic <= eps).to(statistic.dtype)
 
     def _sum(self, a: Tensor, b: Tensor) -> Tensor:
-        """Σ a·b; `torch.dot` adds equal numbers up with an error of 2e-5, `sum` does not."""
+        """Σ a·b of squares: ``torch.dot`` adds equal numbers up with an error of 2e-5."""
         if self._scratch is None or len(self._scratch) < len(a):
             self._scratch = torch.empty_like(a)
         return torch.mul(a, b, out=self._scratch[: len(a)]).sum()
@@ -334,24 +361,6 @@ def state_like(entry: Entry) -> Iterator[str]:
             and value.is_floating_point()
         ):
             yield name
-
-
-def sampled_figures(s: Slice, update: Update, entry: Entry) -> tuple[Tensor, Tensor]:
-    """PARTS (1, ·) and fine histogram (1, BINS) of a large parameter, estimated from a sample.
-
-    The norms of parameter and gradient are exact, and what is not finite in them is counted.
-    """
-    parts = row_figures(s, update, [s[name] for name in state_like(entry)]).double()
-    for name in ADDITIVE:
-        parts[:, PARTS.index(name)] *= entry.param.numel() / s.param.shape[1]
-    plain = plain_figures([entry], states=False)
-    for name in ("pp", "gg"):
-        parts[:, PARTS.index(name)] = plain[name]
-    bad = PARTS.index("nonfinite")
-    parts[:, bad] = torch.maximum(parts[:, bad], plain["nonfinite"].double())
-    sample = RateSample(entry.param, s.param.device, stride=1)
-    sample.add(update.effective_lr, 0, s.param)
-    return parts, sample.histogram().unsqueeze(0)
 
 
 class RateSample:
@@ -404,22 +413,22 @@ def stride_for(numel: int, width: int) -> int:
     return stride
 
 
-def plain_figures(entries: Sequence[Entry], *, states: bool) -> dict[str, Tensor]:
+def plain_figures(entries: Sequence[Entry], *, counts: bool) -> dict[str, Tensor]:
     """What needs no rule, of whole parameters, exactly: name in PARTS to (entries,).
 
     Args:
         entries: the parameters.
-        states: whether what is not finite in the optimizer's state is counted too.
+        counts: whether zeros, and what is not finite in the optimizer's state, are counted too.
     """
     rows = []
     for entry in entries:
         grad = entry.grad.values if isinstance(entry.grad, SparseRows) else entry.grad
         nonzero = torch.zeros((), dtype=torch.int64, device=entry.param.device)
-        for block in blocks(grad.shape):
+        for block in blocks(grad.shape) if counts else ():
             nonzero = nonzero + torch.count_nonzero(grad[block])
         squares = [square_sum(entry.param), square_sum(grad)]
         tensors = [entry.param, grad]
-        if states:
+        if counts:
             tensors += [entry.state[name] for name in state_like(entry)]
         sums = [*squares, *(tensor.sum(dtype=torch.float64) for tensor in tensors[2:])]
         # Their sums tell whether anything is not finite; a device is not asked, but counts.

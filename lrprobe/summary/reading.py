@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +84,20 @@ def take_block(block: Block, dtype: torch.dtype) -> Take:
     return take
 
 
-def take_rows(at: Sequence[Tensor | None], dtype: torch.dtype) -> Take:
+Positions: TypeAlias = "Spread | Tensor | None"
+"""Flat positions of elements, or all of them."""
+
+
+def take_flat(at: Positions, dtype: torch.dtype) -> Take:
+    """Read positions of one tensor, flat."""
+
+    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+        return positions(tensors[0], at).to(dtype)
+
+    return take
+
+
+def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
     """Read flat positions of several tensors, or all of each: (tensors, positions)."""
 
     def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
@@ -92,8 +106,13 @@ def take_rows(at: Sequence[Tensor | None], dtype: torch.dtype) -> Take:
     return take
 
 
-def positions(tensor: Tensor | SparseRows, at: Tensor | None) -> Tensor:
+def positions(tensor: Tensor | SparseRows, at: Positions) -> Tensor:
     """The elements at flat, row-major positions (all of them for None)."""
+    if isinstance(at, Spread):
+        if isinstance(tensor, Tensor) and tensor.is_contiguous():
+            runs = tensor.as_strided((tensor.numel() // at.run, at.run), (at.run, 1))
+            return runs.index_select(0, at.lines).view(-1)
+        at = at.flat()
     if isinstance(tensor, SparseRows):
         return _sparse_positions(tensor, at)
     if at is None:
@@ -128,20 +147,39 @@ def _sparse_positions(grad: SparseRows, at: Tensor | None) -> Tensor:
     return torch.where(hit, grad.values.reshape(len(grad.rows), -1)[row, at % width], 0)
 
 
-@lru_cache(maxsize=256)
-def spread(numel: int, count: int, device: torch.device, run: int = 16) -> Tensor:
-    """At least ``count`` ascending positions spread evenly over ``numel``.
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """Positions spread evenly over a parameter, in runs of neighbours that share a cache line.
 
-    They are taken ``run`` neighbours together, since those share a cache line. One run is drawn
-    from each stratum, the same in every program; drawn rather than strided, so that no row length
-    can alias with it.
+    Attributes:
+        lines: ascending numbers of the runs: (runs,).
+        run: neighbours in each.
     """
+
+    lines: Tensor
+    run: int
+
+    def __len__(self) -> int:
+        return len(self.lines) * self.run
+
+    def flat(self) -> Tensor:
+        """The positions themselves, row-major: (runs · run,)."""
+        within = torch.arange(self.run, dtype=torch.int64, device=self.lines.device)
+        return (self.lines.unsqueeze(1) * self.run + within).reshape(-1)
+
+
+@lru_cache(maxsize=256)
+def spread(numel: int, count: int, device: torch.device) -> Spread:
+    """At least ``count`` positions of ``numel`` elements (which must be as many).
+
+    One run is drawn from each stratum, the same in every program; drawn rather than strided, so
+    that no row length can alias with it.
+    """
+    run = 1 << min(4, max(numel // count, 1).bit_length() - 1)
     runs = -(-count // run)
-    lines = numel // run
     generator = torch.Generator("cpu").manual_seed(numel)
-    edges = torch.arange(runs + 1, dtype=torch.int64, device="cpu") * lines // runs
+    edges = torch.arange(runs + 1, dtype=torch.int64, device="cpu") * (numel // run) // runs
     widths = edges.diff()
     uniform = torch.rand(runs, generator=generator, dtype=torch.float64, device="cpu")
     drawn = edges[:-1] + torch.minimum((uniform * widths).long(), widths - 1)
-    within = torch.arange(run, dtype=torch.int64, device="cpu")
-    return (drawn.unsqueeze(1) * run + within).reshape(-1).to(device)
+    return Spread(drawn.to(device), run)

@@ -21,9 +21,9 @@ from lrprobe.summary import figures
 from lrprobe.summary.reading import (
     BLOCK,
     WHOLE,
+    Spread,
     entry_of,
     positions,
-    precision,
     real,
     spread,
     take_rows,
@@ -240,15 +240,13 @@ def _reconstructed(
 def _large(
     entry: Entry, group: Mapping[str, Any], rule: Rule, sample: int | None
 ) -> tuple[Tensor, Tensor]:
-    if sample is not None:
-        at = spread(entry.param.numel(), sample, entry.param.device, run=4)
-        s = Slice([entry], group, take_rows([at], precision(entry.param)))
-        return figures.sampled_figures(s, rule.update(s), entry)
+    some = None if sample is None else spread(entry.param.numel(), sample, entry.param.device)
     on_host = entry.param.device.type == "cpu"
     # A device must not be asked what came out, so there it is computed the sure way at once.
-    parts, bins = figures.Stream(entry, group, rule, exact=not on_host).figures()
+    stream = figures.Stream(entry, group, rule, exact=not on_host, sample=some)
+    parts, bins = stream.figures()
     if on_host and figures.suspicious(parts.numpy())[0]:
-        parts, bins = figures.Stream(entry, group, rule, exact=True).figures()
+        parts, bins = figures.Stream(entry, group, rule, exact=True, sample=some).figures()
     return parts, bins
 
 
@@ -270,7 +268,7 @@ def _measured(
     s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
     checks, rates = figures.measured_figures(s, torch.stack([kept.samples[i] for i in at]))
     parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
-    for name, values in figures.plain_figures(entries, states=True).items():
+    for name, values in figures.plain_figures(entries, counts=True).items():
         parts[:, figures.PARTS.index(name)] = values
     rows = Rows(at, parts=parts, checks=checks, rates=rates)
     return [rows, *_tracked(batch, group, None, watched, kept)]
@@ -330,7 +328,7 @@ def _norms_only(i: int, param: Tensor) -> Rows:
     return Rows([i], parts=parts)
 
 
-def _sample_of(param: Tensor) -> Tensor | None:
+def _sample_of(param: Tensor) -> Spread | None:
     if param.numel() <= WHOLE:
         return None
     return spread(param.numel(), WHOLE, param.device)
