@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from lrprobe.names import Names
 from lrprobe.text import warn
 
 Every: TypeAlias = int | Callable[[int], bool]
@@ -18,20 +19,19 @@ class Options:
     """What one probe does with each of its optimizers.
 
     Attributes:
-        names: id of a parameter to its name in the model.
+        names: of the parameters in the model.
         chosen: which parameters are recorded.
-        every, step, track, batch_size, sample: as given to ``attach``.
-        attempt: how often the destination was continued.
+        every, step, track, batch_size, sample, compile: as given to ``attach``.
     """
 
-    names: Mapping[int, str]
+    names: Names
     chosen: Filter
     every: Every
     step: Step
     track: int
     batch_size: int | None
     sample: int | None = None
-    attempt: int = 0
+    compile: bool = False
 
 
 def check_counts(every: Any, track: Any, batch_size: Any, step: Any, sample: Any) -> None:

@@ -5,7 +5,9 @@ step hook → rule (reconstruct) → summary → record → sinks
 
 from __future__ import annotations
 
+import atexit
 import platform
+import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from torch import nn
 from lrprobe.arguments import Every, Filter, Options, Step, check_counts
 from lrprobe.delivery import Delivery
 from lrprobe.hooks import Hooks
-from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.record import SCHEMA_VERSION, Level
 from lrprobe.sinks.memory import Memory
 from lrprobe.sinks.targets import open_sinks, targets
@@ -78,16 +80,15 @@ def attach(
         OSError: if a destination cannot be written.
     """
     optimizers = find_optimizers(optimizer)
-    names = parameter_names(model)
+    names = Names(model)
+    now = names.now()
     check_counts(every, track, batch_size, step, sample)
-    if compile:
-        raise NotImplementedError("compile= is not there yet; leave it out")
     chosen = Filter(include, exclude)
     for each in optimizers.values():
-        chosen.see(name for _, name, _ in name_parameters(each, names))
+        chosen.see(name for _, name, _ in name_parameters(each, now))
     chosen.warn_unused()
     params = {id(p) for each in optimizers.values() for g in each.param_groups for p in g["params"]}
-    if names and not params & names.keys():
+    if now and not params & now.keys():
         warn("the model has none of the optimizer's parameters, so that it names none of them")
     found = targets(to)
     places = [target.place for target in found if target.place is not None]
@@ -100,8 +101,8 @@ def attach(
         memory = Memory()
         sinks.insert(0, memory)
     attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
-    options = Options(names, chosen, every, step, track, batch_size, sample, attempt)
-    probe = Probe(memory, Delivery(sinks, owned), places)
+    options = Options(names, chosen, every, step, track, batch_size, sample, compile)
+    probe = Probe(memory, Delivery(sinks, owned), places, attempt)
     for name, each in optimizers.items():
         probe.hooks.append(Hooks(name, each, options, probe))
     probe.describe()
@@ -115,12 +116,16 @@ class Probe:
     A context manager: leaving it closes it.
     """
 
-    def __init__(self, memory: Memory, delivery: Delivery, places: Sequence[str]) -> None:
+    def __init__(
+        self, memory: Memory, delivery: Delivery, places: Sequence[str], attempt: int
+    ) -> None:
         self._memory = memory
         self._delivery = delivery
         self.places = places
+        self.attempt = attempt
         self.hooks: list[Hooks] = []
         self._waiting: deque[tuple[Hooks, Pending]] = deque()
+        self._lock = threading.RLock()  # a frame may be asked for beside the training
         self._closed = False
         self.run: dict[str, Any] = {}
 
@@ -165,9 +170,14 @@ class Probe:
         self._closed = True
         for hooks in self.hooks:
             hooks.remove()
-        self.collect(wait=True)
-        self._delivery.close()
-        _open_probes.discard(self)
+        try:
+            self.collect(wait=True)
+        finally:
+            _open_probes.discard(self)
+            self._delivery.close()
+        for hooks in self.hooks:
+            if hooks.failures > 1:  # of the first it was told when it happened
+                warn(f"{hooks.failures:,} steps of {hooks.name} could not be recorded")
         self._tell()
 
     def __enter__(self) -> Self:
@@ -178,10 +188,14 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the counts stand, as plain values, to go into a checkpoint."""
+        self.collect(wait=True)
         return {"steps": {hooks.name: hooks.schedule.step for hooks in self.hooks}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where another probe stood.
+        """Go on counting where another probe stood, or this one earlier.
+
+        Where that is before a step that was recorded, a new ``attempt`` begins, which supersedes
+        what was recorded from there on.
 
         Raises:
             ValueError: if it was of other optimizers.
@@ -192,8 +206,11 @@ class Probe:
             raise ValueError(
                 f"this state is of the optimizers {sorted(steps)}; the probe has {sorted(names)}"
             )
+        self.collect(wait=True)
         for hooks in self.hooks:
             hooks.schedule.step = int(steps[hooks.name])
+        if any(hooks.schedule.step < hooks.recorded for hooks in self.hooks):
+            self._begin_attempt()
 
     def __repr__(self) -> str:
         watched = sum(len(hooks.watched) for hooks in self.hooks)
@@ -218,16 +235,41 @@ class Probe:
 
     def add(self, hooks: Hooks, pending: Pending) -> None:
         """Take the figures of a step, still on the device."""
-        self._waiting.append((hooks, pending))
+        with self._lock:
+            self._waiting.append((hooks, pending))
         self.collect()
 
     def collect(self, wait: bool = False) -> None:
         """Pass on what has arrived on the host; the rest is asked again at a later hook."""
-        while self._waiting and (wait or self._waiting[0][1].ready()):
-            hooks, pending = self._waiting.popleft()
-            hooks.judge(pending)
-            self._delivery.put(pending.record, pending.nbytes)
+        with self._lock:
+            while self._waiting and (wait or self._waiting[0][1].ready()):
+                hooks, pending = self._waiting.popleft()
+                try:
+                    self._pass_on(hooks, pending)
+                except Warning:  # the user wants warnings to be errors
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+                    hooks.failed(error)
         self._tell()
+
+    def _pass_on(self, hooks: Hooks, pending: Pending) -> None:
+        if pending.none_taken:
+            less = hooks.schedule.take_back()
+            for others, later in self._waiting:
+                if others is hooks:
+                    later.info.step -= less
+        elif pending.info.recorded:
+            if pending.info.step < hooks.recorded:  # the trainer's own count went back
+                self._begin_attempt()
+            hooks.recorded = pending.info.step
+            pending.info.attempt = self.attempt
+            self._delivery.put(pending.record, pending.nbytes)
+            hooks.judge(pending)
+
+    def _begin_attempt(self) -> None:
+        self.attempt += 1
+        for hooks in self.hooks:
+            hooks.recorded = -1
 
     def _wait(self) -> None:
         if not self._closed:
@@ -241,6 +283,13 @@ class Probe:
 
 
 _open_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Pass on what is still on its way from a device, before the delivery ends."""
+    for probe in list(_open_probes):
+        probe.collect(wait=True)
 
 
 def _close_older(places: Sequence[str]) -> None:

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update, Whole
-from lrprobe.summary.reading import BLOCK, Spread, blocks, precision, take_block, take_flat
+from lrprobe.summary.fused import COLUMNS, ROWS, kernel_for
+from lrprobe.summary.reading import (
+    BLOCK,
+    Spread,
+    blocks,
+    precision,
+    take_block,
+    take_flat,
+    take_range,
+)
 
 PARTS = (
     "decay",
@@ -203,6 +212,7 @@ class Stream:
         *,
         exact: bool,
         sample: Spread | None = None,
+        compile: bool = False,  # noqa: A002 - as in `attach`
     ) -> None:
         """``exact`` computes in float64 and counts what is not finite.
 
@@ -211,15 +221,21 @@ class Stream:
         """
         self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
         self.sample = sample
+        self.compile = compile
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
         self._scratch: Tensor | None = None
 
-    def slices(self) -> Iterator[Slice]:
-        """All of it, in order, or the sample."""
+    def slices(self, start: int = 0) -> Iterator[Slice]:
+        """All of it from a flat position on, in order; or the sample."""
         if self.sample is not None:
             take = take_flat(self.sample, self.dtype)
             yield Slice([self.entry], self.group, take)
+            return
+        if start:  # what a kernel left over: less than one call of it
+            for at in range(start, self.numel, BLOCK):
+                take = take_range(at, min(at + BLOCK, self.numel), self.dtype)
+                yield Slice([self.entry], self.group, take)
             return
         for block in blocks(self.entry.param.shape):
             yield Slice([self.entry], self.group, take_block(block, self.dtype))
@@ -230,11 +246,11 @@ class Stream:
         sample = RateSample(self.entry.param, device, None if self.sample is None else 1)
         slots: list[Tensor] = []
         extremes: list[Tensor] = []
-        pivot: Scalar | None = None
-        decay: Scalar = 0.0
+        start, decay, pivot = (
+            self._fused(sample, slots, extremes) if self.compile else (0, 0.0, None)
+        )
         names = list(state_like(self.entry))
-        start = 0
-        for s in self.slices():
+        for s in self.slices(start):
             update = self.rule.update(s)
             decay = update.decay
             if pivot is None:
@@ -254,12 +270,41 @@ class Stream:
         mean = torch.where(high.isinf(), high, (pivot64 + shift).clamp(low, high))
         log = sums[2]
         if self.dtype is not torch.float64:
-            log = (log + start * sample.log2_correction()) * math.log(2)
+            octaves = log * 2.0**-23 + start * (sample.log2_correction() - 127.0)
+            log = octaves * math.log(2)
         head = torch.stack([column(decay, sums), mean, m2, log, low, high])
         parts = torch.cat([head, sums[3:]]).unsqueeze(0)
         if self.sample is not None:
             self._scale(parts, self.numel / start)
         return parts, sample.histogram().unsqueeze(0)
+
+    def _fused(
+        self, sample: RateSample, slots: list[Tensor], extremes: list[Tensor]
+    ) -> tuple[int, Scalar, Scalar | None]:
+        """Whole calls of a compiled kernel; how many elements they took, the decay, the pivot."""
+        size = ROWS * COLUMNS
+        entry = self.entry
+        if not self.compile or self.exact or self.sample is not None or self.numel < size:
+            return 0, 0.0, None
+        first = Slice([entry], self.group, take_range(0, COLUMNS, torch.float32))
+        kernel = kernel_for(entry, self.group, self.rule, first)
+        if kernel is None:
+            return 0, 0.0, None
+        pivot = cast("Tensor", self.rule.update(first).effective_lr).mean()
+        scalars, decay = kernel.scalars_of(entry, first.lr)
+        flat = [t.view(-1) for t in (entry.param, cast("Tensor", entry.grad))]
+        states = [entry.state[name].view(-1) for name in kernel.states]
+        start = 0
+        for start in range(0, self.numel - size + 1, size):
+            param, grad = (t[start : start + size] for t in flat)
+            pieces = [t[start : start + size] for t in states]
+            sums, low, high, rate = kernel.run(param, grad, pieces, scalars, pivot)
+            total = sums.double().sum(1)
+            total[-1] *= 0  # NaN where some state is not finite
+            slots.append(total)
+            extremes.append(torch.stack([low.amin(), high.amax()]))
+            sample.add(rate, start, rate)
+        return start + size, decay, pivot
 
     def _scale(self, parts: Tensor, factor: float) -> None:
         """Figures of a sample to those of all, with the exact norms."""
@@ -321,7 +366,7 @@ class Stream:
         return torch.mul(a, b, out=self._scratch[: len(a)]).sum()
 
     def _log_sum(self, rate: Tensor) -> Tensor:
-        return rate.log().sum() if self.dtype is torch.float64 else linear_log2_sum(rate)
+        return rate.log().sum() if self.dtype is torch.float64 else bits_sum(rate)
 
     def _nonfinite(self, s: Slice, names: Sequence[str]) -> Tensor:
         if self.exact:
@@ -336,13 +381,13 @@ class Stream:
         return total * 0
 
 
-def linear_log2_sum(rate: Tensor) -> Tensor:
-    """Σ log₂ of positive float32 values, taken as linear between powers of two: 0-dim.
+def bits_sum(rate: Tensor) -> Tensor:
+    """2²³ · (Σ log₂ + 127) of positive float32 values, linear between powers of two: 0-dim.
 
     The bits of a float32 are that, but for an offset: a logarithm for the price of a conversion.
     Each is up to 0.086 too small; how much on average, a sample tells.
     """
-    return rate.view(torch.int32).to(torch.float32).sum() * 2.0**-23 - 127.0 * len(rate)
+    return rate.view(torch.int32).to(torch.float32).sum()
 
 
 def _pivot(update: Update, s: Slice) -> Scalar:
@@ -384,7 +429,7 @@ class RateSample:
         return self.pieces[0]
 
     def log2_correction(self) -> Tensor:
-        """Mean of log₂ less what ``linear_log2_sum`` takes for it: 0-dim, float64."""
+        """Mean of log₂ less what ``bits_sum`` takes for it: 0-dim, float64."""
         if not self.pieces:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         mantissa, _ = torch.frexp(self._rates())

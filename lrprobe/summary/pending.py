@@ -20,16 +20,24 @@ from lrprobe.summary.snapshot import Raw, Watched
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInfo:
-    """What the hooks know of a step without asking the device."""
+    """What the hooks know of a step without asking the device.
+
+    Attributes:
+        step: its number; one less where an earlier step turns out to have been none.
+        time, optimizer, samples, run: as in the record.
+        recorded: whether it is to be recorded.
+        attempt: known when the figures are passed on.
+    """
 
     step: int
     time: float
-    attempt: int
     optimizer: str
     samples: float
     run: Mapping[str, Any]
+    recorded: bool = True
+    attempt: int = 0
 
 
 class Pending:
@@ -37,14 +45,14 @@ class Pending:
 
     def __init__(self, raw: Raw, watched: Sequence[Watched], info: StepInfo) -> None:
         self._raw = raw
-        self._info = info
+        self.info = info
         self.watched = list(watched)
         self._names = [w.name for w in watched]
         self._groups = [w.group for w in watched]
         self._rules = [w.rule for w in watched]
         self._tensors = [t for rows in raw.rows for _, t in rows.tensors()]
         numbers = [*raw.lr.values(), *(w.initial_lr for w in watched)]
-        numbers += [raw.found_inf, raw.grad_scale]
+        numbers += [raw.found_inf, raw.grad_scale, *(raw.resting or ())]
         self._tensors += [t for t in numbers if isinstance(t, Tensor)]
         self._crossing = _Crossing(self._tensors)
         self._host: dict[int, NDArray[Any]] | None = None
@@ -75,6 +83,17 @@ class Pending:
         return self._raw.found_inf is not None and self._number(self._raw.found_inf) != 0
 
     @property
+    def none_taken(self) -> bool:
+        """Whether every rate and every gradient was 0: a checkpoint library's, to make state."""
+        rest = self._raw.resting
+        if rest is None or any(self._number(lr) != 0 for lr in self._raw.lr.values()):
+            return False
+        squares = self._table("parts", len(PARTS))[self._raw.stepped, PARTS.index("gg")]
+        if not len(squares) + len(rest):
+            return False
+        return not (squares != 0).any() and not any(self._number(found) for found in rest)
+
+    @property
     def errors(self) -> Mapping[int, str]:
         """What rules raised, by position of the parameter."""
         return self._raw.errors
@@ -98,7 +117,7 @@ class Pending:
 
     def record(self) -> Record:
         """Merge and finish the figures of every level."""
-        raw, info = self._raw, self._info
+        raw, info = self._raw, self.info
         count = len(self._names)
         stepped = np.zeros(count, np.bool_)
         stepped[raw.stepped] = not self.skipped
@@ -153,7 +172,7 @@ class Pending:
         return result
 
     def _columns(self, summary: finish.Summary, level: Level, rules: Sequence[str]) -> Columns:
-        raw, info = self._raw, self._info
+        raw, info = self._raw, self.info
         keys: Sequence[str | int]
         if level == "parameter":
             keys = range(len(self._names))
@@ -217,7 +236,7 @@ class Pending:
         return np.where(some, norm, np.nan), np.where(some, bad, np.nan)
 
     def _elements(self, stepped: NDArray[np.bool_]) -> Columns:
-        info = self._info
+        info = self.info
         pieces: dict[str, list[Any]] = {name: [] for name in ELEMENT_COLUMNS}
         found: dict[int, Any] = {}
         for rows in self._raw.rows:

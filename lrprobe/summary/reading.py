@@ -88,6 +88,15 @@ Positions: TypeAlias = "Spread | Tensor | None"
 """Flat positions of elements, or all of them."""
 
 
+def take_range(start: int, stop: int, dtype: torch.dtype) -> Take:
+    """Read neighbouring elements of one contiguous tensor, flat."""
+
+    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+        return cast("Tensor", tensors[0]).view(-1)[start:stop].to(dtype)
+
+    return take
+
+
 def take_flat(at: Positions, dtype: torch.dtype) -> Take:
     """Read positions of one tensor, flat."""
 

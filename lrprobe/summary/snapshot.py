@@ -55,13 +55,31 @@ class Watched:
     bad_steps: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How figures are taken.
+
+    Attributes:
+        sample: of larger parameters from that many elements; None for all.
+        compile: with a compiled kernel where there can be one.
+    """
+
+    sample: int | None = None
+    compile: bool = False
+
+
+_PLAIN = How()
+
+
 @dataclass(slots=True)
 class Before:
     """What is kept from before a step: a sample of each parameter, and a few scalars."""
 
-    samples: dict[int, Tensor]
-    tracked: dict[int, Tensor]
-    scalars: dict[int, Mapping[str, Scalar]]
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    tracked: dict[int, Tensor] = field(default_factory=dict)
+    scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+    """Position of a parameter to what its rule raised."""
 
 
 @dataclass(slots=True)
@@ -106,6 +124,9 @@ class Raw:
     """Factor still in the gradients of a skipped step."""
     errors: dict[int, str] = field(default_factory=dict)
     """Position of a parameter to what its rule raised."""
+    resting: list[Tensor] | None = None
+    """Of gradients that no row tells of, whether they have an element that is not 0; None where
+    some rate is known not to be 0."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -115,28 +136,65 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Before:
     """Keep what cannot be told after the step. Gradients may not exist yet (closures)."""
-    samples: dict[int, Tensor] = {}
-    tracked: dict[int, Tensor] = {}
-    scalars: dict[int, Mapping[str, Scalar]] = {}
+    kept = Before()
     for i, w in enumerate(watched):
         param = w.ref()
-        if param is None or not param.requires_grad:
+        # What is frozen is stepped all the same where an old gradient was left.
+        if param is None or not (param.requires_grad or param.grad is not None):
             continue
         flat = real(param)
-        samples[i] = positions(flat, _sample_of(flat)).clone()
+        kept.samples[i] = positions(flat, _sample_of(flat)).clone()
         if w.tracked is not None:
-            tracked[i] = positions(flat, w.tracked.to(flat.device))
+            kept.tracked[i] = positions(flat, w.tracked.to(flat.device))
         if w.rule is not None and w.rule.before is not None:
             state = optimizer.state.get(param, {})
-            scalars[i] = w.rule.before(param.detach(), state, optimizer.param_groups[w.group])
-    return Before(samples, tracked, scalars)
+            group = optimizer.param_groups[w.group]
+            try:
+                kept.scalars[i] = w.rule.before(param.detach(), state, group)
+            except Exception as error:  # noqa: BLE001 - a rule must never stop a training
+                kept.errors[i] = _cause(error)
+    return kept
+
+
+def at_rest(optimizer: torch.optim.Optimizer) -> bool | None:
+    """Whether every rate is 0; None where a device would have to be asked."""
+    known: bool | None = True
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            known = None
+        elif lr is None or lr != 0:
+            return False
+    return known
+
+
+def resting(optimizer: torch.optim.Optimizer) -> Raw:
+    """All that tells a step from one with a rate of 0 and zero gradients, which is none.
+
+    Checkpoint libraries take the latter, so that there is a state to load into.
+    """
+    return _with_resting(Raw(lr=_rates(optimizer)), optimizer, set())
+
+
+def _with_resting(raw: Raw, optimizer: torch.optim.Optimizer, seen: set[int]) -> Raw:
+    params = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen)
+    grads = (p.grad for p in params if p.grad is not None)
+    raw.resting = [(g._values() if g.is_sparse else g).detach().any() for g in grads]  # noqa: SLF001 - it need not be coalesced for this
+    return raw
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Scalar]:
+    return {
+        index: _copied(group.get("lr", torch.nan))
+        for index, group in enumerate(optimizer.param_groups)
+    }
 
 
 def after(
     watched: Sequence[Watched],
     optimizer: torch.optim.Optimizer,
     kept: Before,
-    sample: int | None = None,
+    how: How = _PLAIN,
 ) -> Raw:
     """Reconstruct and summarise the step that has just been taken.
 
@@ -144,14 +202,16 @@ def after(
         watched: the parameters.
         optimizer: theirs.
         kept: what ``before`` kept.
-        sample: take the figures of larger parameters from that many elements.
+        how: how figures are taken.
     """
     raw = Raw(
-        lr={g: _copied(group["lr"]) for g, group in enumerate(optimizer.param_groups)},
+        lr=_rates(optimizer),
         found_inf=_copied(getattr(optimizer, "found_inf", None)),
         grad_scale=_copied(getattr(optimizer, "grad_scale", None)),
     )
+    raw.errors.update(kept.errors)
     batches: dict[Any, list[tuple[int, Entry]]] = defaultdict(list)
+    seen: set[int] = set()
     for i, w in enumerate(watched):
         param = w.ref()
         if param is None:
@@ -160,13 +220,14 @@ def after(
             raw.rows.append(_norms_only(i, real(param)))
             continue
         raw.stepped.append(i)
+        seen.add(id(param))
         state = optimizer.state.get(param, {})
         entry = entry_of(param, state, kept.scalars.get(i, {}))
         small = w.numel <= WHOLE
         names = tuple(k for k, v in state.items() if v is not None)
         batches[
             w.group,
-            w.rule,
+            None if i in kept.errors else w.rule,
             w.numel if small else None,
             param.dtype,
             param.device,
@@ -178,7 +239,9 @@ def after(
         group = optimizer.param_groups[group_index]
         width = min(batch[0][1].param.numel(), WHOLE)
         for part in _parted(batch, max(1, BLOCK // max(width, 1))):
-            _summarise(part, group, rule, watched, kept, raw, sample)
+            _summarise(part, group, rule, watched, kept, raw, how)
+    if at_rest(optimizer) is not False:
+        _with_resting(raw, optimizer, seen)
     return raw
 
 
@@ -189,19 +252,25 @@ def _summarise(
     watched: Sequence[Watched],
     kept: Before,
     raw: Raw,
-    sample: int | None,
+    how: How,
 ) -> None:
     at = [i for i, _ in batch]
-    if batch[0][1].param.numel() == 0:
-        raw.rows.append(_empty(batch, group, rule))
-        return
+    empty = batch[0][1].param.numel() == 0
     if rule is not None:
         try:
-            raw.rows += _reconstructed(batch, group, rule, watched, kept, sample)
+            if empty:
+                raw.rows.append(_empty(batch, group, rule))
+            else:
+                raw.rows += _reconstructed(batch, group, rule, watched, kept, how)
+        except torch.OutOfMemoryError:  # which is no fault of the rule's
+            raise
         except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-            raw.errors.update(dict.fromkeys(at, f"{type(error).__name__}: {error}"))
+            raw.errors.update(dict.fromkeys(at, _cause(error)))
         else:
             return
+    if empty:
+        raw.rows.append(_empty(batch, group, None))
+        return
     raw.rows += _measured(batch, group, watched, kept)
 
 
@@ -211,7 +280,7 @@ def _reconstructed(
     rule: Rule,
     watched: Sequence[Watched],
     kept: Before,
-    sample: int | None,
+    how: How,
 ) -> list[Rows]:
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
@@ -230,20 +299,19 @@ def _reconstructed(
         rows.rates = _all_rates(update, s.param)
     else:
         for i, entry in batch:
-            some = None if sample is None or sample >= entry.param.numel() else sample
-            parts, bins = _large(entry, group, rule, some)
+            parts, bins = _large(entry, group, rule, how)
             result.append(Rows([i], parts=parts, bins=bins))
     result += _tracked(batch, group, rule, watched, kept)
     return result
 
 
-def _large(
-    entry: Entry, group: Mapping[str, Any], rule: Rule, sample: int | None
-) -> tuple[Tensor, Tensor]:
-    some = None if sample is None else spread(entry.param.numel(), sample, entry.param.device)
-    on_host = entry.param.device.type == "cpu"
+def _large(entry: Entry, group: Mapping[str, Any], rule: Rule, how: How) -> tuple[Tensor, Tensor]:
+    numel, device = entry.param.numel(), entry.param.device
+    fewer = how.sample is not None and how.sample < numel
+    some = spread(numel, how.sample or numel, device) if fewer else None
+    on_host = device.type == "cpu"
     # A device must not be asked what came out, so there it is computed the sure way at once.
-    stream = figures.Stream(entry, group, rule, exact=not on_host, sample=some)
+    stream = figures.Stream(entry, group, rule, exact=not on_host, sample=some, compile=how.compile)
     parts, bins = stream.figures()
     if on_host and figures.suspicious(parts.numpy())[0]:
         parts, bins = figures.Stream(entry, group, rule, exact=True, sample=some).figures()
@@ -332,6 +400,10 @@ def _sample_of(param: Tensor) -> Spread | None:
     if param.numel() <= WHOLE:
         return None
     return spread(param.numel(), WHOLE, param.device)
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,239 @@
+"""Rule and figures in one pass over memory, for ``attach(compile=True)``.
+
+The rule is traced, once for each kind of parameter. What is 0-dim in it (bias corrections, say)
+stays in float64 and is computed beforehand; the elementwise rest is compiled together with the
+sums that the figures are made of. The equation is written once: in the rule.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lrprobe.rules.base import Entry, Rule, Slice, SparseRows
+from lrprobe.text import warn
+
+ROWS, COLUMNS = 128, 4096
+"""A call takes ROWS · COLUMNS elements; sums are taken along COLUMNS, which keeps them accurate."""
+
+_OPTIONS: dict[str, Any] = {  # else the compiler reads the inputs once for each sum
+    "realize_reads_threshold": 10_000,
+    "realize_opcount_threshold": 10_000,
+    "realize_acc_reads_threshold": 10_000,
+}
+_MOST_KINDS = 8
+"""Kernels compiled for one rule; more means that a hyperparameter changes from step to step."""
+
+_kernels: dict[Any, Kernel | None] = {}
+_told: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kind of parameter.
+
+    Attributes:
+        prelude: 0-dim inputs to the scalars that the body needs, float64, and the decay.
+        run: (parameter, gradient, states, scalars, pivot) to sums (figures, ROWS), the least and
+            the largest rate of each row, and the rates.
+        states, scalars: names of the state entries that it reads.
+    """
+
+    prelude: Callable[..., Any]
+    run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    states: tuple[str, ...]
+    scalars: tuple[str, ...]
+
+    def scalars_of(self, entry: Entry, lr: Tensor) -> tuple[list[Tensor], Any]:
+        """The scalars of this step, and its decay."""
+        numbers = [torch.as_tensor(entry.state[name]).detach() for name in self.scalars]
+        crossing, decay = self.prelude(lr, *numbers)
+        device = entry.param.device
+        return [x.to(device, torch.float32, non_blocking=True) for x in crossing], decay
+
+
+def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule, pivoted: Slice) -> Kernel | None:
+    """The kernel for a parameter; None where it is not worth one, or cannot have one."""
+    tensors = _tensors(entry)
+    states = tuple(k for k, t in tensors.items() if t.shape == entry.param.shape)
+    if (
+        rule.whole is not None
+        or isinstance(entry.grad, SparseRows)
+        or entry.param.dtype == torch.float64
+        or len(states) < len([t for t in tensors.values() if t.numel() > 1])
+        or not all(t.is_contiguous() for t in (entry.param, entry.grad, *tensors.values()))
+    ):
+        return None
+    scalars = tuple(k for k, v in entry.state.items() if k not in states and v is not None)
+    fixed = {k: v for k, v in group.items() if k not in ("params", "lr", "param_names")}
+    dtypes = tuple(t.dtype for t in (entry.param, entry.grad, *tensors.values()))
+    key = (rule, states, scalars, dtypes, entry.param.device, repr(sorted(fixed.items())))
+    if key not in _kernels:
+        if sum(1 for other in _kernels if other[0] is rule) >= _MOST_KINDS:
+            _tell(f"hyperparameters of rule {rule.name!r} change too often to compile it each time")
+            return None
+        _kernels[key] = _built(entry, group, rule, states, scalars, pivoted)
+    return _kernels[key]
+
+
+def _tensors(entry: Entry) -> dict[str, Tensor]:
+    return {k: v for k, v in entry.state.items() if isinstance(v, Tensor) and v.dim()}
+
+
+def _built(
+    entry: Entry,
+    group: Mapping[str, Any],
+    rule: Rule,
+    states: tuple[str, ...],
+    scalars: tuple[str, ...],
+    pivoted: Slice,
+) -> Kernel | None:
+    try:
+        prelude, body, present = _traced(entry, group, rule, states, scalars)
+        if prelude is None:
+            return None
+        plain = _kernel(body, present, maximize=bool(group.get("maximize")))
+        kernel = Kernel(prelude, plain, states, scalars)
+        blank = torch.ones(ROWS * COLUMNS, device=entry.param.device)
+        numbers, _ = kernel.scalars_of(entry, pivoted.lr)
+        like = [blank.to(t.dtype, copy=True) for t in (entry.param, cast("Tensor", entry.grad))]
+        pieces = [blank.to(entry.state[k].dtype, copy=True) for k in states]
+        inputs = (*like, pieces, numbers, blank.new_zeros(()))
+        # Traced once more, so that each kernel is a module of its own for the compiler's caches.
+        graph = make_fx(plain, tracing_mode="fake")(*inputs)
+        run = torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the compiler says to its own developers
+            run(*inputs)  # compiled here: a machine without a compiler fails now
+        kernel = replace(kernel, run=run)
+    except Exception as error:  # noqa: BLE001 - the compiler may raise anything
+        _tell(f"torch.compile failed ({type(error).__name__}); recording goes on without it")
+        return None
+    return kernel
+
+
+def _traced(
+    entry: Entry,
+    group: Mapping[str, Any],
+    rule: Rule,
+    states: tuple[str, ...],
+    scalars: tuple[str, ...],
+) -> tuple[Any, Any, dict[str, Any]]:
+    present: dict[str, Any] = {}
+
+    def update(param: Tensor, grad: Tensor, lr: Tensor, elements: Any, numbers: Any) -> Any:
+        state = {**dict(zip(states, elements, strict=True)), **dict(zip(scalars, numbers))}  # noqa: B905
+        s = Slice([Entry(param, grad, state)], {**group, "lr": lr}, _itself)
+        u = rule.update(s)
+        present["eps"] = None if u.eps is None else u.eps[1]
+        outputs = {
+            "rate": u.effective_lr,
+            "direction": u.direction,
+            "rms_grad": u.rms_grad,
+            "rms_update": u.rms_update,
+            "statistic": None if u.eps is None else u.eps[0],
+        }
+        present["names"] = [k for k, v in outputs.items() if v is not None]
+        decay = torch.as_tensor(u.decay, dtype=torch.float64)
+        return [decay, *(torch.as_tensor(v) for v in outputs.values() if v is not None)]
+
+    sample = torch.ones(8)
+    lr = group["lr"]
+    rate = lr.detach().clone() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    numbers = [torch.as_tensor(entry.state[name]).detach().clone() for name in scalars]
+    inputs = (sample, sample.clone(), rate, [sample.clone() for _ in states], numbers)
+    graph = make_fx(update, tracing_mode="fake")(*inputs)
+    if isinstance(present["eps"], Tensor):
+        return None, None, present
+    outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    if _flat(outputs[1]):
+        return None, None, present  # one rate for all elements: cheap enough as it is
+    return (*_split(graph, outputs), present)
+
+
+def _itself(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+    return cast("Tensor", tensors[0])
+
+
+def _flat(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dim() == 0)
+
+
+def _split(graph: fx.GraphModule, outputs: Sequence[fx.Node]) -> tuple[Any, Any]:
+    """What is 0-dim, and what is elementwise."""
+    prelude, body = fx.Graph(), fx.Graph()
+    before: dict[fx.Node, fx.Node] = {}
+    inside: dict[fx.Node, fx.Node] = {}
+    nodes = [n for n in graph.graph.nodes if n.op != "output"]
+    for node in nodes:
+        if node.op == "placeholder":
+            to, names = (prelude, before) if _flat(node) else (body, inside)
+            names[node] = to.placeholder(node.name)
+    elementwise = [n for n in nodes if n.op != "placeholder" and not _flat(n)]
+    crossing = dict.fromkeys(i for n in elementwise for i in n.all_input_nodes if _flat(i))
+    for node in crossing:
+        inside[node] = body.placeholder(node.name)
+    for node in nodes:
+        if node.op == "placeholder":
+            continue
+        if _flat(node):
+            before[node] = prelude.node_copy(node, lambda n: before[n])
+        else:
+            inside[node] = body.node_copy(node, lambda n: inside[n])
+    prelude.output(([before[n] for n in crossing], before[outputs[0]]))
+    body.output([inside[n] for n in outputs[1:]])
+    return fx.GraphModule(graph, prelude), fx.GraphModule(graph, body)
+
+
+def _kernel(
+    body: Callable[..., Any], present: Mapping[str, Any], *, maximize: bool
+) -> Callable[..., Any]:
+    names: list[str] = present["names"]
+    eps = present["eps"]
+
+    def kernel(
+        param: Tensor, grad: Tensor, states: list[Tensor], scalars: list[Tensor], pivot: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        p = param.view(ROWS, COLUMNS).float()
+        g = grad.view(ROWS, COLUMNS).float()
+        elements = [state.view(ROWS, COLUMNS).float() for state in states]
+        found = dict(zip(names, body(p, g, *elements, *scalars), strict=True))
+        rate, d = found["rate"], found["direction"]
+        g = -g if maximize else g  # as rules see it, which the body did by itself
+        e = rate * d
+        deviation = rate - pivot
+        nothing = torch.full_like(p, torch.nan)
+        below = nothing if eps is None else (found["statistic"] <= eps).float()
+        sums = [
+            deviation,
+            deviation * deviation,
+            rate.view(torch.int32).float(),
+            d * d,
+            e * e,
+            e * p,
+            e * g,
+            p * p,
+            p * g,
+            g * g,
+            (g == 0).float(),
+            found.get("rms_grad", nothing),
+            found.get("rms_update", nothing),
+            below,
+            sum(elements[1:], elements[0]) if elements else torch.zeros_like(p),
+        ]
+        rows = torch.stack([x.sum(1) for x in sums])
+        return rows, rate.amin(1), rate.amax(1), rate.view(-1)
+
+    return kernel
+
+
+def _tell(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warn(f"compile=True: {message}")

@@ -1,0 +1,83 @@
+"""``attach(compile=True)``: the compiled pass and the eager one say the same."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import lrprobe
+from lrprobe.record import FIGURES
+from lrprobe.summary import fused
+
+
+def frames(optimizer: torch.optim.Optimizer, **options: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The same three steps, recorded eagerly and as asked."""
+    generator = torch.Generator().manual_seed(3)
+    plain = lrprobe.attach(optimizer, every=1, to=lrprobe.sinks.Memory())
+    other = lrprobe.attach(optimizer, every=1, to=lrprobe.sinks.Memory(), **options)
+    with plain, other:
+        for _ in range(3):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    grad = torch.randn(param.shape, generator=generator)
+                    param.grad = (0.1 * grad).to(param.dtype)
+            optimizer.step()
+    return plain.frame(), other.frame()
+
+
+def parameters() -> list[nn.Parameter]:
+    """One call of a kernel and a remainder; the same in bfloat16; a small one."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [((730, 800), torch.float32), ((701, 800), torch.bfloat16), ((5,), torch.float32)]
+    return [nn.Parameter(torch.randn(s, generator=generator).to(d)) for s, d in shapes]
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True, "maximize": True}),
+        (torch.optim.Adadelta, {"weight_decay": 0.1}),
+    ],
+)
+def test_compiled_figures_are_the_eager_ones(cls: Any, options: dict[str, Any]) -> None:
+    """Every figure agrees to 2e-5, the geometric mean within the contract's 1 %."""
+    kernels = len(fused._kernels)
+    eager, compiled = frames(cls(parameters(), **options), compile=True)
+    assert len(fused._kernels) > kernels, "nothing was compiled"
+    assert eager["rule"].tolist() == compiled["rule"].tolist()
+    for name in FIGURES:
+        rtol = 1e-2 if name == "effective_lr_gmean" else 2e-5
+        np.testing.assert_allclose(
+            compiled[name], eager[name], rtol=rtol, atol=1e-12, equal_nan=True, err_msg=name
+        )
+
+
+def test_without_a_compiler_it_records_eagerly_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where torch.compile fails there is one line of notice, and the frame is the eager one."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(fused, "_kernels", {})
+    monkeypatch.setattr(fused, "_told", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        eager, other = frames(torch.optim.RMSprop(parameters()), compile=True)
+    said = [str(w.message) for w in caught if "compile=True" in str(w.message)]
+    assert len(said) == 1, said
+    pd.testing.assert_frame_equal(eager, other)
+
+
+def test_a_rate_shared_by_all_elements_is_not_compiled() -> None:
+    """SGD's rate is one number: nothing is gained, so nothing is compiled, and all is the same."""
+    eager, other = frames(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9), compile=True)
+    pd.testing.assert_frame_equal(eager, other)
