@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from lrprobe.names import Names
@@ -53,7 +54,7 @@ def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False
     if fine:
         return
     message = f"{name}= takes a whole number of at least {least}{also}; got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(message)
     if value < least:
         raise ValueError(message)

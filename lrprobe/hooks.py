@@ -21,7 +21,16 @@ from lrprobe.names import name_parameters
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
 from lrprobe.summary.pending import Pending, StepInfo
-from lrprobe.summary.snapshot import Before, Watched, after, before, tolerance
+from lrprobe.summary.snapshot import (
+    Before,
+    How,
+    Watched,
+    after,
+    at_rest,
+    before,
+    resting,
+    tolerance,
+)
 from lrprobe.text import listed, warn
 
 
@@ -56,9 +65,17 @@ class Hooks:
         self._options = options
         self._optimizer = weakref.ref(optimizer)
         self._passes = Passes(options.batch_size) if options.batch_size is not None else None
+        self.recorded = -1
+        """The last step recorded in this attempt."""
+        self.failures = 0
+        """Steps that could not be recorded."""
         self._depth = 0
-        self._kept: tuple[int, Before] | None = None
-        self._seen: list[int] = []
+        self._number = self.schedule.step
+        self._kept: Before | None = None
+        self._seen: list[weakref.ref[Tensor]] = []
+        self._sizes: list[int] = []
+        self._cuda = torch.cuda.is_available()
+        self._captured = self._told_of_capture = False
         self._refresh(optimizer)
         if find_rule(type(optimizer)) is None:
             warn(
@@ -69,6 +86,9 @@ class Hooks:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+        # Before the user's own post-hooks, which may step a scheduler or drop the gradients.
+        hooks: Any = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no `prepend`
+        hooks.move_to_end(self._handles[1].id, last=False)
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -103,53 +123,112 @@ class Hooks:
             self._after_step(optimizer)
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if self._cuda and self._in_capture():
+            return
         if self._depth and not _is_nested(optimizer):
             self._depth = 0  # an earlier step raised
         self._depth += 1
         if self._depth > 1:
             return  # a child's step calls its parent's, and both have hooks
         self._kept = None
-        step = self.schedule.next()
-        if not self.schedule.due(step):
+        try:  # not `_harmless`, which costs more than all of this
+            if self._owner.waiting:
+                self._owner.collect()
+            self._number = self.schedule.next()
+            due = self.schedule.due(self._number)
+        except Warning:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in `_harmless`
+            self.failed(error)
             return
-        with _undisturbed():
+        if not due:
+            return
+        self._cuda = torch.cuda.is_available()  # asked seldom, since it costs a microsecond
+        if self._cuda and self._in_capture():
+            return
+        with self._harmless():
             self._refresh(optimizer)
-            self._kept = step, before(self.watched, optimizer)
+            self._kept = before(self.watched, optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
+        if self._captured:
+            self._depth = 0
+            return
         self._depth -= 1
         if self._depth > 0:
             return
         self._depth = 0
         kept, self._kept = self._kept, None
-        self.schedule.step = kept[0] if kept else self.schedule.next()
+        self.schedule.step = self._number
         passes = self._passes.take() if self._passes is not None else None
-        if kept is not None:
-            step, state = kept
+        if kept is None and not at_rest(optimizer):
+            return
+        with self._harmless():
             info = StepInfo(
-                step=step,
+                step=self._number,
                 time=time.time(),
-                attempt=self._options.attempt,
                 optimizer=self.name,
                 samples=math.nan if passes is None else passes,
                 run=self._owner.run,
+                recorded=kept is not None,
             )
-            with _undisturbed():
-                raw = after(self.watched, optimizer, state, self._options.sample)
+            if kept is None:  # nothing is to be known of it but whether it was a step
+                pending = Pending(resting(optimizer), (), info)
+            else:
+                how = How(self._options.sample, self._options.compile)
+                raw = after(self.watched, optimizer, kept, how)
                 pending = Pending(raw, self.watched, info)
             self._owner.add(self, pending)
-        elif self._owner.waiting:
-            self._owner.collect()
+
+    def _in_capture(self) -> bool:
+        """Whether a CUDA graph is being captured, which would replay what is done now."""
+        try:
+            self._captured = torch.cuda.is_current_stream_capturing()
+        except RuntimeError:  # this torch was built without CUDA
+            self._captured = False
+        if self._captured and not self._told_of_capture:
+            self._told_of_capture = True
+            warn(
+                f"the step of {self.name} is being captured into a CUDA graph: nothing is recorded "
+                "or counted in it, nor when it is replayed"
+            )
+        return self._captured
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """No error of ours reaches the training loop, and no setting of the user's the figures."""
+        try:
+            with _undisturbed():
+                yield
+        except Warning:  # the user wants warnings to be errors
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Tell of the first step that could not be recorded, and count them."""
+        self.failures += 1
+        if self.failures == 1:
+            warn(
+                f"step {self._number} of {self.name} could not be recorded: "
+                f"{type(error).__name__}: {error}. Training goes on; more such steps are counted, "
+                "and close() says how many"
+            )
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Follow added groups and exchanged parameters."""
-        seen = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        if seen == self._seen:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        same = sizes == self._sizes and all(
+            ref() is param for ref, param in zip(self._seen, params, strict=True)
+        )
+        if same:
             return
+        self._sizes = sizes
         known = {(w.name, id(w.ref())): w for w in self.watched}
         rule = find_rule(type(optimizer))
         self.watched = []
-        for group, name, param in name_parameters(optimizer, self._options.names):
+        for group, name, param in name_parameters(optimizer, self._options.names.now()):
             if not self._options.chosen.takes(name):
                 continue
             watched = known.get((name, id(param)))
@@ -164,16 +243,17 @@ class Hooks:
                     numel=numel,
                     initial_lr=_initial_lr(optimizer.param_groups[group]),
                 )
+            watched.group = group
             self.watched.append(watched)
         if self._passes is not None:
-            self._passes.watch([p for g in optimizer.param_groups for p in g["params"]])
-        changed, self._seen = bool(self._seen), seen
+            self._passes.watch(params)
+        changed, self._seen = bool(self._seen), [weakref.ref(param) for param in params]
         if changed:
             self._owner.describe()
 
     def judge(self, pending: Pending) -> None:
         """Parameters whose rule does not explain their steps become measured."""
-        failed = {self.watched[i]: why for i, why in pending.errors.items()}
+        failed = {pending.watched[i]: why for i, why in pending.errors.items()}
         reason = ""
         if not pending.skipped:
             errors = pending.reconstruction_errors()
@@ -203,24 +283,32 @@ class Schedule:
     def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
         self._every = every
         self._source = step if callable(step) else None
-        self.step = step if isinstance(step, int) else _steps_taken(optimizer)
+        self.step = _steps_taken(optimizer) if step is None or callable(step) else int(step)
 
     def next(self) -> int:
         """The number of the step that is about to be taken."""
         return int(self._source()) if self._source is not None else self.step + 1
 
+    def take_back(self) -> int:
+        """The last step was none; how much less those after it are numbered."""
+        if self._source is not None:
+            return 0
+        self.step -= 1
+        return 1
+
     def due(self, step: int) -> bool:
         """Whether that step is recorded."""
-        if isinstance(self._every, int):
-            return step == 1 or step % self._every == 0
-        return bool(self._every(step))
+        if callable(self._every):
+            return bool(self._every(step))
+        return step == 1 or step % self._every == 0
 
     def __repr__(self) -> str:
-        return f"{self._every} steps" if isinstance(self._every, int) else "step chosen"
+        return "step chosen" if callable(self._every) else f"{self._every} steps"
 
 
 def _steps_taken(optimizer: Optimizer) -> int:
-    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
+    steps = [state["step"] for state in states if "step" in state]
     return max((int(step) for step in steps), default=0)
 
 
@@ -232,7 +320,9 @@ def _initial_lr(group: Mapping[str, Any]) -> Any:
 def _draw(name: str, numel: int, count: int) -> Tensor | None:
     if not count or not numel:
         return None
-    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    generator = torch.Generator("cpu").manual_seed(
+        zlib.crc32(name.encode("utf-8", "backslashreplace"))
+    )
     if numel <= 1 << 16:
         drawn = torch.randperm(numel, generator=generator, device="cpu")[:count]
     else:

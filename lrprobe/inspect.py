@@ -122,7 +122,10 @@ class _Watch:
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        views = {}
+        views: dict[str, StepView] = {}
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):
+            return  # a fused optimizer took no step, for the gradient scaler
         rule = find_rule(type(optimizer))
         unexplained = []
         for index, name, param in name_parameters(optimizer, self._names):
@@ -130,10 +133,14 @@ class _Watch:
                 continue
             old, extra = self._kept[id(param)]
             entry = entry_of(param, optimizer.state.get(param, {}), extra)
-            view = _view(entry, optimizer.param_groups[index], rule, old, param)
+            group = optimizer.param_groups[index]
+            try:
+                view = _view(entry, group, rule, old, param)
+            except Exception:  # noqa: BLE001 - a rule that fails explains nothing
+                view = _view(entry, group, None, old, param, float("inf"))
             if view.error > tolerance(param.dtype):
                 unexplained.append(name)
-                view = _view(entry, optimizer.param_groups[index], None, old, param, view.error)
+                view = _view(entry, group, None, old, param, view.error)
             views[name] = view
         if unexplained:
             warn(
@@ -267,7 +274,13 @@ def _last_rate(
         entry = entry_of(param, state, {}, blank)
     else:
         entry = entry_of(param, state, {})
-    _, update = reconstruct(entry, group, rule, None)
+    try:
+        _, update = reconstruct(entry, group, rule, None)
+    except Exception as error:
+        raise RuntimeError(
+            f"the state of {kind} does not tell its effective rate ({type(error).__name__}: "
+            f"{error}); use lrprobe.inspect_step around optimizer.step()"
+        ) from error
     rate: Any = update.effective_lr
     rate = torch.as_tensor(rate, dtype=precision(entry.param), device=param.device)
     rate = rate.expand(entry.param.numel()).reshape(entry.param.shape).clone()

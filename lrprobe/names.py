@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,30 @@ def parameter_names(model: nn.Module | None) -> dict[int, str]:
     for name, param in _named(model, "", wrappers, set()):
         names.setdefault(id(param), name)
     return names
+
+
+class Names:
+    """The names of a model's parameters as it is now; keeps neither alive.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._first = _weakly(model)
+        self._model = None if model is None else weakref.ref(model)
+
+    def now(self) -> dict[int, str]:
+        """id of each parameter that is alive to its name; a name once given stays."""
+        model = self._model() if self._model is not None else None
+        known = ((ref(), name) for ref, name in self._first)
+        return parameter_names(model) | {id(p): name for p, name in known if p is not None}
+
+
+def _weakly(model: nn.Module | None) -> list[tuple[weakref.ref[Tensor], str]]:
+    names = parameter_names(model)
+    params = {} if model is None else {id(p): p for p in model.parameters()}
+    return [(weakref.ref(params[at]), name) for at, name in names.items() if at in params]
 
 
 def _named(

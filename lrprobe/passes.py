@@ -21,6 +21,7 @@ class Passes:
         self._param: weakref.ref[Tensor] | None = None
         self._handle: Any = None
         self._params: list[weakref.ref[Tensor]] = []
+        self._in_backward = False  # another hook on the parameter takes the step, before we count
 
     def watch(self, params: Sequence[Tensor]) -> None:
         """Choose among these parameters; the first trainable one until another must do."""
@@ -31,7 +32,8 @@ class Passes:
 
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
-        count, self._count, self._grad = self._count, 0, None
+        count = self._count or int(self._in_backward)  # there, each pass has a step of its own
+        self._count, self._grad = 0, None
         if count:
             return float(count * self._batch_size * _world_size())
         # This parameter takes no part; another one may.
@@ -46,6 +48,9 @@ class Passes:
             self._handle = None
 
     def _choose(self, param: Tensor | None) -> None:
+        same = self._handle is not None and self._param is not None and self._param() is param
+        if same and param is not None:
+            return  # its hooks may be running just now, and must not be changed then
         self.remove()
         if param is not None:
             self._param = weakref.ref(param)
@@ -55,7 +60,9 @@ class Passes:
     def _passed(self, param: Tensor) -> None:
         grad = param.grad
         if grad is None:
+            self._in_backward = True
             return
+        self._in_backward = False
         # A new tensor: the old gradients were dropped, by a step or by a scaler that skipped one.
         if self._grad is None or self._grad() is not grad:
             self._count = 0

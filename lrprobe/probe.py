@@ -92,8 +92,14 @@ def attach(
         warn("the model has none of the optimizer's parameters, so that it names none of them")
     found = targets(to)
     places = [target.place for target in found if target.place is not None]
-    if not found:  # the probe's own memory is the one destination
-        places = [f"the memory of {name} ({id(each):#x})" for name, each in optimizers.items()]
+    # A sink may be shared, but not twice by one optimizer; memory alone is a destination too.
+    shared: list[Any] = [target.open() for target in found if target.place is None]
+    shared += [None] * (not found)
+    places += [
+        f"{'memory' if sink is None else type(sink).__name__} for {name} ({id(sink)}, {id(each)})"
+        for sink in shared
+        for name, each in optimizers.items()
+    ]
     _close_older(places)
     sinks, owned = open_sinks(found)
     memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
@@ -200,7 +206,9 @@ class Probe:
         Raises:
             ValueError: if it was of other optimizers.
         """
-        steps = state["steps"]
+        steps = state.get("steps")
+        if not isinstance(steps, Mapping):
+            raise ValueError(f"this is no Probe.state_dict(): it has {sorted(state)}, not 'steps'")
         names = {hooks.name for hooks in self.hooks}
         if set(steps) != names:
             raise ValueError(

@@ -41,6 +41,7 @@ def check_rule(
 
     Raises:
         AssertionError: if a step is not explained; it shows both numbers.
+        TypeError: if ``make_optimizer`` is no function, or makes no optimizer.
         LookupError: if the optimizer's class has no rule.
     """
     generator = torch.Generator("cpu").manual_seed(0)
@@ -48,11 +49,19 @@ def check_rule(
     def random(shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
+    def optimizer_of(params: list[Tensor]) -> Optimizer:
+        made = make_optimizer(params)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"make_optimizer must return an Optimizer; got {made!r}")
+        return made
+
+    if not callable(make_optimizer):
+        raise TypeError(f"check_rule takes a function of parameters; got {make_optimizer!r}")
     params: list[Tensor] = [nn.Parameter(random(shape)) for shape in shapes]
-    optimizer = make_optimizer(params)
+    optimizer = optimizer_of(params)
     if any(group.get("differentiable") for group in optimizer.param_groups):
         params = [param.clone() for param in params]  # torch refuses to step a leaf then
-        optimizer = make_optimizer(params)
+        optimizer = optimizer_of(params)
     rule = find_rule(type(optimizer))
     if rule is None:
         raise LookupError(
@@ -60,20 +69,17 @@ def check_rule(
         )
     worst = 0.0
     for step in range(1, steps + 1):
+        owned = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         for param in params:
             scale = 1e3 if step == steps // 2 else 1.0
             param.grad = random(param.shape) * scale
-        before = [real(param).clone() for param in params]
+        before = [real(param).clone() for _, param in owned]
         kept = [
             dict(rule.before(p.detach(), optimizer.state.get(p, {}), g)) if rule.before else {}
-            for g in optimizer.param_groups
-            for p in g["params"]
+            for g, p in owned
         ]
         optimizer.step()
-        owners = [g for g in optimizer.param_groups for _ in g["params"]]
-        for index, (param, old, extra, group) in enumerate(
-            zip(params, before, kept, owners, strict=True)
-        ):
+        for (group, param), old, extra in zip(owned, before, kept, strict=True):
             with torch.no_grad():
                 entry = entry_of(param, optimizer.state.get(param, {}), extra)
                 s, update = reconstruct(entry, group, rule, None)
@@ -84,10 +90,11 @@ def check_rule(
                 observed = (s.param - start).double()
                 error = step_error(change, observed, start.double(), dtype)
             worst = max(worst, error)
-            if not error <= tolerance and bool(observed.count_nonzero()):
+            still = not bool(change.count_nonzero()) and not bool(observed.count_nonzero())
+            if not error <= tolerance and not still:
                 at = int((predicted - s.param).abs().nan_to_num(torch.inf).argmax())
                 raise AssertionError(
-                    f"rule {rule.name!r} does not explain step {step} of parameter {index} "
+                    f"rule {rule.name!r} does not explain step {step} of a parameter of shape "
                     f"{tuple(param.shape)} under {type(optimizer).__name__}: error {error:.3g} > "
                     f"{tolerance:g}\n"
                     f"  largest at element {at}: before {start[at]:.17g}\n"

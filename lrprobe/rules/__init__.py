@@ -46,10 +46,10 @@ def register_rule(cls: type, rule: Rule | Callable[[Slice], Update]) -> None:
             :class:`Update`; the rule's name is then the class's, in lower case.
 
     Raises:
-        TypeError: if ``cls`` is not a class, or ``rule`` is neither.
+        TypeError: if ``cls`` is not an optimizer class, or ``rule`` is neither.
     """
-    if not isinstance(cls, type):
-        raise TypeError(f"register_rule takes an optimizer class first; got {cls!r}")
+    if not (isinstance(cls, type) and issubclass(cls, optim.Optimizer)):
+        raise TypeError(f"register_rule takes a torch.optim.Optimizer class first; got {cls!r}")
     if not isinstance(rule, Rule):
         if not callable(rule):
             raise TypeError(f"register_rule takes a Rule or a function; got {rule!r}")

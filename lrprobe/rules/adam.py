@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, power
 
 
@@ -66,7 +68,7 @@ def _radam(s: Slice) -> Update:
     rho = rho_inf - 2 * t * power(beta2, t) / correction
     rectification = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
     tractable = (rho > 5).to(rho.dtype)
-    adaptive = tractable * (rectification.clamp(min=0) * correction).sqrt()
+    adaptive = torch.where(rho > 5, (rectification * correction).sqrt(), torch.zeros_like(rho))
     return Update(
         effective_lr=s.lr * (adaptive / (root + eps) + (1 - tractable)),
         direction=s["exp_avg"] / (1 - power(beta1, t)),

@@ -197,7 +197,7 @@ def suspicious(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
     squares = np.array([named[k] for k in ("dd", "ee", "pp", "gg")])
     wrong |= (squares < 1e-24).any(axis=0)
     same = named["rate_min"] == named["rate_max"]
-    wrong |= ~same & ((named["rate_min"] < 1e-9) | (named["rate_max"] > 1e9))
+    wrong |= ~same & ((named["rate_min"] < 1e-37) | (named["rate_max"] > 1e37))
     return cast("NDArray[np.bool_]", wrong | (~same & (named["rate_m2"] < 1e-24)))
 
 

@@ -51,7 +51,8 @@ class Pending:
         self._groups = [w.group for w in watched]
         self._rules = [w.rule for w in watched]
         self._tensors = [t for rows in raw.rows for _, t in rows.tensors()]
-        numbers = [*raw.lr.values(), *(w.initial_lr for w in watched)]
+        self._initial = [w.initial_lr for w in watched]
+        numbers = [*raw.lr.values(), *self._initial]
         numbers += [raw.found_inf, raw.grad_scale, *(raw.resting or ())]
         self._tensors += [t for t in numbers if isinstance(t, Tensor)]
         self._crossing = _Crossing(self._tensors)
@@ -104,8 +105,12 @@ class Pending:
         named = dict(zip(CHECKS, checks.T, strict=True))
         with np.errstate(all="ignore"):
             moved = np.sqrt(np.maximum(named["intended"], named["observed"]))
-            error: Floats = np.sqrt(named["residual"]) / moved
-        return error
+            error = np.sqrt(named["residual"]) / moved
+        # A rule that says NaN of a step that was taken does not explain it.
+        failed = np.isnan(error) & (named["observed"] > 0) & ~np.isnan(named["checked"])
+        ruled = np.array([rule is not None for rule in self._rules], dtype=np.bool_)
+        result: Floats = np.where(failed & ruled, np.inf, error)
+        return result
 
     def _table(self, name: str, width: int) -> Floats:
         table = np.full((len(self._names), width), np.nan)
@@ -188,7 +193,7 @@ class Pending:
         stepped = np.zeros(rows, np.bool_)
         np.logical_or.at(stepped, label, summary.stepped)
         lr = np.array([self._number(raw.lr[group]) for group in self._groups])
-        initial = np.array([self._number(w.initial_lr) for w in self.watched])
+        initial = np.array([self._number(value) for value in self._initial])
         values["lr"] = finish.merged_numbers(lr, label, rows)
         values["initial_lr"] = finish.merged_numbers(initial, label, rows)
         values["decay"] = finish.merged_numbers(

@@ -142,13 +142,15 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
         # What is frozen is stepped all the same where an old gradient was left.
         if param is None or not (param.requires_grad or param.grad is not None):
             continue
+        group = optimizer.param_groups[w.group]
+        if "initial_lr" in group:  # a scheduler may be made after the probe
+            w.initial_lr = _copied(group["initial_lr"])
         flat = real(param)
         kept.samples[i] = positions(flat, _sample_of(flat)).clone()
         if w.tracked is not None:
             kept.tracked[i] = positions(flat, w.tracked.to(flat.device))
         if w.rule is not None and w.rule.before is not None:
             state = optimizer.state.get(param, {})
-            group = optimizer.param_groups[w.group]
             try:
                 kept.scalars[i] = w.rule.before(param.detach(), state, group)
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training

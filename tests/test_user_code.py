@@ -1,0 +1,221 @@
+"""What users do around an optimizer: groups that change, hooks of their own, odd optimizers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import lrprobe
+from lrprobe.testing import check_rule
+
+
+def net() -> nn.Sequential:
+    """Two layers, the same every time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+    """A few steps."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().mean().backward()
+        optimizer.step()
+
+
+def two_groups() -> tuple[nn.Sequential, Optimizer]:
+    """A net whose layers have rates of their own."""
+    model = net()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}]
+    return model, torch.optim.SGD(groups, lr=0.1)
+
+
+@pytest.mark.parametrize("change", ["pop", "reverse", "move"])
+def test_groups_that_change_are_followed(change: str) -> None:
+    """A removed, reordered or refilled group: group, lr and reconstruction stay right."""
+    model, optimizer = two_groups()
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        train(model, optimizer, 1)
+        if change == "pop":
+            optimizer.param_groups.pop(0)
+        elif change == "reverse":
+            optimizer.param_groups.reverse()
+        else:
+            moved = optimizer.param_groups[1]["params"].pop(0)
+            optimizer.param_groups[0]["params"].append(moved)
+        train(model, optimizer, 2)
+        frame = probe.frame()
+    frame = frame[frame["step"] > 1]
+    assert set(frame["rule"]) == {"sgd"}
+    assert frame["reconstruction_error"].max() < 1e-6
+    right = {
+        name: (index, group["lr"])
+        for index, group in enumerate(optimizer.param_groups)
+        for name, param in model.named_parameters()
+        if any(param is p for p in group["params"])
+    }
+    for row in frame.itertuples():
+        assert (row.group, row.lr) == right[row.parameter], row.parameter
+
+
+def test_the_users_own_post_hooks_come_after_ours() -> None:
+    """A scheduler stepped, or gradients dropped, in a post-hook made before `attach`: no matter."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        train(model, optimizer, 3)
+        frame = probe.frame(by="model")
+    assert frame["lr"].tolist() == [0.1, 0.05, 0.025]
+    assert frame["stepped"].all()
+    assert frame["reconstruction_error"].max() < 1e-6
+
+
+class NoRate(Optimizer):
+    """An optimizer whose groups have no `lr`."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"size": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.data.add_(param.grad, alpha=-group["size"])
+
+
+def test_an_optimizer_without_lr_is_measured() -> None:
+    """Its `lr` is NaN, its rate measured, and training goes on."""
+    model = net()
+    optimizer = NoRate(model.parameters())
+    with pytest.warns(UserWarning, match="register_rule"):
+        probe = lrprobe.attach(optimizer, model, every=1)
+    with probe:
+        train(model, optimizer, 2)
+        frame = probe.frame()
+    assert frame["lr"].isna().all()
+    assert set(frame["rule"]) == {"measured"}
+    np.testing.assert_allclose(frame["effective_lr_p50"], 0.1, rtol=1e-3)
+
+
+def test_a_rule_that_says_nan_is_found_out() -> None:
+    """SGD with lr·λ = 1 forgets its parameter: what nobody can tell becomes measured."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=10.0)
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        with pytest.warns(UserWarning, match="does not explain the steps of SGD"):
+            train(model, optimizer, 3)
+        frame = probe.frame()
+    assert set(frame.loc[frame["step"] == 3, "rule"]) == {"measured"}
+
+
+def test_radam_without_any_rectification() -> None:
+    """With β₂ = 0.6 the rectification is 0/0 and never used: the rate is lr."""
+    model = net()
+    optimizer = torch.optim.RAdam(model.parameters(), lr=0.01, betas=(0.9, 0.6))
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        train(model, optimizer, 3)
+        frame = probe.frame()
+    np.testing.assert_allclose(frame["effective_lr_p50"], 0.01)
+    assert frame["reconstruction_error"].max() < 1e-6
+
+
+def test_a_scheduler_made_after_the_probe() -> None:
+    """`initial_lr` is the group's, also where the scheduler that sets it comes later."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=20)
+        train(model, optimizer, 1)
+        frame = probe.frame()
+    np.testing.assert_allclose(frame["initial_lr"], optimizer.param_groups[0]["initial_lr"])
+
+
+def test_the_same_sink_for_the_same_optimizer_does_not_record_twice() -> None:
+    """A cell run twice with one sink replaces the probe, with a warning."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sink = lrprobe.sinks.Memory()
+    lrprobe.attach(optimizer, model, every=1, to=sink)
+    with pytest.warns(UserWarning, match="takes its place"):
+        probe = lrprobe.attach(optimizer, model, every=1, to=sink)
+    with probe:
+        train(model, optimizer, 2)
+        assert probe.frame(by="model")["step"].tolist() == [1, 2]
+
+
+def test_a_frozen_parameter_that_still_moves_has_stepped() -> None:
+    """`requires_grad_(False)` does not stop torch where an old gradient is left."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        train(model, optimizer, 1)
+        optimizer.zero_grad(set_to_none=False)
+        model[0].requires_grad_(requires_grad=False)
+        before = model[0].weight.clone()
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+        row = probe.frame().query("step == 2 and parameter == '0.weight'").iloc[0]
+    assert not torch.equal(before, model[0].weight)
+    assert row["stepped"]
+    assert row["update_norm"] == pytest.approx(float((model[0].weight - before).norm()), rel=1e-4)
+
+
+def test_check_rule_with_groups_of_its_own() -> None:
+    """The groups may be in another order than the parameters, and need not hold all of them."""
+
+    def by_shape(params: list[Tensor]) -> Optimizer:
+        flat = {"params": [p for p in params if p.dim() < 2]}
+        return torch.optim.Adam([flat, {"params": [p for p in params if p.dim() > 1], "lr": 0.01}])
+
+    assert check_rule(by_shape) < 1e-12
+    assert check_rule(lambda params: torch.optim.Adam(params[:2])) < 1e-12
+
+
+def test_check_rule_fails_where_nothing_moves() -> None:
+    """A rule that tells of steps which are never taken is wrong."""
+
+    class Idle(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    with pytest.raises(AssertionError, match="does not explain"):
+        check_rule(lambda params: Idle(params, lr=0.1))
+
+
+@pytest.mark.parametrize("given", [3, lambda _: 3])
+def test_check_rule_says_what_it_takes(given: Any) -> None:
+    """Something else than a function that makes an optimizer is a TypeError."""
+    with pytest.raises(TypeError, match="got"):
+        check_rule(given)
+
+
+def test_numpy_integers_are_whole_numbers() -> None:
+    """`every` and `batch_size` may come from NumPy."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"every": np.int64(2), "batch_size": np.int64(4)}
+    with lrprobe.attach(optimizer, model, **options) as probe:
+        train(model, optimizer, 4)
+        frame = probe.frame(by="model")
+    assert frame["step"].tolist() == [1, 2, 4]
+    assert frame["samples"].tolist() == [4.0, 4.0, 4.0]
+
+
+def test_a_step_function_is_asked_once_a_step() -> None:
+    """A counter that moves whenever it is read counts right."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counter = itertools.count(1)
+    with lrprobe.attach(optimizer, model, every=2, step=lambda: next(counter)) as probe:
+        train(model, optimizer, 6)
+        assert probe.frame(by="model")["step"].tolist() == [1, 2, 4, 6]
+        assert probe.step == 6
