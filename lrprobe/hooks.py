@@ -74,6 +74,7 @@ class Hooks:
         self._kept: Before | None = None
         self._seen: list[weakref.ref[Tensor]] = []
         self._sizes: list[int] = []
+        self._fixed: list[dict[str, Any]] = []
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
         self._refresh(optimizer)
@@ -222,6 +223,11 @@ class Hooks:
         same = sizes == self._sizes and all(
             ref() is param for ref, param in zip(self._seen, params, strict=True)
         )
+        fixed = [_unscheduled(group) for group in optimizer.param_groups]
+        if fixed != self._fixed:
+            first, self._fixed = not self._fixed, fixed
+            if not first:
+                self._owner.describe()
         if same:
             return
         self._sizes = sizes
@@ -247,9 +253,7 @@ class Hooks:
             self.watched.append(watched)
         if self._passes is not None:
             self._passes.watch(params)
-        changed, self._seen = bool(self._seen), [weakref.ref(param) for param in params]
-        if changed:
-            self._owner.describe()
+        self._seen = [weakref.ref(param) for param in params]
 
     def judge(self, pending: Pending) -> None:
         """Parameters whose rule does not explain their steps become measured."""
@@ -304,6 +308,15 @@ class Schedule:
 
     def __repr__(self) -> str:
         return "step chosen" if callable(self._every) else f"{self._every} steps"
+
+
+def _unscheduled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that no scheduler moves, as far as they can be compared at once."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in _SCHEDULED and isinstance(value, bool | int | float | str | None)
+    }
 
 
 def _steps_taken(optimizer: Optimizer) -> int:
@@ -363,6 +376,7 @@ def _outside_graph(function: Callable[[Optimizer], None], optimizer: Optimizer) 
     function(optimizer)
 
 
+_SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
 _NOT_PLAIN = ("params", "param_names")
 
 

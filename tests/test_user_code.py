@@ -219,3 +219,28 @@ def test_a_step_function_is_asked_once_a_step() -> None:
         train(model, optimizer, 6)
         assert probe.frame(by="model")["step"].tolist() == [1, 2, 4, 6]
         assert probe.step == 6
+
+
+def test_a_hyperparameter_changed_in_mid_run_travels_with_the_records() -> None:
+    """`Record.run` is a new object where weight decay changed, the same where only lr did."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    records: list[Any] = []
+
+    class Keep:
+        def write(self, record: Any) -> None:
+            records.append(record)
+
+        def close(self) -> None:
+            pass
+
+    with lrprobe.attach(optimizer, model, every=1, to=Keep()):
+        train(model, optimizer, 1)
+        optimizer.param_groups[0]["lr"] = 0.05
+        train(model, optimizer, 1)
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+        train(model, optimizer, 1)
+    runs = [record.run for record in records]
+    assert runs[0] is runs[1]
+    decays = [run["optimizers"]["SGD"]["groups"][0]["weight_decay"] for run in runs]
+    assert decays == [0, 0, 0.3]
