@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
@@ -206,9 +207,9 @@ class Probe:
         Raises:
             ValueError: if it was of other optimizers.
         """
-        steps = state.get("steps")
-        if not isinstance(steps, Mapping):
+        if "steps" not in state:
             raise ValueError(f"this is no Probe.state_dict(): it has {sorted(state)}, not 'steps'")
+        steps = state["steps"]
         names = {hooks.name for hooks in self.hooks}
         if set(steps) != names:
             raise ValueError(
@@ -235,7 +236,7 @@ class Probe:
         """Hyperparameters and versions, which travel with every record."""
         self.run = {
             "schema_version": SCHEMA_VERSION,
-            "lrprobe": version("lrprobe"),
+            "lrprobe": _version("lrprobe"),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
@@ -289,6 +290,8 @@ class Probe:
         for message in self._delivery.problems():
             warn(message)
 
+
+_version = cache(version)  # which else searches all that is installed, at each attach
 
 _open_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrprobe.inspect import reconstruct, step_error
-from lrprobe.rules import find_rule
+from lrprobe.rules import Rule, find_rule
 from lrprobe.summary.reading import entry_of, positions, real
 
 SHAPES = ((5, 7), (11,), (3, 2, 4, 2), ())
@@ -49,19 +50,11 @@ def check_rule(
     def random(shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
-    def optimizer_of(params: list[Tensor]) -> Optimizer:
-        made = make_optimizer(params)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"make_optimizer must return an Optimizer; got {made!r}")
-        return made
-
-    if not callable(make_optimizer):
-        raise TypeError(f"check_rule takes a function of parameters; got {make_optimizer!r}")
     params: list[Tensor] = [nn.Parameter(random(shape)) for shape in shapes]
-    optimizer = optimizer_of(params)
+    optimizer = _made(make_optimizer, params)
     if any(group.get("differentiable") for group in optimizer.param_groups):
         params = [param.clone() for param in params]  # torch refuses to step a leaf then
-        optimizer = optimizer_of(params)
+        optimizer = _made(make_optimizer, params)
     rule = find_rule(type(optimizer))
     if rule is None:
         raise LookupError(
@@ -80,25 +73,48 @@ def check_rule(
         ]
         optimizer.step()
         for (group, param), old, extra in zip(owned, before, kept, strict=True):
-            with torch.no_grad():
-                entry = entry_of(param, optimizer.state.get(param, {}), extra)
-                s, update = reconstruct(entry, group, rule, None)
-                rate, decay = update.effective_lr, update.decay
-                start = positions(old, None).to(s.param.dtype)
-                predicted = start * (1 - decay) - rate * update.direction
-                change = (predicted - start).double()
-                observed = (s.param - start).double()
-                error = step_error(change, observed, start.double(), dtype)
+            error, told = _explained(param, old, extra, group, rule, optimizer)
             worst = max(worst, error)
-            still = not bool(change.count_nonzero()) and not bool(observed.count_nonzero())
-            if not error <= tolerance and not still:
-                at = int((predicted - s.param).abs().nan_to_num(torch.inf).argmax())
+            if told and not error <= tolerance:
                 raise AssertionError(
                     f"rule {rule.name!r} does not explain step {step} of a parameter of shape "
                     f"{tuple(param.shape)} under {type(optimizer).__name__}: error {error:.3g} > "
-                    f"{tolerance:g}\n"
-                    f"  largest at element {at}: before {start[at]:.17g}\n"
-                    f"  after, by the rule:      {predicted[at]:.17g}\n"
-                    f"  after, really:           {s.param[at]:.17g}"
+                    f"{tolerance:g}\n{told}"
                 )
     return worst
+
+
+def _made(make_optimizer: Callable[[list[Tensor]], Optimizer], params: list[Tensor]) -> Optimizer:
+    if not callable(make_optimizer):
+        raise TypeError(f"check_rule takes a function of parameters; got {make_optimizer!r}")
+    made = make_optimizer(params)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"make_optimizer must return an Optimizer; got {made!r}")
+    return made
+
+
+def _explained(
+    param: Tensor,
+    old: Tensor,
+    extra: dict[str, Any],
+    group: dict[str, Any],
+    rule: Rule,
+    optimizer: Optimizer,
+) -> tuple[float, str]:
+    """The error of one parameter's step, and the numbers that differ most; none if all rests."""
+    with torch.no_grad():
+        entry = entry_of(param, optimizer.state.get(param, {}), extra)
+        s, update = reconstruct(entry, group, rule, None)
+        start = positions(old, None).to(s.param.dtype)
+        predicted = start * (1 - update.decay) - update.effective_lr * update.direction
+        change = (predicted - start).double()
+        observed = (s.param - start).double()
+        error = step_error(change, observed, start.double(), old.dtype)
+    if not bool(change.count_nonzero()) and not bool(observed.count_nonzero()):
+        return 0.0, ""
+    at = int((predicted - s.param).abs().nan_to_num(torch.inf).argmax())
+    return error, (
+        f"  largest at element {at}: before {start[at]:.17g}\n"
+        f"  after, by the rule:      {predicted[at]:.17g}\n"
+        f"  after, really:           {s.param[at]:.17g}"
+    )
