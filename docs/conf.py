@@ -8,7 +8,7 @@ project_copyright = f"2026, {author}"
 release = version = installed_version("lrprobe")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-exclude_patterns = ["answers_table.md"]  # included by answers.md
+exclude_patterns = ["answers_table.md", "zeiler2012_results.md"]  # included by other pages
 
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -1,6 +1,7 @@
 """See the learning rate that a PyTorch optimizer really uses, element by element."""
 
-from lrprobe import sinks, testing
+from lrprobe import plot, sinks, testing
+from lrprobe.diagnosis import Finding, Findings, diagnose
 from lrprobe.inspect import StepView, effective_lr, inspect_step
 from lrprobe.probe import Probe, attach
 from lrprobe.read import read
@@ -8,6 +9,8 @@ from lrprobe.record import Record
 from lrprobe.rules import Rule, Slice, Update, Whole, register_rule
 
 __all__ = [
+    "Finding",
+    "Findings",
     "Probe",
     "Record",
     "Rule",
@@ -16,8 +19,10 @@ __all__ = [
     "Update",
     "Whole",
     "attach",
+    "diagnose",
     "effective_lr",
     "inspect_step",
+    "plot",
     "read",
     "register_rule",
     "sinks",

@@ -332,18 +332,24 @@ class _Scalars:
 
     def _learn(self, content: Mapping[str, Any]) -> None:
         """Take in the map that a sink writes before its first scalars: which tag is what."""
-        for tag, optimizer in content["reconstruction_error"].items():
+        for tag, name in content["reconstruction_error"].items():
+            optimizer = _text(name)
             self._sink[optimizer] = content["sink"]
             if content["sink"] not in self._sinks.setdefault(optimizer, []):
                 self._sinks[optimizer].append(content["sink"])
             self._known[tag] = (optimizer, "model", None, "reconstruction_error")
-        for tag, (optimizer, group) in content["lr"].items():
-            self._known[tag] = (optimizer, "group", group, "lr")
+        for tag, (name, group) in content["lr"].items():
+            self._known[tag] = (_text(name), "group", group, "lr")
         for name, about in content["names"].items():
-            where = (about["optimizer"], about["level"], about["key"])
+            where = (_text(about["optimizer"]), about["level"], _text(about["key"]))
             self._groups[where] = about["group"]
             for metric, column in content["scalars"].items():
                 self._known[f"{content['prefix']}{metric}/{name}"] = (*where, column)
+
+
+def _text(name: str) -> str:
+    """The name as a dataset has it: half a surrogate pair is legal in Python, but no text."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _events(path: Path) -> Iterator[Any]:

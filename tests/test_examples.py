@@ -63,7 +63,7 @@ def test_demo_leaves_a_picture_and_says_where_everything_is(demo: tuple[Path, st
     """Every path it prints exists."""
     folder, printed = demo
     paths = re.findall(r"out\S*", printed.partition("TensorBoard logdir")[2])
-    assert len(paths) == 5
+    assert len(paths) == 6
     assert all((folder / path).exists() for path in paths)
     assert (folder / "out" / "effective_lr.png").read_bytes().startswith(b"\x89PNG")
 

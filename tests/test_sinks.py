@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -630,6 +631,21 @@ def layout(loaded, at=-1):
         for chart in category.chart
         for series in chart.margin.series
     }
+
+
+def test_the_layout_begins_with_all_parameters_in_one_chart(tmp_path):
+    """First the update ratios, then the rates the groups' lr: each its own tags and no others."""
+    sink = TensorBoard(tmp_path, prefix="a.b/")
+    sink.write(make_record(1))
+    sink.close()
+    loaded = load(tmp_path)
+    (content,) = loaded.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    (category,) = layout_pb2.Layout.FromString(content).category
+    scalars = loaded.Tags()["scalars"]
+    for chart, metric in zip(category.chart, ("update_ratio", "effective_lr", "lr"), strict=False):
+        (pattern,) = chart.multiline.tag
+        shown = [tag for tag in scalars if re.search(pattern, tag)]
+        assert shown == [tag for tag in scalars if tag.startswith(f"a.b/{metric}/")] != []
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -54,6 +54,13 @@ _HISTOGRAM = "effective_lr_log10_hist"
 _BUCKETS = 32  # TensorBoard draws 30
 _MAX_NAME = 200  # characters of a name in a tag
 
+_OVERVIEW = {
+    "update ratio of all (usual: about 0.001)": "update_ratio",
+    "effective lr of all (median)": "effective_lr",
+    "lr of the groups": "lr",
+}
+"""Title of a chart with many lines to the first part of their tags."""
+
 _CARD = """\
 ### lrprobe: the effective learning rate
 
@@ -73,7 +80,9 @@ with, for each element of a parameter: `lr / (sqrt(v) + eps)` in Adam. The tags 
 | `{prefix}lr/...` | the group's `lr` as it stood during the step |
 | `{prefix}reconstruction_error/..._max` | how far the reconstruction is from the real step |
 
-The Custom Scalars tab has the median with its band from the 5th to the 95th percentile. All the
+**Which layer is too fast, which too slow?** The Custom Scalars tab begins with the update ratios of
+all in one chart: an update of about 0.001 of the parameter is usual, far more is fast, far less is
+slow. Its other charts have the median rate with its band from the 5th to the 95th percentile. All
 figures, for each parameter: `probe.frame()`, or a Parquet dataset.
 """
 
@@ -132,6 +141,7 @@ class TensorBoard:
         Raises:
             OSError: it could not be written.
         """
+        self._tags.begin_attempt(record.attempt)
         self._tags.news |= self._target.begin()
         plan = self._tags.plan(record)
         summary = Summary()
@@ -180,11 +190,19 @@ class _Tags:
         self.news = True  # something is to be described to TensorBoard
         self._prefix = prefix
         self._sink = secrets.token_hex(8)  # tells readers one attempt from the next
+        self._attempt = 0
         self._plans: dict[str, _Plan] = {}
         self._names: dict[tuple[str, str, str], str] = {}  # (optimizer, level, key) to name
         self._owners: dict[str, str] = {}
         self._groups: dict[str, tuple[str, int]] = {}  # tag to (optimizer, group)
         self._group_of: dict[str, int] = {}  # name to group
+
+    def begin_attempt(self, attempt: int) -> None:
+        """Tell readers where a run goes back to an earlier step."""
+        if attempt > self._attempt:
+            self._attempt = attempt
+            self._sink = secrets.token_hex(8)
+            self.news = True
 
     def plan(self, record: Record) -> _Plan:
         """The tags for a record; the same plan as long as the parameters are the same."""
@@ -233,7 +251,11 @@ class _Tags:
             for name in plan.names
         }
         summary = Summary()
-        layout = {f"{self._prefix}effective_lr": bands}
+        start = re.escape(self._prefix)
+        overview = {  # all layers in one chart each, for the eye to find the odd one
+            title: ["Multiline", [f"^{start}{metric}/"]] for title, metric in _OVERVIEW.items()
+        }
+        layout = {f"{self._prefix}effective_lr": {**overview, **bands}}
         summary.MergeFrom(custom_scalars(layout))  # type: ignore[no-untyped-call]
         level = " or ".join(sorted({plan.level for plan in plans}))
         card = _CARD.format(prefix=self._prefix, level=level)

@@ -1,0 +1,305 @@
+"""The command ``lrprobe``: look at runs that a probe has recorded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrprobe.record import LEVELS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NONE, FOUND, USAGE = 0, 1, 2
+"""Exit codes."""
+
+_RUN = """
+A RUN is what `lrprobe.attach(..., to=RUN)` writes: a Parquet dataset (a folder whose name ends in
+.parquet) or a TensorBoard logdir, also while the training still goes on. A folder that holds
+several stands for all of them.
+"""
+
+_ABOUT = """\
+See the learning rate that each parameter of a PyTorch model really got.
+
+In the training script, one line records it:
+
+    probe = lrprobe.attach(optimizer, model, to="runs/mlp.parquet")
+
+Then:
+
+    lrprobe show runs/mlp.parquet --follow         one line a layer, while it trains
+    lrprobe diagnose runs/mlp.parquet              what is wrong, in plain words
+    lrprobe report runs/*.parquet -o report.html   findings, pictures, table, on one page
+    lrprobe demo                                   three small trainings, to have a look
+"""
+
+_EXIT = "exit code: 0 no findings (or nothing to find), 1 findings, 2 a wrong command or path"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; gives its exit code.
+
+    Args:
+        arguments: what follows ``lrprobe`` on the command line; by default that.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    # A report is not shown on a screen: its pictures need no window.
+    os.environ.setdefault("MPLBACKEND", "agg")
+    try:
+        code: int = options.run(options)
+    except (OSError, ValueError, ImportError) as error:
+        text = str(error) or type(error).__name__
+        print(f"lrprobe {options.command}: {text}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return NONE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lrprobe",
+        description=_ABOUT,
+        epilog=f"{_RUN}\n{_EXIT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "write one HTML page: findings, pictures, table",
+        "Write one self-contained HTML page about one run or several, which are overlaid by the "
+        "names of their parameters. It needs no network to be read, and Matplotlib to be made: "
+        "pip install 'lrprobe[plot]'.",
+        "lrprobe report runs/mlp.parquet -o mlp.html",
+        "lrprobe report runs/*.parquet -o compare.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a dataset, a logdir, or a folder")
+    report.add_argument(
+        "-o", "--output", default="report.html", metavar="FILE", help="default: %(default)s"
+    )
+
+    show = _command(
+        commands,
+        "show",
+        _show,
+        "the current state of a run, one line a layer",
+        "Print the newest recorded step: for each layer the effective learning rate (median and "
+        "p05 to p95 over its elements), the update ratio, and the gradient's norm.",
+        "lrprobe show runs/mlp.parquet",
+        "lrprobe show runs/mlp.parquet --follow --by parameter --include weight",
+    )
+    show.add_argument("runs", nargs=1, metavar="RUN", help="a dataset or a logdir")
+    show.add_argument("--follow", action="store_true", help="go on until Ctrl-C, as steps come")
+    show.add_argument(
+        "--interval", type=_seconds, default=2.0, metavar="SECONDS",
+        help="how often to look for new steps with --follow; default: %(default)s",
+    )  # fmt: skip
+    show.add_argument(
+        "--by", choices=LEVELS, default="module", help="what a line is; default: %(default)s"
+    )
+    show.add_argument(
+        "--include", type=_pattern, metavar="REGEX", help="only names in which this is found"
+    )
+
+    diagnose = _command(
+        commands,
+        "diagnose",
+        _diagnose,
+        "what is wrong, in plain words",
+        "Print findings, most severe first: the layer, the steps, the evidence in numbers, what "
+        "it usually means and what to try. docs/findings.md has a section for each. Notes are no "
+        "faults, and do not count for the exit code.",
+        "lrprobe diagnose runs/mlp.parquet",
+        "lrprobe diagnose runs/mlp.parquet --format csv > findings.csv",
+    )
+    diagnose.add_argument("runs", nargs="+", metavar="RUN", help="a dataset, a logdir, or a folder")
+    diagnose.add_argument(
+        "--format", choices=("text", "csv", "json"), default="text", help="default: %(default)s"
+    )
+
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "train three small networks and look at them",
+        "Train the network of Zeiler (2012) on scikit-learn's digits with Adadelta, Adam, and SGD "
+        "under a schedule, in under a minute; leave datasets, a TensorBoard logdir, a picture and "
+        "a report. Needs pip install 'lrprobe[demo]'.",
+        "lrprobe demo",
+        "lrprobe demo --epochs 5 --out runs/quick",
+    )
+    demo.add_argument("--epochs", type=_positive, default=50, help="default: %(default)s")
+    demo.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: a new folder runs/demo-<time>"
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Any, summary: str, about: str, *examples: str
+) -> argparse.ArgumentParser:
+    shown = "\n".join(f"    {example}" for example in examples)
+    what = "" if name == "demo" else f"{_RUN}\n"
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=_wrapped(about),
+        epilog=f"examples:\n{shown}\n{what}\n{_EXIT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lrprobe import report
+
+    output = Path(options.output)
+    if output.is_dir():
+        raise ValueError(f"-o {options.output}: is a folder; name a file, as report.html")
+    found = report.write(output, *options.runs)
+    print(found.summary())
+    print(f"Report: {output}")
+    return NONE
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from lrprobe.diagnosis import diagnose
+    from lrprobe.runs import load
+
+    runs = load(*options.runs)
+    found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
+    if options.format == "csv":
+        found.to_frame().to_csv(sys.stdout, index=False)
+    elif options.format == "json":
+        found.to_frame().to_json(sys.stdout, orient="records", force_ascii=False, indent=1)
+        print()
+    else:
+        print(found)
+    return FOUND if found.findings else NONE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lrprobe import demo
+
+    demo.main(options.epochs, options.out)
+    return NONE
+
+
+def _show(options: argparse.Namespace) -> int:
+    from lrprobe.runs import find, newest, stamp
+
+    (path,) = options.runs
+    runs = find(Path(path))
+    seen: Any = None
+    while True:
+        now = [stamp(run) for run in runs]
+        if now != seen:
+            seen = now
+            screen = "\n\n".join(
+                _screen(run.name, newest(run, options.by), options.include) for run in runs
+            )
+            _print_screen(screen, options.follow)
+        if not options.follow:
+            return NONE
+        time.sleep(options.interval)
+
+
+def _print_screen(text: str, follow: bool) -> None:
+    """Over the last one on a terminal; below it elsewhere."""
+    if follow and sys.stdout.isatty():
+        lines = text.splitlines()
+        room = shutil.get_terminal_size().lines - 1
+        if len(lines) > room:
+            lines = [*lines[: room - 1], f"and {len(lines) - room + 1} more lines: --include"]
+        print("\033[H\033[J" + "\n".join(lines), flush=True)
+    else:
+        print(text + ("\n" if follow else ""), flush=True)
+
+
+_COLUMNS = ("rate p50", "p05", "p95", "update ratio", "‖gradient‖")
+
+
+def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> str:
+    """The newest step of each optimizer, one line a layer."""
+    if not len(frame):
+        return f"{run}: no step was recorded yet"
+    blocks = []
+    for optimizer, rows in frame.groupby("optimizer", sort=False):
+        step = int(rows["step"].max())
+        rows = rows[rows["step"] == step]  # noqa: PLW2901 - the newest of them
+        key = next((k for k in ("parameter", "module", "group") if k in rows), None)
+        names = rows[key].astype(str).tolist() if key else ["model"]
+        ago = f", {_ago(time.time() - float(rows['time'].max()))}" if "time" in rows else ""
+        rates = sorted({f"{lr:.3g}" for lr in rows["lr"].dropna().tolist()}, key=float)
+        lines = [f"{run}  {optimizer}  step {step:,}{ago}  lr {', '.join(rates[:4]) or 'mixed'}"]
+        width = min(max(map(len, names)), 48)
+        lines.append(f"{key or 'model':{width}}" + "".join(f"{name:>13}" for name in _COLUMNS))
+        figures = [
+            "effective_lr_p50", "effective_lr_p05", "effective_lr_p95", "update_ratio", "grad_norm",
+        ]  # fmt: skip
+        table = rows.reindex(columns=figures).to_numpy(dtype=float)
+        for name, values in zip(names, table, strict=True):
+            if include is None or include.search(name):
+                label = name if len(name) <= width else "…" + name[1 - width :]
+                cells = "".join(f"{'-' if v != v else f'{v:.3g}':>13}" for v in values)  # noqa: PLR0124
+                lines.append(f"{_plain(label):{width}}{cells}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _plain(name: str) -> str:
+    """A name without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 0):.0f} s ago"
+    return f"{seconds / 60:,.0f} min ago" if seconds < 5400 else f"{seconds / 3600:,.0f} h ago"
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, 80)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"lrprobe {version('lrprobe')}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("takes a whole number of at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError("takes a positive number of seconds")
+    return value
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"is no regular expression: {error}") from error

@@ -1,0 +1,220 @@
+"""The command lrprobe: what it prints, and with which code it ends."""
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import lrprobe
+from lrprobe.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL = [sys.executable, "-m", "lrprobe"]
+
+
+def record(to: Path, *, eps: float = 1e-8, steps: int = 30) -> Path:
+    """A short run into a dataset or a logdir."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    adam = torch.optim.Adam(model.parameters(), eps=eps)
+    with lrprobe.attach(adam, model, to=str(to), every=10):
+        for _ in range(steps):
+            adam.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            adam.step()
+    return to
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a fault, one without, and a logdir."""
+    folder = tmp_path_factory.mktemp("runs")
+    record(folder / "faulty.parquet", eps=1e3)
+    record(folder / "sound.parquet")
+    record(folder / "logdir")
+    return folder
+
+
+def test_diagnose_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 without findings, 1 with."""
+    assert main(["diagnose", str(folder / "sound.parquet")]) == 0
+    assert "No findings" in capsys.readouterr().out
+    assert main(["diagnose", str(folder / "faulty.parquet")]) == 1
+    printed = capsys.readouterr().out
+    assert "FINDING ε rules the denominator" in printed
+    assert "docs/findings.md#eps-rules" in printed
+    assert main(["diagnose", str(folder / "logdir")]) == 0
+
+
+def test_diagnose_for_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CSV and JSON have what to_frame has."""
+    path = folder / "faulty.parquet"
+    expected = lrprobe.diagnose(lrprobe.read(path)).to_frame()
+    assert main(["diagnose", str(path), "--format", "json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["code"] for row in rows] == expected["code"].tolist()
+    assert main(["diagnose", str(path), "--format", "csv"]) == 1
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert table["evidence"].tolist() == expected["evidence"].tolist()
+
+
+@pytest.mark.parametrize("command", ["diagnose", "report", "show"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("missing.parquet", "does not exist"), ("empty", "holds nothing"), ("text", "is a file")],
+)
+def test_a_wrong_path_is_a_clear_error(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    path: str,
+    message: str,
+) -> None:
+    """Code 2, and one line that names the path and what is allowed; no traceback."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").touch()
+    assert main([command, path]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lrprobe {command}: '{path}' {message}")
+    assert "Parquet dataset" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["show"], ["show", "x", "--interval", "0"],
+                  ["show", "x", "--include", "("], ["demo", "--epochs", "0"]],
+)  # fmt: skip
+def test_a_wrong_command_has_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says how it goes."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: lrprobe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "report", "show", "diagnose", "demo"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Examples that parse, what a RUN is, and the exit codes."""
+    with pytest.raises(SystemExit) as end:
+        main([*filter(None, [command]), "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"^    lrprobe {command or 'show'}\b", text, re.MULTILINE)
+    assert "exit code: 0" in text
+    assert "lrprobe.attach" in text or command == "demo"
+
+
+def test_report_writes_the_page(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several runs, and says where it is; findings do not make it fail."""
+    out = tmp_path / "page.html"
+    runs = [str(folder / "faulty.parquet"), str(folder / "sound.parquet")]
+    assert main(["report", *runs, "-o", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert "faulty, sound" in out.read_text(encoding="utf-8")
+    assert main(["report", *runs, "-o", str(tmp_path)]) == 2
+    assert main(["report", *runs, "-o", str(tmp_path / "no" / "page.html")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [("module", ["0", "2"]), ("parameter", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+     ("group", ["0"]), ("model", ["model"])],
+)  # fmt: skip
+def test_show_prints_one_line_a_layer(
+    folder: Path, capsys: pytest.CaptureFixture[str], by: str, names: list[str]
+) -> None:
+    """The newest step, with the figures of the frame."""
+    assert main(["show", str(folder / "sound.parquet"), "--by", by]) == 0
+    head, columns, *lines = capsys.readouterr().out.splitlines()
+    assert "step 30" in head
+    assert "lr 0.001" in head
+    assert columns.split()[0] == by
+    assert [line.split()[0] for line in lines] == names
+    frame = lrprobe.read(folder / "sound.parquet", by=by).iloc[-1]
+    assert lines[-1].split()[1:4] == [f"{frame[f'effective_lr_{q}']:.3g}" for q in
+                                      ("p50", "p05", "p95")]  # fmt: skip
+
+
+def test_show_chooses_names_and_reads_logdirs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A logdir has no modules here: its parameters are shown."""
+    assert main(["show", str(folder / "logdir"), "--include", "^2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["2.weight", "2.bias"]
+
+
+def test_show_follows_a_run(tmp_path: Path) -> None:
+    """New steps appear while it runs; Ctrl-C ends it with code 0."""
+    path = record(tmp_path / "live.parquet")
+    call = [*CALL, "show", str(path), "--follow", "--interval", "0.1"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "step 30" in process.stdout.readline()
+        record(path, steps=70)
+        for line in process.stdout:
+            if "step 70" in line:
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+
+
+def test_demo_leaves_what_it_says(tmp_path: Path) -> None:
+    """With a report of its three runs."""
+    call = [*CALL, "demo", "--epochs", "1", "--out", "out"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Report:" in done.stdout
+    assert "adadelta, adam, sgd" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("missing", "command"), [("sklearn", "demo"), ("matplotlib", "report")])
+def test_a_missing_package_is_named(folder: Path, missing: str, command: str) -> None:
+    """With the extra that installs it."""
+    arguments = [] if command == "demo" else [str(folder / "sound.parquet"), "-o", "x.html"]
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"from lrprobe.cli import main; sys.exit(main({[command, *arguments]!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 2
+    extra = "demo" if command == "demo" else "plot"
+    assert f"pip install 'lrprobe[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_lrprobe_imports_no_optional_package() -> None:
+    """Nor does the command, nor looking for findings; that tqdm is imported is torch's doing."""
+    program = (
+        "import sys, lrprobe, lrprobe.cli, lrprobe.diagnosis, lrprobe.report, lrprobe.demo\n"
+        "print({'matplotlib', 'sklearn'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_entry_point_is_declared() -> None:
+    """pip makes the command from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"lrprobe": "lrprobe.cli:main"}
