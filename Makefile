@@ -18,7 +18,7 @@ test: .venv/.dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-# What takes an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
+# What takes half an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak.py -s -v
 

@@ -207,13 +207,15 @@ def diagnose(
     Example:
         >>> import torch, lrprobe
         >>> net = torch.nn.Linear(4, 2)
-        >>> adam = torch.optim.Adam(net.parameters(), eps=1e6)
+        >>> frozen = net.bias.requires_grad_(False)
+        >>> adam = torch.optim.Adam(net.parameters())
         >>> with lrprobe.attach(adam, net, every=1) as probe:
         ...     for _ in range(20):
+        ...         adam.zero_grad()
         ...         net(torch.randn(8, 4)).square().sum().backward()
         ...         adam.step()
-        >>> [finding.code for finding in lrprobe.diagnose(probe.frame())]
-        ['adam-scale', 'eps-rules']
+        >>> [(finding.code, finding.parameter) for finding in lrprobe.diagnose(probe.frame())]
+        [('never-steps', 'bias')]
     """
     import pandas as pd
 
@@ -509,7 +511,10 @@ def _lost(series: Series) -> Iterator[Hit]:
     zero = series["zero_grad_fraction"]
     lost = (series["lost_fraction"] - zero) / (1 - zero)
     lost = np.where(series.near_peak & alive, lost, np.nan)
+    early = quantile(lost[: (len(lost) + 1) // 2], 0.5) > LOST_SHARE  # not just when converged
     for column, share in _medians(lost, above=LOST_SHARE):
+        if not early[column]:
+            continue
         seen = lost[:, column] > LOST_SHARE
         yield Hit(
             series.names[column],

@@ -104,5 +104,7 @@ def test_attaching_ten_thousand_times(tmp_path: Path) -> None:
 
 LongTraining = type("LongTraining", (Training,), {})
 TestLongTraining = LongTraining.TestCase
-TestLongTraining.__doc__ = "The state machine of the tests, ten times as long."
-TestLongTraining.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestLongTraining.__doc__ = (
+    "The state machine of the tests, eight times as long, and new every time."
+)
+TestLongTraining.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

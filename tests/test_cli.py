@@ -177,14 +177,6 @@ def test_show_follows_a_run(tmp_path: Path) -> None:
         assert process.wait(timeout=20) == 0
 
 
-def test_demo_leaves_what_it_says(tmp_path: Path) -> None:
-    """With a report of its three runs."""
-    call = [*CALL, "demo", "--epochs", "1", "--out", "out"]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "Report:" in done.stdout
-    assert "adadelta, adam, sgd" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(("missing", "command"), [("sklearn", "demo"), ("matplotlib", "report")])
 def test_a_missing_package_is_named(folder: Path, missing: str, command: str) -> None:
     """With the extra that installs it."""

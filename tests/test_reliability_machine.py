@@ -214,7 +214,8 @@ def odd_steps(
 ) -> tuple[Any, list[oracle.Truth]]:
     """The frame of some steps with these gradients, and the truth of each."""
     param = nn.Parameter(torch.from_numpy(np.resize(start, numel).copy()))
-    optimizer = getattr(torch.optim, kind)([param], lr=lr, **KINDS[kind])
+    optimizer = getattr(torch.optim, kind)([param], **KINDS[kind])
+    optimizer.param_groups[0]["lr"] = lr  # constructors refuse some
     tape = oracle.Tape(optimizer)
     truths = []
     with warnings.catch_warnings():
@@ -280,8 +281,6 @@ def test_a_rate_that_is_no_number(kind: str, lr: float, tmp_path: Path) -> None:
     """An infinite or missing rate is shown as it is, what it does to the parameter is counted."""
     grads = [np.ones(7, np.float32)] * 2
     to = [tmp_path / "run.parquet", tmp_path / "logdir"]
-    if kind == "Adafactor" and math.isnan(lr):
-        return  # torch refuses it
     frame, truths = odd_steps(kind, lr, np.ones(7, np.float32), grads, 7, to)
     check(frame, truths, f"{kind} lr={lr}")
     assert len(lrprobe.read(to[0])) == 2

@@ -71,7 +71,9 @@ def _rmsprop(s: Slice) -> Update:
     eps = s.group["eps"]
     average = s["square_avg"]
     if s.group["centered"]:
-        average = average - s["grad_avg"].square()
+        # A difference of nearly equal numbers, which torch takes in the parameter's own dtype.
+        own, mean = average.to(s.dtype), s["grad_avg"].to(s.dtype)
+        average = own.addcmul(mean, mean, value=-1).to(average.dtype)
     root = average.sqrt()
     effective_lr = s.lr / (root + eps)
     if s.group["momentum"] > 0:

@@ -107,6 +107,11 @@ class Slice:
         """The parameter after the step."""
         return self._take([e.param for e in self._entries])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which torch keeps the parameter."""
+        return self._entries[0].param.dtype
+
     @cached_property
     def grad(self) -> Tensor:
         """The gradient with the sign of ``maximize``, without weight decay."""
