@@ -258,7 +258,6 @@ class Hooks:
     def judge(self, pending: Pending) -> None:
         """Parameters whose rule does not explain their steps become measured."""
         failed = {pending.watched[i]: why for i, why in pending.errors.items()}
-        reason = ""
         if not pending.skipped:
             errors = pending.reconstruction_errors()
             for watched, error in zip(pending.watched, errors, strict=True):

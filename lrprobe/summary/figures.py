@@ -248,9 +248,7 @@ class Stream:
         sample = RateSample(self.entry.param, device, None if self.sample is None else 1)
         slots: list[Tensor] = []
         extremes: list[Tensor] = []
-        start, decay, pivot = (
-            self._fused(sample, slots, extremes) if self.compile else (0, 0.0, None)
-        )
+        start, decay, pivot = self._fused(sample, slots, extremes)
         names = list(state_like(self.entry))
         for s in self.slices(start):
             update = self.rule.update(s)
