@@ -6,7 +6,9 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,6 +206,9 @@ def _show(options: argparse.Namespace) -> int:
 
     (path,) = options.runs
     runs = find(Path(path))
+    if options.follow and threading.current_thread() is threading.main_thread():
+        # A shell starts what stands before "&" with Ctrl-C ignored; kill -INT ends it all the same.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     seen: Any = None
     while True:
         now = [stamp(run) for run in runs]

@@ -27,6 +27,10 @@ _OPTIONS: dict[str, Any] = {  # else the compiler reads the inputs once for each
     "realize_opcount_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,
 }
+_MOST_INLINED = 2_000
+"""Operations of a rule, each counted once for every path to it: what the compiler inlines then.
+Newton's method (Adadelta with coupled decay) has millions, and would take it hours."""
+
 _MOST_KINDS = 8
 """Kernels compiled for one rule; more means that a hyperparameter changes from step to step."""
 
@@ -107,7 +111,8 @@ def _built(
         inputs = (*like, pieces, numbers, blank.new_zeros(()))
         # Traced once more, so that each kernel is a module of its own for the compiler's caches.
         graph = make_fx(plain, tracing_mode="fake")(*inputs)
-        run = torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
+        options = _OPTIONS if _inlined(body) <= _MOST_INLINED else {}
+        run = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the compiler says to its own developers
             run(*inputs)  # compiled here: a machine without a compiler fails now
@@ -155,6 +160,14 @@ def _traced(
     if _flat(outputs[1]):
         return None, None, present  # one rate for all elements: cheap enough as it is
     return (*_split(graph, outputs), present)
+
+
+def _inlined(graph: fx.GraphModule) -> int:
+    """Operations when each is written out again wherever its result is used."""
+    count: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        count[node] = 1 + sum(count[used] for used in node.all_input_nodes)
+    return max(count.values(), default=0)
 
 
 def _itself(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
