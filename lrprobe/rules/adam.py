@@ -20,13 +20,13 @@ def _adam(s: Slice) -> Update:
     decouples the decay.
     """
     beta1, beta2 = s.group["betas"]
-    t = s.t("capturable", "differentiable")
+    flags = "capturable", "differentiable"
     v = s["max_exp_avg_sq"] if s.group["amsgrad"] else s["exp_avg_sq"]
-    rms = (v / (1 - power(beta2, t))).sqrt()
+    rms = (v / s.correction(beta2, *flags)).sqrt()
     eps = s.group["eps"]
     return Update(
         effective_lr=s.lr / (rms + eps),
-        direction=s["exp_avg"] / (1 - power(beta1, t)),
+        direction=s["exp_avg"] / s.correction(beta1, *flags),
         decay=_decoupled(s),
         rms_grad=rms,
         eps=(rms, eps),
@@ -44,7 +44,7 @@ def _nadam(s: Slice) -> Update:
 
     product: Any = s.scalar("mu_product")
     product = product if s.group.get("capturable") else product.double()
-    rms = (s["exp_avg_sq"] / (1 - power(beta2, t))).sqrt()
+    rms = (s["exp_avg_sq"] / s.correction(beta2, "capturable")).sqrt()
     effective_lr = s.lr / (rms + eps)
     share = (1 - mu(t)) / (1 - product)
     direction = share * s.grad + mu(t + 1) / (1 - product * mu(t + 1)) * s["exp_avg"]
@@ -63,7 +63,7 @@ def _radam(s: Slice) -> Update:
     t = s.t("capturable")
     eps = s.group["eps"]
     root = s["exp_avg_sq"].sqrt()
-    correction = 1 - power(beta2, t)
+    correction = s.correction(beta2, "capturable")
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * power(beta2, t) / correction
     rectification = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
@@ -71,7 +71,7 @@ def _radam(s: Slice) -> Update:
     adaptive = torch.where(rho > 5, (rectification * correction).sqrt(), torch.zeros_like(rho))
     return Update(
         effective_lr=s.lr * (adaptive / (root + eps) + (1 - tractable)),
-        direction=s["exp_avg"] / (1 - power(beta1, t)),
+        direction=s["exp_avg"] / s.correction(beta1, "capturable"),
         decay=_decoupled(s),
         rms_grad=root / correction.sqrt(),
         eps=(root, eps),
@@ -84,9 +84,8 @@ def _adamax(s: Slice) -> Update:
     Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``.
     """
     beta1, _ = s.group["betas"]
-    t = s.t("capturable")
     effective_lr = s.lr / s["exp_inf"]
-    direction = s["exp_avg"] / (1 - power(beta1, t))
+    direction = s["exp_avg"] / s.correction(beta1, "capturable")
     # The direction does not depend on θ_before, so that θ_before follows from it at once.
     grad = s.grad + s.group["weight_decay"] * (s.param + effective_lr * direction)
     return Update(effective_lr, direction, eps=(grad.abs(), s.group["eps"]))
@@ -98,13 +97,12 @@ def _sparse_adam(s: Slice) -> Update:
     ``torch/optim/_functional.py``.
     """
     beta1, beta2 = s.group["betas"]
-    t = s.t()
     eps = s.group["eps"]
     root = s["exp_avg_sq"].sqrt()
-    correction = 1 - power(beta2, t)
+    correction = s.correction(beta2)
     return Update(
         effective_lr=s.lr * correction.sqrt() / (root + eps),
-        direction=s["exp_avg"] / (1 - power(beta1, t)) * s.touched,
+        direction=s["exp_avg"] / s.correction(beta1) * s.touched,
         rms_grad=root / correction.sqrt(),
         eps=(root, eps),
     )

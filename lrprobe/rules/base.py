@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -96,8 +96,11 @@ class Slice:
         group: Mapping[str, Any],
         take: Take,
         before: Tensor | None = None,
+        memo: dict[Any, Any] | None = None,
     ) -> None:
+        """``memo`` keeps scalars for other slices of the same entries."""
         self.group = group
+        self._memo = {} if memo is None else memo
         self._entries = entries
         self._take = take
         self._before = before
@@ -153,16 +156,30 @@ class Slice:
             float32_if: flags of the group under which torch computes with its own float32 tensor,
                 so that a rule rounds as torch does.
         """
-        step = torch.as_tensor(self.scalar("step"))
-        return step if any(self.group.get(flag) for flag in float32_if) else step.double()
+        if float32_if not in self._memo:
+            step = torch.as_tensor(self.scalar("step"))
+            rounds = any(self.group.get(flag) for flag in float32_if)
+            self._memo[float32_if] = step if rounds else step.double()
+        return cast("Tensor", self._memo[float32_if])
 
-    @cached_property
+    def correction(self, beta: Scalar, *float32_if: str) -> Tensor:
+        """1 − βᵗ, the bias correction of a moment that started at 0: 0-dim, or one a row."""
+        key = ("correction", id(beta), *float32_if)
+        if key not in self._memo:
+            self._memo[key] = 1 - power(beta, self.t(*float32_if))
+        return cast("Tensor", self._memo[key])
+
+    @property
     def lr(self) -> Tensor:
         """The group's rate during this step: 0-dim, float64 unless it is a tensor already."""
-        lr = self.group["lr"]
-        if isinstance(lr, Tensor):
-            return lr.detach().squeeze()
-        return torch.tensor(lr, dtype=torch.float64, device="cpu")
+        if "lr" not in self._memo:
+            lr = self.group["lr"]
+            self._memo["lr"] = (
+                lr.detach().squeeze()
+                if isinstance(lr, Tensor)
+                else torch.tensor(lr, dtype=torch.float64, device="cpu")
+            )
+        return cast("Tensor", self._memo["lr"])
 
     def solve_decay(
         self, direction: Tensor, effective_lr: Scalar, *, share: Scalar = 1.0, decay: Scalar = 0.0

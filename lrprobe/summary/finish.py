@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,8 @@ class Rates:
     values: Floats | None = None
     bins: Ints | None = None
     counts: Floats | None = None
+    quantiles: Floats | None = None
+    """Of the values."""
 
 
 @dataclass(slots=True)
@@ -226,39 +229,55 @@ def _spread(values: Floats, found: Ints, rows: int) -> Floats:
 
 def _row_quantiles(summary: Summary, inside: Ints, low: float, high: float) -> Floats:
     """Quantiles of the rates of the parameters of one row: (QUANTILES,)."""
-    measured = bool(summary.measured[inside].any())
     if low == high:
         return np.full(len(_SHARES), low)
+    measured = bool(summary.measured[inside].any())
     if np.isnan(low) and not measured:
         return np.full(len(_SHARES), np.nan)
+    if len(inside) == 1:
+        only = summary.rates[inside[0]]
+        if only is not None and only.quantiles is not None:
+            known: Floats = only.quantiles
+            return known
+        bins, counts = summary.binned(int(inside[0]))
+        return bin_quantiles(bins, counts, low, high)
     numel = summary.numel[inside].tolist()
     rates = [summary.rates[i] for i in inside]
-    only = rates[0] if len(rates) == 1 else None
-    if only is not None and only.values is not None:
-        return _exact(only.values, measured)
     if sum(numel) <= WHOLE:
         constants = summary.part("rate_mean")[inside].tolist()
-        pieces = [
+        values = [
             np.full(n, c) if r is None or r.values is None else r.values
             for r, c, n in zip(rates, constants, numel, strict=True)
         ]
-        return _exact(np.concatenate(pieces), measured)
-    bins, counts = zip(*(summary.binned(i) for i in inside.tolist()), strict=True)
-    return bin_quantiles(np.concatenate(bins), np.concatenate(counts), low, high)
+        one: Floats = exact_quantiles(np.concatenate(values)[None])[0]
+        return one
+    each = [summary.binned(i) for i in inside.tolist()]
+    bins, counts = _counted(*(np.concatenate(pieces) for pieces in zip(*each, strict=True)))
+    return bin_quantiles(bins, counts, low, high)
 
 
-def _exact(values: Floats, measured: bool) -> Floats:
-    if measured:
-        values = values[~np.isnan(values)]
-    if not len(values):
-        return np.full(len(_SHARES), np.nan)
+def exact_quantiles(values: Floats) -> Floats:
+    """NumPy's quantiles of each row of values, NaN being none: (rows, QUANTILES)."""
+    missing = np.isnan(values)
     with np.errstate(invalid="ignore"):  # between two infinite rates
-        quantiles: Floats = np.quantile(values, _SHARES)
-    return quantiles
+        if not missing.any():
+            quantiles: Floats = np.quantile(values, _SHARES, axis=1).T
+            return quantiles
+        result = np.full((len(values), len(_SHARES)), np.nan)
+        for row, (each, none) in enumerate(zip(values, missing, strict=True)):
+            if not none.all():
+                result[row] = np.quantile(each[~none], _SHARES)
+    return result
 
 
 def binned(rates: Rates | None, constant: float, numel: int) -> tuple[Ints, Floats]:
-    """The distribution as fine bins and counts that add up to the elements that have a rate."""
+    """The distribution as fine bins, ascending, and counts that add up to the elements with a rate.
+
+    Args:
+        rates: what is known of it; None where ``constant`` is the rate of all.
+        constant: that rate.
+        numel: number of elements.
+    """
     if rates is not None and rates.bins is not None and rates.counts is not None:
         return rates.bins, rates.counts * (numel / rates.counts.sum())
     values = np.array([constant]) if rates is None or rates.values is None else rates.values
@@ -267,42 +286,65 @@ def binned(rates: Rates | None, constant: float, numel: int) -> tuple[Ints, Floa
         return np.zeros(0, np.int64), np.zeros(0)
     with np.errstate(over="ignore", under="ignore"):
         bits = finite.astype(np.float32).view(np.int32) >> SHIFT
-    bins, counts = np.unique(bits.clip(0, BINS - 1), return_counts=True)
-    scaled: Floats = counts.astype(np.float64) * (numel / len(values))
-    return bins.astype(np.int64), scaled
+    bins, counts = _counted(bits.clip(0, BINS - 1), None)
+    return bins, counts * (numel / len(values))
+
+
+def _counted(bins: NDArray[Any], weights: Floats | None) -> tuple[Ints, Floats]:
+    """Bins that occur, ascending, and how often (or their summed weights)."""
+    if not len(bins):
+        return np.zeros(0, np.int64), np.zeros(0)
+    first = int(bins.min())
+    dense = np.bincount(bins - first, weights)
+    there = np.flatnonzero(dense)
+    return there + first, dense[there].astype(np.float64)
 
 
 def bin_quantiles(bins: Ints, counts: Floats, low: float, high: float) -> Floats:
-    """Quantiles of fine bins, each within 1 % of a value of its rank: (QUANTILES,)."""
+    """Quantiles of fine bins, each within 1 % of a value of its rank: (QUANTILES,).
+
+    Args:
+        bins: ascending numbers of bins.
+        counts: what is in them.
+        low: the least, which bounds the quantiles; NaN where unknown.
+        high: the largest, likewise.
+    """
     if not len(bins):
         return np.full(len(_SHARES), np.nan)
-    total = np.bincount(bins, weights=counts, minlength=BINS)
-    upto = np.cumsum(total)
+    upto = np.cumsum(counts)
     rank = _SHARES * upto[-1]
-    at = np.minimum(np.searchsorted(upto, rank), int(bins.max()))
-    left, right = _EDGES[at], _EDGES[at + 1]
+    at = np.minimum(np.searchsorted(upto, rank), len(bins) - 1)
+    left, right = _EDGES[bins[at]], _EDGES[bins[at] + 1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        inside = (rank - (upto[at] - total[at])) / total[at]
+        inside = (rank - (upto[at] - counts[at])) / counts[at]
         value = left + inside.clip(0, 1) * (right - left)
         # Wherever in the bin the true value lies, this is within 1 % of it.
         value = value.clip(np.minimum(0.9901 * right, 1.0099 * left), 1.0099 * left)
-    value = np.where(at >= _INFINITE, np.inf, value)
+    value = np.where(bins[at] >= _INFINITE, np.inf, value)
     bounds = (low, high) if not np.isnan(low) else (-np.inf, np.inf)
     return value.clip(*bounds)
 
 
 def histogram(bins: Ints, counts: Floats) -> tuple[Floats, Ints]:
-    """A histogram to keep: (edges (n + 1,), counts (n,)); a run of empty bins is one wide bin."""
+    """A histogram to keep: (edges (n + 1,), counts (n,)); a run of empty bins is one wide bin.
+
+    Args:
+        bins: ascending numbers of fine bins.
+        counts: what is in them.
+    """
     keep = bins < _INFINITE
-    coarse, where = np.unique(bins[keep] >> _COARSE, return_inverse=True)
+    coarse, summed = _counted(bins[keep] >> _COARSE, counts[keep])
     if not len(coarse):
         return np.zeros(0), np.zeros(0, np.int64)
-    summed = np.bincount(where, weights=counts[keep])
     whole = np.diff(np.rint(np.cumsum(summed)), prepend=0.0).astype(np.int64)
-    starts, ends = coarse, coarse + 1
-    edges = np.union1d(starts, ends)
+    # An edge at the start of each bin, and where none follows it at once, at its end.
+    last = np.append(np.diff(coarse) > 1, True)
+    at = np.arange(len(coarse)) + np.append(0, np.cumsum(last[:-1]))
+    edges = np.empty(len(coarse) + int(last.sum()), np.int64)
+    edges[at] = coarse
+    edges[at[last] + 1] = coarse[last] + 1
     result = np.zeros(len(edges) - 1, np.int64)
-    result[np.searchsorted(edges, starts)] = whole
+    result[at] = whole
     return _EDGES[edges << _COARSE], result
 
 

@@ -22,6 +22,25 @@ from lrprobe.text import warn
 ROWS, COLUMNS = 128, 4096
 """A call takes ROWS · COLUMNS elements; sums are taken along COLUMNS, which keeps them accurate."""
 
+SUMS = (
+    "rate_away",  # Σ(rate − pivot)
+    "rate_m2",
+    "rate_log",
+    "dd",
+    "ee",
+    "ep",
+    "eg",
+    "pp",
+    "pg",
+    "gg",
+    "nonzero",
+    "rms_grad",
+    "rms_update",
+    "below_eps",
+    "sum of states",
+)
+"""What the first output of a kernel has the sums of."""
+
 _OPTIONS: dict[str, Any] = {  # else the compiler reads the inputs once for each sum
     "realize_reads_threshold": 10_000,
     "realize_opcount_threshold": 10_000,
@@ -234,7 +253,7 @@ def _kernel(
             p * p,
             p * g,
             g * g,
-            (g == 0).float(),
+            (g != 0).float(),
             found.get("rms_grad", nothing),
             found.get("rms_update", nothing),
             below,

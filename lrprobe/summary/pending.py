@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,10 @@ class Pending:
         result: Floats = np.where(failed & ruled, np.inf, error)
         return result
 
+    @cached_property
+    def _initial_lr(self) -> Floats:
+        return np.array([self._number(value) for value in self._initial])
+
     def _table(self, name: str, width: int) -> Floats:
         table = np.full((len(self._names), width), np.nan)
         for rows in self._raw.rows:
@@ -167,8 +172,9 @@ class Pending:
         for rows in self._raw.rows:
             if rows.rates is not None:
                 values = self._value(rows.rates)
-                for at, row in zip(rows.at, values, strict=True):
-                    result[at] = finish.Rates(values=row)
+                quantiles = finish.exact_quantiles(values)
+                for at, row, some in zip(rows.at, values, quantiles, strict=True):
+                    result[at] = finish.Rates(values=row, quantiles=some)
             elif rows.bins is not None:
                 for at, row in zip(rows.at, self._value(rows.bins), strict=True):
                     bins = np.flatnonzero(row)
@@ -177,7 +183,7 @@ class Pending:
         return result
 
     def _columns(self, summary: finish.Summary, level: Level, rules: Sequence[str]) -> Columns:
-        raw, info = self._raw, self.info
+        info = self.info
         keys: Sequence[str | int]
         if level == "parameter":
             keys = range(len(self._names))
@@ -192,10 +198,10 @@ class Pending:
         values: dict[str, NDArray[Any]] = dict(finish.columns(summary, label, rows))
         stepped = np.zeros(rows, np.bool_)
         np.logical_or.at(stepped, label, summary.stepped)
-        lr = np.array([self._number(raw.lr[group]) for group in self._groups])
-        initial = np.array([self._number(value) for value in self._initial])
-        values["lr"] = finish.merged_numbers(lr, label, rows)
-        values["initial_lr"] = finish.merged_numbers(initial, label, rows)
+        lr = {group: self._number(value) for group, value in self._raw.lr.items()}
+        rates = np.array([lr[group] for group in self._groups])
+        values["lr"] = finish.merged_numbers(rates, label, rows)
+        values["initial_lr"] = finish.merged_numbers(self._initial_lr, label, rows)
         values["decay"] = finish.merged_numbers(
             np.where(summary.stepped, summary.part("decay"), np.nan), label, rows
         )

@@ -17,8 +17,9 @@ from lrprobe.rules.base import Entry, SparseRows, Take
 WHOLE = 4096
 """Parameters up to this size are read whole, in float64; of larger ones a sample is checked."""
 
-BLOCK = 1 << 17
-"""Elements of a large parameter read at once: few enough for temporaries to stay in cache."""
+BLOCK = 1 << 18
+"""Elements of a large parameter read at once: few enough for temporaries to stay in cache, many
+enough for what Python does around them to be little."""
 
 Block = tuple[int | slice, ...]
 
@@ -70,6 +71,37 @@ def blocks(shape: Sequence[int], limit: int = BLOCK) -> Iterator[Block]:
     for lead in itertools.product(*(range(n) for n in shape[:dim])):
         for start, stop in itertools.pairwise(cuts):
             yield (*lead, slice(start, stop))
+
+
+def is_flat(entry: Entry) -> bool:
+    """Whether parameter, gradient and state can be read side by side in memory order."""
+    tensors = [entry.param, entry.grad, *_wide(entry.state).values()]
+    return all(
+        isinstance(t, Tensor) and t.shape == entry.param.shape and t.is_contiguous()
+        for t in tensors
+    )
+
+
+def pieces(entry: Entry, start: int) -> Iterator[Entry]:
+    """A flat entry from a flat position on, cut into entries of at most ``BLOCK`` elements."""
+    wide = _wide(entry.state)
+    tensors = [entry.param, cast("Tensor", entry.grad), *wide.values()]
+    cut = [torch.split(t.view(-1)[start:], BLOCK) for t in tensors]
+    for param, grad, *states in zip(*cut, strict=True):
+        yield Entry(param, grad, {**entry.state, **dict(zip(wide, states, strict=True))})
+
+
+def _wide(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() > 1}
+
+
+def take_all(dtype: torch.dtype) -> Take:
+    """Read the whole of one tensor, which is flat."""
+
+    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+        return cast("Tensor", tensors[0]).to(dtype)
+
+    return take
 
 
 def take_block(block: Block, dtype: torch.dtype) -> Take:
@@ -184,7 +216,7 @@ def spread(numel: int, count: int, device: torch.device) -> Spread:
     One run is drawn from each stratum, the same in every program; drawn rather than strided, so
     that no row length can alias with it.
     """
-    run = 1 << min(4, max(numel // count, 1).bit_length() - 1)
+    run = 1 << min(5, max(numel // count, 1).bit_length() - 1)
     runs = -(-count // run)
     generator = torch.Generator("cpu").manual_seed(numel)
     edges = torch.arange(runs + 1, dtype=torch.int64, device="cpu") * (numel // run) // runs
