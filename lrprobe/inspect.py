@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from lrprobe.names import find_optimizers, name_parameters, parameter_names
 from lrprobe.rules import Rule, Slice, Update, find_rule
 from lrprobe.rules.base import Entry
-from lrprobe.summary.figures import measured_rates, ulp, whole_of
+from lrprobe.summary.figures import measured_rates, ulp
 from lrprobe.summary.reading import entry_of, positions, precision, real
 from lrprobe.summary.snapshot import tolerance
+from lrprobe.summary.stream import whole_of
 from lrprobe.text import listed, warn
 
 

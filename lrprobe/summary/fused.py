@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lrprobe.rules.base import Entry, Rule, Slice, SparseRows
 from lrprobe.text import warn
 
-ROWS, COLUMNS = 128, 4096
+ROWS, COLUMNS = 256, 4096
 """A call takes ROWS · COLUMNS elements; sums are taken along COLUMNS, which keeps them accurate."""
 
 SUMS = (
@@ -73,15 +73,16 @@ class Kernel:
     states: tuple[str, ...]
     scalars: tuple[str, ...]
 
-    def scalars_of(self, entry: Entry, lr: Tensor) -> tuple[list[Tensor], Any]:
-        """The scalars of this step, and its decay."""
+    def scalars_of(self, entry: Entry, lr: Any) -> tuple[list[Tensor], Any]:
+        """The scalars of this step, given the group's rate, and its decay."""
+        lr = lr.detach() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
         numbers = [torch.as_tensor(entry.state[name]).detach() for name in self.scalars]
         crossing, decay = self.prelude(lr, *numbers)
         device = entry.param.device
         return [x.to(device, torch.float32, non_blocking=True) for x in crossing], decay
 
 
-def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule, pivoted: Slice) -> Kernel | None:
+def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule) -> Kernel | None:
     """The kernel for a parameter; None where it is not worth one, or cannot have one."""
     tensors = _tensors(entry)
     states = tuple(k for k, t in tensors.items() if t.shape == entry.param.shape)
@@ -101,7 +102,7 @@ def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule, pivoted: Slic
         if sum(1 for other in _kernels if other[0] is rule) >= _MOST_KINDS:
             _tell(f"hyperparameters of rule {rule.name!r} change too often to compile it each time")
             return None
-        _kernels[key] = _built(entry, group, rule, states, scalars, pivoted)
+        _kernels[key] = _built(entry, group, rule, states, scalars)
     return _kernels[key]
 
 
@@ -115,7 +116,6 @@ def _built(
     rule: Rule,
     states: tuple[str, ...],
     scalars: tuple[str, ...],
-    pivoted: Slice,
 ) -> Kernel | None:
     try:
         prelude, body, present = _traced(entry, group, rule, states, scalars)
@@ -124,14 +124,14 @@ def _built(
         plain = _kernel(body, present, maximize=bool(group.get("maximize")))
         kernel = Kernel(prelude, plain, states, scalars)
         blank = torch.ones(ROWS * COLUMNS, device=entry.param.device)
-        numbers, _ = kernel.scalars_of(entry, pivoted.lr)
+        numbers, _ = kernel.scalars_of(entry, group["lr"])
         like = [blank.to(t.dtype, copy=True) for t in (entry.param, cast("Tensor", entry.grad))]
         pieces = [blank.to(entry.state[k].dtype, copy=True) for k in states]
         inputs = (*like, pieces, numbers, blank.new_zeros(()))
         # Traced once more, so that each kernel is a module of its own for the compiler's caches.
-        graph = make_fx(plain, tracing_mode="fake")(*inputs)
+        graph = make_fx(plain, tracing_mode="symbolic")(*inputs)
         options = _OPTIONS if _inlined(body) <= _MOST_INLINED else {}
-        run = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+        run = torch.compile(graph, fullgraph=True, dynamic=True, options=options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the compiler says to its own developers
             run(*inputs)  # compiled here: a machine without a compiler fails now
@@ -232,9 +232,9 @@ def _kernel(
     def kernel(
         param: Tensor, grad: Tensor, states: list[Tensor], scalars: list[Tensor], pivot: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        p = param.view(ROWS, COLUMNS).float()
-        g = grad.view(ROWS, COLUMNS).float()
-        elements = [state.view(ROWS, COLUMNS).float() for state in states]
+        p = param.view(-1, COLUMNS).float()
+        g = grad.view(-1, COLUMNS).float()
+        elements = [state.view(-1, COLUMNS).float() for state in states]
         found = dict(zip(names, body(p, g, *elements, *scalars), strict=True))
         rate, d = found["rate"], found["direction"]
         g = -g if maximize else g  # as rules see it, which the body did by itself

@@ -84,6 +84,8 @@ def is_flat(entry: Entry) -> bool:
 
 def pieces(entry: Entry, start: int) -> Iterator[Entry]:
     """A flat entry from a flat position on, cut into entries of at most ``BLOCK`` elements."""
+    if start == entry.param.numel():
+        return
     wide = _wide(entry.state)
     tensors = [entry.param, cast("Tensor", entry.grad), *wide.values()]
     cut = [torch.split(t.view(-1)[start:], BLOCK) for t in tensors]
@@ -118,15 +120,6 @@ def take_block(block: Block, dtype: torch.dtype) -> Take:
 
 Positions: TypeAlias = "Spread | Tensor | None"
 """Flat positions of elements, or all of them."""
-
-
-def take_range(start: int, stop: int, dtype: torch.dtype) -> Take:
-    """Read neighbouring elements of one contiguous tensor, flat."""
-
-    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
-        return cast("Tensor", tensors[0]).view(-1)[start:stop].to(dtype)
-
-    return take
 
 
 def take_flat(at: Positions, dtype: torch.dtype) -> Take:

@@ -28,6 +28,7 @@ from lrprobe.summary.reading import (
     spread,
     take_rows,
 )
+from lrprobe.summary.stream import large_figures, whole_of
 
 
 @dataclass(slots=True, eq=False)
@@ -287,7 +288,7 @@ def _reconstructed(
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
     for entry in entries:
-        figures.whole_of(entry, group, rule)
+        whole_of(entry, group, rule)
     sampled = [_sample_of(e.param) for e in entries]
     s = Slice(entries, group, take_rows(sampled, torch.float64))
     update = rule.update(s)
@@ -300,24 +301,13 @@ def _reconstructed(
         rows.parts = figures.row_figures(s, update, states)
         rows.rates = _all_rates(update, s.param)
     else:
-        for i, entry in batch:
-            parts, bins = _large(entry, group, rule, how)
-            result.append(Rows([i], parts=parts, bins=bins))
+        rates = _all_rates(update, s.param)
+        pivots = None if rates is None else rates.mean(1).unbind()
+        rows.parts, rows.bins = large_figures(
+            entries, group, rule, pivots, sample=how.sample, compile=how.compile
+        )
     result += _tracked(batch, group, rule, watched, kept)
     return result
-
-
-def _large(entry: Entry, group: Mapping[str, Any], rule: Rule, how: How) -> tuple[Tensor, Tensor]:
-    numel, device = entry.param.numel(), entry.param.device
-    fewer = how.sample is not None and how.sample < numel
-    some = spread(numel, how.sample or numel, device) if fewer else None
-    on_host = device.type == "cpu"
-    # A device must not be asked what came out, so there it is computed the sure way at once.
-    stream = figures.Stream(entry, group, rule, exact=not on_host, sample=some, compile=how.compile)
-    parts, bins = stream.figures()
-    if on_host and figures.suspicious(parts.numpy())[0]:
-        parts, bins = figures.Stream(entry, group, rule, exact=True, sample=some).figures()
-    return parts, bins
 
 
 def _all_rates(update: Update, like: Tensor) -> Tensor | None:
