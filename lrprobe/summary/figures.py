@@ -6,7 +6,7 @@ or a mean with its squared deviations, so that rows of shards, modules and group
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -71,40 +71,67 @@ def is_scalar(rate: Scalar, like: Tensor) -> bool:
     return not isinstance(rate, Tensor) or rate.shape != like.shape
 
 
-def row_figures(s: Slice, update: Update, states: Sequence[Tensor]) -> Tensor:
-    """Figures of small parameters that were read whole, in float64: (rows, PARTS)."""
+def row_figures(
+    s: Slice,
+    update: Update,
+    states: Sequence[Tensor],
+    log: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Figures of elements of several parameters, as many of each: (rows, PARTS), float64.
+
+    Args:
+        s: the elements: (rows, n).
+        update: what the rule says of them.
+        states: the optimizer's state of them, for what is not finite in it.
+        log: what gives Σ log of rates in less time than a logarithm: (rows, n) to (rows,).
+    """
     p, g, d = s.param, s.grad, update.direction
     n = p.shape[1]
     if is_scalar(update.effective_lr, p):
         rate = column(update.effective_lr, p)
         nothing = torch.zeros_like(rate)
         moments = [rate, nothing, n * rate.log(), rate, rate]
-        e = rate.unsqueeze(1) * d
+        e = rate.to(d.dtype).unsqueeze(1) * d
     else:
         rates: Any = update.effective_lr
-        mean = rates.mean(1)
-        low, high = rates.aminmax(dim=1)
+        low, high = rates.amin(1), rates.amax(1)
         # A constant must not get a deviation from the rounding of its mean.
-        deviation = (rates - mean.clamp(low, high).unsqueeze(1)).square().sum(1)
-        moments = [mean.clamp(low, high), deviation, rates.log().sum(1), low, high]
+        mean = rates.mean(1).clamp(low, high)
+        away = _squares(rates - mean.unsqueeze(1))
+        moments = [mean, away, rates.log().sum(1) if log is None else log(rates), low, high]
         e = rates * d
-    bad = ~(torch.isfinite(p) & torch.isfinite(g))
+    # Comparisons into floats: those into bools, and counts of them, take several times as long.
+    room = torch.empty_like(p)
+    bad = (p - p).add_(g - g)  # NaN where one of them is not finite
     for state in states:
-        bad |= ~torch.isfinite(state)
+        bad += state - state
     nan = p.new_full((p.shape[0],), torch.nan)
-    return torch.stack(
-        [
-            column(update.decay, p),
-            *moments,
-            *((a * b).sum(1) for a, b in ((d, d), (e, e), (e, p), (e, g), (p, p), (p, g), (g, g))),
-            (g == 0).sum(1),
-            nan if update.rms_grad is None else update.rms_grad.sum(1),
-            nan if update.rms_update is None else update.rms_update.sum(1),
-            nan if update.eps is None else (update.eps[0] <= update.eps[1]).sum(1),
-            bad.sum(1),
-        ],
-        dim=1,
-    )
+    below = nan
+    if update.eps is not None:
+        below = torch.le(update.eps[0], update.eps[1], out=room).sum(1)
+    columns = [
+        column(update.decay, p),
+        *moments,
+        *(_squares(x) for x in (d, e)),
+        *(torch.mul(a, b, out=room).sum(1) for a, b in ((e, p), (e, g))),
+        _squares(p),
+        torch.mul(p, g, out=room).sum(1),
+        _squares(g),
+        torch.eq(g, 0, out=room).sum(1),
+        nan if update.rms_grad is None else update.rms_grad.sum(1),
+        nan if update.rms_update is None else update.rms_update.sum(1),
+        below,
+        torch.ne(bad, 0, out=room).sum(1),
+    ]
+    return torch.stack([each.double() for each in columns], dim=1)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Σ x² of each row, by short rows: torch adds equal numbers of a long one up with errors."""
+    if values.shape[1] % ROW:
+        return values.square().sum(1)
+    norms: Tensor = torch.linalg.vector_norm(values.reshape(-1, ROW), dim=1)
+    return norms.square().view(values.shape[0], -1).sum(1)
 
 
 def check_figures(

@@ -25,9 +25,8 @@ Block = tuple[int | slice, ...]
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Detached, a complex tensor seen as pairs of reals."""
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    """A complex tensor seen as pairs of reals."""
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
 def entry_of(
@@ -133,8 +132,14 @@ def take_flat(at: Positions, dtype: torch.dtype) -> Take:
 
 def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
     """Read flat positions of several tensors, or all of each: (tensors, positions)."""
+    whole = all(each is None for each in at)
 
     def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+        if whole and all(
+            type(t) is not SparseRows and t.shape == tensors[0].shape for t in tensors
+        ):
+            together = torch.stack(cast("list[Tensor]", list(tensors)))  # no object for each
+            return together.reshape(len(tensors), -1).to(dtype)
         return torch.stack(list(map(positions, tensors, at))).to(dtype)
 
     return take

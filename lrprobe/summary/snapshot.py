@@ -76,11 +76,20 @@ _PLAIN = How()
 class Before:
     """What is kept from before a step: a sample of each parameter, and a few scalars."""
 
-    samples: dict[int, Tensor] = field(default_factory=dict)
+    samples: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    """Position of a parameter to a table, which others share, and its row in it."""
     tracked: dict[int, Tensor] = field(default_factory=dict)
     scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
     """Position of a parameter to what its rule raised."""
+
+    def sample(self, at: Sequence[int]) -> Tensor:
+        """Samples of parameters that have as many elements in it: (parameters, n)."""
+        table = self.samples[at[0]][0]
+        if all(self.samples[i][0] is table for i in at):
+            rows = [self.samples[i][1] for i in at]
+            return table if rows == list(range(len(table))) else table[rows]
+        return torch.stack([self.samples[i][0][self.samples[i][1]] for i in at])
 
 
 @dataclass(slots=True)
@@ -138,6 +147,7 @@ def tolerance(dtype: torch.dtype) -> float:
 def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Before:
     """Keep what cannot be told after the step. Gradients may not exist yet (closures)."""
     kept = Before()
+    alike: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     for i, w in enumerate(watched):
         param = w.ref()
         # What is frozen is stepped all the same where an old gradient was left.
@@ -147,7 +157,8 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
         if "initial_lr" in group:  # a scheduler may be made after the probe
             w.initial_lr = _copied(group["initial_lr"])
         flat = real(param)
-        kept.samples[i] = positions(flat, _sample_of(flat)).clone()
+        shape = flat.shape if w.numel <= WHOLE else None
+        alike[shape, flat.dtype, flat.device].append((i, flat))
         if w.tracked is not None:
             kept.tracked[i] = positions(flat, w.tracked.to(flat.device))
         if w.rule is not None and w.rule.before is not None:
@@ -156,6 +167,10 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
                 kept.scalars[i] = w.rule.before(param.detach(), state, group)
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
                 kept.errors[i] = _cause(error)
+    for some in alike.values():
+        tensors = [flat for _, flat in some]
+        table = take_rows([_sample_of(flat) for flat in tensors], tensors[0].dtype)(tensors)
+        kept.samples.update((i, (table, row)) for row, (i, _) in enumerate(some))
     return kept
 
 
@@ -231,7 +246,7 @@ def after(
         batches[
             w.group,
             None if i in kept.errors else w.rule,
-            w.numel if small else None,
+            param.shape if small else None,
             param.dtype,
             param.device,
             names,
@@ -292,7 +307,7 @@ def _reconstructed(
     sampled = [_sample_of(e.param) for e in entries]
     s = Slice(entries, group, take_rows(sampled, torch.float64))
     update = rule.update(s)
-    old = torch.stack([kept.samples[i] for i in at])
+    old = kept.sample(at)
     new = take_rows(sampled, old.dtype)([e.param for e in entries])
     rows = Rows(at, checks=figures.check_figures(s, update, old, new, old.dtype))
     result = [rows]
@@ -326,7 +341,7 @@ def _measured(
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
     s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
-    checks, rates = figures.measured_figures(s, torch.stack([kept.samples[i] for i in at]))
+    checks, rates = figures.measured_figures(s, kept.sample(at))
     parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
     for name, values in figures.plain_figures(entries, counts=True).items():
         parts[:, figures.PARTS.index(name)] = values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from lrprobe.summary.figures import (
     SHIFT,
     is_scalar,
     plain_figures,
+    row_figures,
     state_like,
     suspicious,
 )
@@ -31,7 +33,7 @@ from lrprobe.summary.reading import (
     spread,
     take_all,
     take_block,
-    take_flat,
+    take_rows,
 )
 
 SAMPLE = 1 << 16
@@ -61,22 +63,71 @@ def large_figures(
             gradient, which stay exact.
         compile: with a compiled kernel where there can be one.
     """
-    on_host = entries[0].param.device.type == "cpu"
+    large = [i for i, e in enumerate(entries) if sample is None or sample >= e.param.numel()]
+    few = [i for i in range(len(entries)) if i not in large]
 
     def figures(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
-        streams = [Stream(entries[i], group, rule, exact=exact, sample=sample) for i in some]
+        streams = [Stream(entries[i], group, rule, exact=exact) for i in some]
         for i, stream in zip(some, streams, strict=True):
             stream.read(None if pivots is None else pivots[i], compile=compile)
         counts = torch.stack([stream.rates.histogram() for stream in streams])
         return _finished(streams, counts), counts
 
-    # A device must not be asked what came out, so there it is computed the sure way at once.
-    parts, counts = figures(range(len(entries)), exact=not on_host)
-    if on_host:
-        again = suspicious(parts.numpy()).nonzero()[0].tolist()
-        if again:
-            parts[again], counts[again] = figures(again, exact=True)
+    def estimates(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
+        return _estimated([entries[i] for i in some], group, rule, cast("int", sample), exact=exact)
+
+    device = entries[0].param.device
+    parts = torch.empty((len(entries), len(PARTS)), dtype=torch.float64, device=device)
+    counts = torch.empty((len(entries), BINS), dtype=torch.int32, device=device)
+    on_host = device.type == "cpu"
+    for function, some in ((figures, large), (estimates, few)):
+        if some:
+            # A device must not be asked what came out: there it is computed the sure way at once.
+            parts[some], counts[some] = function(some, exact=not on_host)
+            again = suspicious(parts[some].numpy()).nonzero()[0].tolist() if on_host else []
+            if again:
+                at = [some[i] for i in again]
+                parts[at], counts[at] = function(at, exact=True)
     return parts, counts
+
+
+def _estimated(
+    entries: Sequence[Entry], group: Mapping[str, Any], rule: Rule, sample: int, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """PARTS (entries, ·) and histograms (entries, BINS) from a sample of each."""
+    dtype = torch.float64 if exact else precision(entries[0].param)
+    device = entries[0].param.device
+    at = [spread(entry.param.numel(), sample, device) for entry in entries]
+    rows: list[Tensor] = []
+    counts: list[Tensor] = []
+    for chosen in _alike([len(each) for each in at], max(1, BLOCK // sample)):
+        some = [entries[i] for i in chosen]
+        plain = plain_figures(some, counts=False)
+        s = Slice(some, group, take_rows([at[i] for i in chosen], dtype))
+        update = rule.update(s)
+        found = histograms(update.effective_lr, s.param)
+        log = None if dtype is torch.float64 else partial(log_sums, counts=found)
+        parts = row_figures(s, update, [s[name] for name in state_like(some[0])], log)
+        numel = parts.new_tensor([entry.param.numel() for entry in some])
+        for name in ADDITIVE:
+            parts[:, PARTS.index(name)] *= numel / s.param.shape[1]
+        for name in ("pp", "gg"):
+            parts[:, PARTS.index(name)] = plain[name]
+        bad = parts[:, PARTS.index("nonfinite")]
+        parts[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
+        rows.append(parts)
+        counts.append(found)
+    return torch.cat(rows), torch.cat(counts)
+
+
+def _alike(lengths: Sequence[int], most: int) -> Iterator[range]:
+    """Neighbours of one length, at most so many together."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        full = end - start == most
+        if full or end == len(lengths) or lengths[end] != lengths[start]:
+            yield range(start, end)
+            start = end
 
 
 def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
@@ -96,8 +147,7 @@ def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
         found["rate_m2"] = (found["rate_m2"] - shift * away).clamp(min=0)
         found["rate_mean"] = torch.where(high.isinf(), high, (pivot + shift).clamp(low, high))
         if streams[0].dtype is not torch.float64:
-            octaves = found["rate_log"] * 2.0**-23 + n * (log2_correction(counts) - 127.0)
-            found["rate_log"] = octaves * math.log(2)
+            found["rate_log"] = _logs(found["rate_log"], n, counts)
     else:  # one rate for all
         found |= dict.fromkeys(("rate_mean", "rate_min", "rate_max"), pivot)
         found["rate_m2"], found["rate_log"] = nothing, n * pivot.log()
@@ -110,21 +160,7 @@ def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
         # 0, or NaN where a state is not finite; the rest shows in its products.
         states = [found[name] for name in found if name.startswith(_STATE)]
         found["nonfinite"] = sum(states, nothing) * 0
-    parts = torch.stack([found.get(name, absent) for name in PARTS], dim=1)
-    sampled = [i for i, stream in enumerate(streams) if stream.sample is not None]
-    if sampled:
-        entries = [streams[i].entry for i in sampled]
-        numel = n.new_tensor([entry.param.numel() for entry in entries])
-        scale = torch.ones_like(parts)
-        for name in ADDITIVE:
-            scale[sampled, PARTS.index(name)] = numel / n[sampled]
-        parts = parts * scale
-        plain = plain_figures(entries, counts=False)
-        for name in ("pp", "gg"):
-            parts[sampled, PARTS.index(name)] = plain[name]
-        bad = parts[sampled, PARTS.index("nonfinite")]
-        parts[sampled, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
-    return parts
+    return torch.stack([found.get(name, absent) for name in PARTS], dim=1)
 
 
 class Stream:
@@ -142,34 +178,23 @@ class Stream:
         rule: Rule,
         *,
         exact: bool,
-        sample: int | None = None,
     ) -> None:
         """``exact`` computes in float64 and counts what is not finite.
 
-        Else a row that float32 may have spoiled comes out ``suspicious``. With ``sample`` so many
-        elements are read, but for the norms of parameter and gradient.
+        Else a row that float32 may have spoiled comes out ``suspicious``.
         """
         self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
-        self.sample = (
-            spread(self.numel, sample, entry.param.device)
-            if sample is not None and sample < self.numel
-            else None
-        )
         width = entry.param.shape[-1] if entry.param.dim() else 1
-        self.rates = RateSample(
-            1 if self.sample is not None else stride_for(self.numel, width), entry.param.device
-        )
+        self.rates = RateSample(stride_for(self.numel, width), entry.param.device)
         self.total: dict[str, Tensor] = {}
         self._scratch: Tensor | None = None
 
     def slices(self, start: int = 0) -> Iterator[Slice]:
-        """All of it from a flat position on (of a ``flat`` entry), in order; or the sample."""
+        """All of it in order, of a ``flat`` entry from a flat position on."""
         memo: dict[Any, Any] = {}
-        if self.sample is not None:
-            yield Slice([self.entry], self.group, take_flat(self.sample, self.dtype), memo=memo)
-        elif is_flat(self.entry):
+        if is_flat(self.entry):
             take = take_all(self.dtype)
             for piece in pieces(self.entry, start):
                 yield Slice([piece], self.group, take, memo=memo)
@@ -183,7 +208,7 @@ class Stream:
         start = 0
         decay: Scalar = 0.0
         rows = _Rows()
-        if compile and pivot is not None and not self.exact and self.sample is None:
+        if compile and pivot is not None and not self.exact:
             total, start, decay = self._read_compiled(pivot)
         names = list(state_like(self.entry))
         for s in self.slices(start):
@@ -290,7 +315,9 @@ class Stream:
         return self._scratch
 
     def _log_sum(self, rate: Tensor) -> Tensor:
-        return rate.log().sum() if self.dtype is torch.float64 else bits_sum(rate)
+        if self.dtype is torch.float64:
+            return rate.log().sum()
+        return rate.view(torch.int32).to(torch.float32).sum()  # to be made logarithms by `_logs`
 
 
 class _Rows:
@@ -342,25 +369,29 @@ def _together(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, 
     return result
 
 
-def bits_sum(rate: Tensor) -> Tensor:
-    """2²³ · (Σ log₂ + 127) of positive float32 values, linear between powers of two: 0-dim.
-
-    The bits of a float32 are that, but for an offset: a logarithm for the price of a conversion.
-    Each is up to 0.086 too small; how much on average, a histogram tells.
-    """
-    return rate.view(torch.int32).to(torch.float32).sum()
-
-
-def log2_correction(counts: Tensor) -> Tensor:
-    """Mean of log₂ less what ``bits_sum`` takes for it, to 0.0035: (rows,), float64.
+def log_sums(rates: Tensor, counts: Tensor) -> Tensor:
+    """Σ log of each row of positive float32 rates, to 0.3 %: (rows,), float64.
 
     Args:
-        counts: fine histograms: (rows, BINS).
+        rates: (rows, n).
+        counts: their fine histograms: (rows, BINS).
+    """
+    bits = rates.contiguous().view(torch.int32).to(torch.float32).sum(1)
+    return _logs(bits.double(), rates.shape[1], counts)
+
+
+def _logs(bits: Tensor, n: Tensor | int, counts: Tensor) -> Tensor:
+    """Σ log of n float32 values, given the sum of their bits and a histogram: (rows,), float64.
+
+    The bits are 2²³ · (log₂ + 127), linear between powers of two: a logarithm for the price of a
+    conversion. Each is up to 0.086 octaves too small; how much on average, the histogram tells
+    to 0.0035.
     """
     within = counts.view(len(counts), -1, _PER_OCTAVE).sum(1).double()
     share = torch.arange(_PER_OCTAVE, dtype=torch.float64, device=counts.device)
     share = (share + 0.5) / _PER_OCTAVE
-    return within @ ((1 + share).log2() - share) / within.sum(1)
+    correction = within @ ((1 + share).log2() - share) / within.sum(1)
+    return (bits * 2.0**-23 + n * (correction - 127.0)) * math.log(2)
 
 
 class RateSample:
@@ -385,18 +416,28 @@ class RateSample:
 
     def histogram(self) -> Tensor:
         """Counts in fine bins: (BINS,), int32; zeros where all elements share one rate."""
-        counts = torch.zeros(BINS, dtype=torch.int32, device=self._device)
         if not self._pieces:
-            return counts
-        at = bins_of(torch.cat(self._pieces))
-        if self._device.type == "cpu":
-            return torch.bincount(at, minlength=BINS).int()
-        return counts.index_add_(0, at, torch.ones_like(at))  # `bincount` would wait
+            return torch.zeros(BINS, dtype=torch.int32, device=self._device)
+        return counts_of(torch.cat(self._pieces).unsqueeze(0))[0]
 
 
-def bins_of(rates: Tensor) -> Tensor:
-    """Bin of each float32 rate, by its bits."""
-    return (rates.contiguous().view(torch.int32) >> SHIFT).clamp_(0, BINS - 1)
+def histograms(rate: Scalar, like: Tensor) -> Tensor:
+    """Counts in fine bins of each row of rates: (rows, BINS), int32; zeros for a shared rate."""
+    if is_scalar(rate, like):
+        return torch.zeros((like.shape[0], BINS), dtype=torch.int32, device=like.device)
+    return counts_of(cast("Tensor", rate))
+
+
+def counts_of(rates: Tensor) -> Tensor:
+    """Counts in fine bins of each row: (rows, BINS), int32."""
+    bits = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
+    at = bits.clamp_(0, BINS - 1)
+    rows, size = len(at), len(at) * BINS
+    at = (at + torch.arange(0, size, BINS, dtype=torch.int32, device=at.device)[:, None]).view(-1)
+    if at.device.type == "cpu":
+        return torch.bincount(at, minlength=size).int().view(rows, BINS)
+    counts = torch.zeros(size, dtype=torch.int32, device=at.device)  # `bincount` would wait
+    return counts.index_add_(0, at, torch.ones_like(at)).view(rows, BINS)
 
 
 def stride_for(numel: int, width: int) -> int:
