@@ -6,41 +6,17 @@ The parameter's own row is a merge of one, so that every level goes through the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lrprobe.record import QUANTILES
-from lrprobe.summary.figures import BINS, CHECKS, PARTS, SHIFT
-from lrprobe.summary.reading import WHOLE
+from lrprobe.summary.distribution import Binned, Rates, binned, quantiles
+from lrprobe.summary.figures import CHECKS, PARTS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-
-def _bin_edges() -> Floats:
-    bits = (np.arange(BINS + 1, dtype=np.int64) << SHIFT).astype(np.uint32)
-    with np.errstate(invalid="ignore"):  # the last bins are NaNs
-        return bits.view(np.float32).astype(np.float64)
-
-
-_EDGES = _bin_edges()
-_INFINITE = int(np.float32(np.inf).view(np.int32)) >> SHIFT
-_COARSE = 3
-"""Fine bins in one bin of a recorded histogram, as a power of two: 8 bins an octave."""
-
-
-@dataclass(slots=True)
-class Rates:
-    """The distribution of one parameter's rates: every value, or counts in fine bins."""
-
-    values: Floats | None = None
-    bins: Ints | None = None
-    counts: Floats | None = None
-    quantiles: Floats | None = None
-    """Of the values."""
 
 
 @dataclass(slots=True)
@@ -53,6 +29,7 @@ class Summary:
         measured: whether its rate was measured for want of a rule: (parameters,).
         parts, checks: as ``figures.PARTS`` and ``figures.CHECKS``: (parameters, ·).
         rates: distribution of each parameter's rates; None where one number tells it, or nothing.
+        counted: elements that the figures are of, where not all of them took the step.
     """
 
     numel: Ints
@@ -61,14 +38,14 @@ class Summary:
     parts: Floats
     checks: Floats
     rates: Sequence[Rates | None]
-    _binned: dict[int, tuple[Ints, Floats]] = field(default_factory=dict)
+    counted: Floats | None = None
+    _binned: Binned | None = None
 
-    def binned(self, i: int) -> tuple[Ints, Floats]:
-        """Fine bins of a parameter's rates, and their counts, computed once."""
-        if i not in self._binned:
-            constant = float(self.parts[i, PARTS.index("rate_mean")])
-            self._binned[i] = binned(self.rates[i], constant, int(self.numel[i]))
-        return self._binned[i]
+    def binned(self) -> Binned:
+        """Fine bins of all parameters' rates, computed once."""
+        if self._binned is None:
+            self._binned = binned(self.rates, self.part("rate_mean"), self.numel)
+        return self._binned
 
     def part(self, name: str) -> Floats:
         """One column of ``parts``."""
@@ -118,14 +95,15 @@ def columns(summary: Summary, label: Ints, rows: int) -> dict[str, Floats]:
         np.add.at(squares, label, summary.part("pp"))
         result["param_norm"] = np.sqrt(squares)
         result["update_ratio"] = result["update_norm"] / result["param_norm"]
-    lows, highs = result["effective_lr_min"], result["effective_lr_max"]
-    quantiles = np.full((rows, len(QUANTILES)), np.nan)
-    ends = [*starts[1:].tolist(), len(order)][: len(starts)]
-    for row, start, end in zip(found.tolist(), starts.tolist(), ends, strict=True):
-        low_high = float(lows[row]), float(highs[row])
-        quantiles[row] = _row_quantiles(summary, order[start:end], *low_high)
+    inside = np.split(order, starts[1:])[: len(starts)]
+    lows, highs = result["effective_lr_min"][found], result["effective_lr_max"][found]
+    constants = summary.part("rate_mean")
+    rates, numel = summary.rates, summary.numel
+    measured = np.array([summary.measured[some].any() for some in inside], dtype=np.bool_)
+    each = summary.binned()
+    shares = quantiles(rates, constants, numel, each, inside, measured, lows, highs)
     for at, suffix in enumerate(QUANTILES):
-        result[f"effective_lr_{suffix}"] = quantiles[:, at]
+        result[f"effective_lr_{suffix}"] = _spread(shares[:, at], found, rows)
     return result
 
 
@@ -134,7 +112,7 @@ def _terms(summary: Summary, order: Ints) -> dict[str, Floats]:
     part = dict(zip(PARTS, summary.parts[order].T, strict=True))
     check = dict(zip(CHECKS, summary.checks[order].T, strict=True))
     measured = summary.measured[order]
-    n = summary.numel[order].astype(np.float64)
+    n = (summary.numel if summary.counted is None else summary.counted)[order].astype(np.float64)
     scale = n / check["checked"]
     decay = part["decay"]
     observed = check["observed"] * scale
@@ -218,134 +196,12 @@ _MERGED = (
     "lost_fraction",
     "reconstruction_error",
 )
-_SHARES = np.array(list(QUANTILES.values()))
 
 
 def _spread(values: Floats, found: Ints, rows: int) -> Floats:
     result = np.full(rows, np.nan)
     result[found] = values
     return result
-
-
-def _row_quantiles(summary: Summary, inside: Ints, low: float, high: float) -> Floats:
-    """Quantiles of the rates of the parameters of one row: (QUANTILES,)."""
-    if low == high:
-        return np.full(len(_SHARES), low)
-    measured = bool(summary.measured[inside].any())
-    if np.isnan(low) and not measured:
-        return np.full(len(_SHARES), np.nan)
-    if len(inside) == 1:
-        only = summary.rates[inside[0]]
-        if only is not None and only.quantiles is not None:
-            known: Floats = only.quantiles
-            return known
-        bins, counts = summary.binned(int(inside[0]))
-        return bin_quantiles(bins, counts, low, high)
-    numel = summary.numel[inside].tolist()
-    rates = [summary.rates[i] for i in inside]
-    if sum(numel) <= WHOLE:
-        constants = summary.part("rate_mean")[inside].tolist()
-        values = [
-            np.full(n, c) if r is None or r.values is None else r.values
-            for r, c, n in zip(rates, constants, numel, strict=True)
-        ]
-        one: Floats = exact_quantiles(np.concatenate(values)[None])[0]
-        return one
-    each = [summary.binned(i) for i in inside.tolist()]
-    bins, counts = _counted(*(np.concatenate(pieces) for pieces in zip(*each, strict=True)))
-    return bin_quantiles(bins, counts, low, high)
-
-
-def exact_quantiles(values: Floats) -> Floats:
-    """NumPy's quantiles of each row of values, NaN being none: (rows, QUANTILES)."""
-    missing = np.isnan(values)
-    with np.errstate(invalid="ignore"):  # between two infinite rates
-        if not missing.any():
-            quantiles: Floats = np.quantile(values, _SHARES, axis=1).T
-            return quantiles
-        result = np.full((len(values), len(_SHARES)), np.nan)
-        for row, (each, none) in enumerate(zip(values, missing, strict=True)):
-            if not none.all():
-                result[row] = np.quantile(each[~none], _SHARES)
-    return result
-
-
-def binned(rates: Rates | None, constant: float, numel: int) -> tuple[Ints, Floats]:
-    """The distribution as fine bins, ascending, and counts that add up to the elements with a rate.
-
-    Args:
-        rates: what is known of it; None where ``constant`` is the rate of all.
-        constant: that rate.
-        numel: number of elements.
-    """
-    if rates is not None and rates.bins is not None and rates.counts is not None:
-        return rates.bins, rates.counts * (numel / rates.counts.sum())
-    values = np.array([constant]) if rates is None or rates.values is None else rates.values
-    finite = values[~np.isnan(values)]
-    if not len(finite):
-        return np.zeros(0, np.int64), np.zeros(0)
-    with np.errstate(over="ignore", under="ignore"):
-        bits = finite.astype(np.float32).view(np.int32) >> SHIFT
-    bins, counts = _counted(bits.clip(0, BINS - 1), None)
-    return bins, counts * (numel / len(values))
-
-
-def _counted(bins: NDArray[Any], weights: Floats | None) -> tuple[Ints, Floats]:
-    """Bins that occur, ascending, and how often (or their summed weights)."""
-    if not len(bins):
-        return np.zeros(0, np.int64), np.zeros(0)
-    first = int(bins.min())
-    dense = np.bincount(bins - first, weights)
-    there = np.flatnonzero(dense)
-    return there + first, dense[there].astype(np.float64)
-
-
-def bin_quantiles(bins: Ints, counts: Floats, low: float, high: float) -> Floats:
-    """Quantiles of fine bins, each within 1 % of a value of its rank: (QUANTILES,).
-
-    Args:
-        bins: ascending numbers of bins.
-        counts: what is in them.
-        low: the least, which bounds the quantiles; NaN where unknown.
-        high: the largest, likewise.
-    """
-    if not len(bins):
-        return np.full(len(_SHARES), np.nan)
-    upto = np.cumsum(counts)
-    rank = _SHARES * upto[-1]
-    at = np.minimum(np.searchsorted(upto, rank), len(bins) - 1)
-    left, right = _EDGES[bins[at]], _EDGES[bins[at] + 1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inside = (rank - (upto[at] - counts[at])) / counts[at]
-        value = left + inside.clip(0, 1) * (right - left)
-        # Wherever in the bin the true value lies, this is within 1 % of it.
-        value = value.clip(np.minimum(0.9901 * right, 1.0099 * left), 1.0099 * left)
-    value = np.where(bins[at] >= _INFINITE, np.inf, value)
-    bounds = (low, high) if not np.isnan(low) else (-np.inf, np.inf)
-    return value.clip(*bounds)
-
-
-def histogram(bins: Ints, counts: Floats) -> tuple[Floats, Ints]:
-    """A histogram to keep: (edges (n + 1,), counts (n,)); a run of empty bins is one wide bin.
-
-    Args:
-        bins: ascending numbers of fine bins.
-        counts: what is in them.
-    """
-    keep = bins < _INFINITE
-    coarse, summed = _counted(bins[keep] >> _COARSE, counts[keep])
-    if not len(coarse):
-        return np.zeros(0), np.zeros(0, np.int64)
-    whole = np.diff(np.rint(np.cumsum(summed)), prepend=0.0).astype(np.int64)
-    # An edge at the start of each bin, and where none follows it at once, at its end.
-    last = np.append(np.diff(coarse) > 1, True)
-    at = np.arange(len(coarse)) + np.append(0, np.cumsum(last[:-1]))
-    edges = np.empty(len(coarse) + int(last.sum()), np.int64)
-    edges[at] = coarse
-    edges[at[last] + 1] = coarse[last] + 1
-    result = np.zeros(len(edges) - 1, np.int64)
-    result[at] = whole
-    return _EDGES[edges << _COARSE], result
 
 
 def merged_numbers(values: Floats, label: Ints, rows: int) -> Floats:

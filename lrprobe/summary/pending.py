@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 from lrprobe.names import module_of
 from lrprobe.record import ELEMENT_COLUMNS, FIGURES, LEVELS, Columns, Level, Record, frame_columns
 from lrprobe.summary import finish
+from lrprobe.summary.distribution import Rates, histograms
 from lrprobe.summary.figures import CHECKS, PARTS
 from lrprobe.summary.snapshot import Raw, Watched
 
@@ -39,6 +39,133 @@ class StepInfo:
     run: Mapping[str, Any]
     recorded: bool = True
     attempt: int = 0
+
+
+@dataclass(slots=True)
+class Arrived:
+    """The figures of one step on the host, one row per parameter.
+
+    Attributes:
+        names, groups, rules: of the parameters, in order.
+        summary: their figures.
+        unused: whether it had a gradient that a fused optimizer did not use: (parameters,).
+        grad_scale: factor still in the gradients that were not used.
+        lr, initial_lr: as in the frame: (parameters,).
+        tracked: row to the positions of its tracked elements, and their rate, update, gradient
+            and parameter: (4, positions).
+    """
+
+    names: Sequence[str]
+    groups: Sequence[int]
+    rules: Sequence[str]
+    summary: finish.Summary
+    unused: NDArray[np.bool_]
+    grad_scale: float
+    lr: Floats
+    initial_lr: Floats
+    tracked: Mapping[int, tuple[NDArray[np.int64], Floats]]
+
+    def record(self, info: StepInfo) -> Record:
+        """Merge and finish the figures of every level."""
+        summary = self.summary
+        tables = {level: self._columns(info, level) for level in LEVELS}
+        edges, counts = histograms(summary.binned().merged(self._in_histograms()), len(self.names))
+        return Record(
+            step=info.step,
+            time=info.time,
+            attempt=info.attempt,
+            optimizer=info.optimizer,
+            tables=tables,
+            edges=edges,
+            counts=counts,
+            elements=self._elements(info),
+            run=info.run,
+        )
+
+    def _in_histograms(self) -> NDArray[np.int64]:
+        """Each parameter's own number; −1 where it took no step."""
+        return np.where(self.summary.stepped, np.arange(len(self.names)), -1)
+
+    def _columns(self, info: StepInfo, level: Level) -> Columns:
+        summary = self.summary
+        keys: Sequence[str | int]
+        if level == "parameter":
+            keys = range(len(self.names))
+        elif level == "module":
+            keys = [module_of(name) for name in self.names]
+        elif level == "group":
+            keys = self.groups
+        else:
+            keys = [0] * len(self.names)
+        label, order = finish.labels(keys)
+        rows = len(order)
+        values: dict[str, NDArray[Any]] = dict(finish.columns(summary, label, rows))
+        stepped = np.zeros(rows, np.bool_)
+        np.logical_or.at(stepped, label, summary.stepped)
+        values["lr"] = finish.merged_numbers(self.lr, label, rows)
+        values["initial_lr"] = finish.merged_numbers(self.initial_lr, label, rows)
+        values["decay"] = finish.merged_numbers(
+            np.where(summary.stepped, summary.part("decay"), np.nan), label, rows
+        )
+        values["samples"] = np.full(rows, info.samples)
+        values["lr_per_sample"] = values["lr"] / info.samples
+        for name in FIGURES:
+            if name not in ("lr", "param_norm"):
+                values[name] = np.where(stepped, values[name], np.nan)
+        self._unused_gradients(values, label, stepped)
+        values["stepped"] = stepped
+        values["numel"] = np.zeros(rows, np.int64)
+        np.add.at(values["numel"], label, summary.numel)
+        values["rule"] = _merged_names(self.rules, label, rows)
+        values["group"] = np.array(self.groups if level == "parameter" else order)
+        values["parameter"] = _strings(self.names)
+        values["module"] = _strings([str(key) for key in order])
+        values["step"] = np.full(rows, info.step, np.int64)
+        values["time"] = np.full(rows, info.time)
+        values["attempt"] = np.full(rows, info.attempt, np.int64)
+        values["optimizer"] = _strings([info.optimizer] * rows)
+        return {
+            name: values[name] if kind == "str" else values[name].astype(kind)
+            for name, kind in frame_columns(level).items()
+        }
+
+    def _unused_gradients(
+        self, values: dict[str, NDArray[Any]], label: NDArray[np.int64], stepped: NDArray[np.bool_]
+    ) -> None:
+        """Norm and nonfinite count of gradients that were not used, in rows without a step."""
+        if not self.unused.any():
+            return
+        squares, bad = np.zeros(len(stepped)), np.zeros(len(stepped))
+        np.add.at(squares, label[self.unused], self.summary.part("gg")[self.unused])
+        np.add.at(bad, label[self.unused], self.summary.part("nonfinite")[self.unused])
+        some = np.zeros(len(stepped), np.bool_)
+        some[label[self.unused]] = True
+        some &= ~stepped
+        values["grad_norm"] = np.where(
+            some, np.sqrt(squares) / self.grad_scale, values["grad_norm"]
+        )
+        values["nonfinite"] = np.where(some, bad, values["nonfinite"])
+
+    def _elements(self, info: StepInfo) -> Columns:
+        pieces: dict[str, list[Any]] = {name: [] for name in ELEMENT_COLUMNS}
+        for i in sorted(self.tracked):
+            where, (rate, update, grad, param) = self.tracked[i]
+            n = len(where)
+            if not self.summary.stepped[i]:
+                rate = update = np.full(n, np.nan)
+            constants = (info.step, info.time, info.attempt, info.optimizer)
+            keys = (*constants, self.groups[i], self.names[i])
+            for name, key in zip(ELEMENT_COLUMNS, keys, strict=False):
+                pieces[name] += [key] * n
+            pieces["element"] += where.tolist()
+            for name, column in (
+                ("effective_lr", rate), ("update", update), ("grad", grad), ("param", param)
+            ):  # fmt: skip
+                pieces[name] += column.tolist()
+        return {
+            name: _strings(pieces[name]) if kind == "str" else np.array(pieces[name], dtype=kind)
+            for name, kind in ELEMENT_COLUMNS.items()
+        }
 
 
 class Pending:
@@ -113,10 +240,6 @@ class Pending:
         result: Floats = np.where(failed & ruled, np.inf, error)
         return result
 
-    @cached_property
-    def _initial_lr(self) -> Floats:
-        return np.array([self._number(value) for value in self._initial])
-
     def _table(self, name: str, width: int) -> Floats:
         table = np.full((len(self._names), width), np.nan)
         for rows in self._raw.rows:
@@ -127,154 +250,57 @@ class Pending:
 
     def record(self) -> Record:
         """Merge and finish the figures of every level."""
-        raw, info = self._raw, self.info
+        raw = self._raw
         count = len(self._names)
-        stepped = np.zeros(count, np.bool_)
-        stepped[raw.stepped] = not self.skipped
+        with_grad = np.zeros(count, np.bool_)
+        with_grad[raw.stepped] = True
         rule_names = [
             "measured" if rule is None or i in raw.errors else rule.name
             for i, rule in enumerate(self._rules)
         ]
-        summary = finish.Summary(
-            numel=np.array([w.numel for w in self.watched], dtype=np.int64),
-            stepped=stepped,
-            measured=np.array([name == "measured" for name in rule_names]),
-            parts=self._table("parts", len(PARTS)),
-            checks=self._table("checks", len(CHECKS)),
-            rates=self._rates(count),
-        )
-        tables = {level: self._columns(summary, level, rule_names) for level in LEVELS}
-        edges, counts = [], []
-        mean = summary.part("rate_mean")
-        for i in range(count):
-            known = stepped[i] and not (summary.rates[i] is None and np.isnan(mean[i]))
-            pair = (
-                finish.histogram(*summary.binned(i))
-                if known
-                else (np.zeros(0), np.zeros(0, np.int64))
-            )
-            edges.append(pair[0])
-            counts.append(pair[1])
-        return Record(
-            step=info.step,
-            time=info.time,
-            attempt=info.attempt,
-            optimizer=info.optimizer,
-            tables=tables,
-            edges=edges,
-            counts=counts,
-            elements=self._elements(stepped),
-            run=info.run,
-        )
+        return Arrived(
+            names=self._names,
+            groups=self._groups,
+            rules=rule_names,
+            summary=finish.Summary(
+                numel=np.array([w.numel for w in self.watched], dtype=np.int64),
+                stepped=with_grad & (not self.skipped),
+                measured=np.array([name == "measured" for name in rule_names]),
+                parts=self._table("parts", len(PARTS)),
+                checks=self._table("checks", len(CHECKS)),
+                rates=self._rates(count),
+            ),
+            unused=with_grad & self.skipped,
+            grad_scale=1.0 if raw.grad_scale is None else self._number(raw.grad_scale),
+            lr=np.array([self._number(raw.lr[group]) for group in self._groups]),
+            initial_lr=np.array([self._number(value) for value in self._initial]),
+            tracked=self._tracked(),
+        ).record(self.info)
 
-    def _rates(self, count: int) -> list[finish.Rates | None]:
-        result: list[finish.Rates | None] = [None] * count
+    def _rates(self, count: int) -> list[Rates | None]:
+        result: list[Rates | None] = [None] * count
         for rows in self._raw.rows:
             if rows.rates is not None:
                 values = self._value(rows.rates)
-                quantiles = finish.exact_quantiles(values)
-                for at, row, some in zip(rows.at, values, quantiles, strict=True):
-                    result[at] = finish.Rates(values=row, quantiles=some)
+                for at, row in zip(rows.at, values, strict=True):
+                    result[at] = Rates(values=row)
             elif rows.bins is not None:
                 for at, row in zip(rows.at, self._value(rows.bins), strict=True):
                     bins = np.flatnonzero(row)
                     if len(bins):
-                        result[at] = finish.Rates(bins=bins, counts=row[bins].astype(np.float64))
+                        result[at] = Rates(bins=bins, counts=row[bins].astype(np.float64))
         return result
 
-    def _columns(self, summary: finish.Summary, level: Level, rules: Sequence[str]) -> Columns:
-        info = self.info
-        keys: Sequence[str | int]
-        if level == "parameter":
-            keys = range(len(self._names))
-        elif level == "module":
-            keys = [module_of(name) for name in self._names]
-        elif level == "group":
-            keys = self._groups
-        else:
-            keys = [0] * len(self._names)
-        label, order = finish.labels(keys)
-        rows = len(order)
-        values: dict[str, NDArray[Any]] = dict(finish.columns(summary, label, rows))
-        stepped = np.zeros(rows, np.bool_)
-        np.logical_or.at(stepped, label, summary.stepped)
-        lr = {group: self._number(value) for group, value in self._raw.lr.items()}
-        rates = np.array([lr[group] for group in self._groups])
-        values["lr"] = finish.merged_numbers(rates, label, rows)
-        values["initial_lr"] = finish.merged_numbers(self._initial_lr, label, rows)
-        values["decay"] = finish.merged_numbers(
-            np.where(summary.stepped, summary.part("decay"), np.nan), label, rows
-        )
-        values["samples"] = np.full(rows, info.samples)
-        values["lr_per_sample"] = values["lr"] / info.samples
-        gone = {"lr", "param_norm"}
-        if self.skipped:
-            gone |= {"grad_norm", "nonfinite"}
-            gradients, bad = self._skipped_gradients(summary, label, rows)
-            values["grad_norm"], values["nonfinite"] = gradients, bad
-        for name in FIGURES:
-            if name not in gone:
-                values[name] = np.where(stepped, values[name], np.nan)
-        values["stepped"] = stepped
-        values["numel"] = np.zeros(rows, np.int64)
-        np.add.at(values["numel"], label, summary.numel)
-        values["rule"] = _merged_names(rules, label, rows)
-        values["group"] = np.array(self._groups if level == "parameter" else order)
-        values["parameter"] = _strings(self._names)
-        values["module"] = _strings([str(key) for key in order])
-        values["step"] = np.full(rows, info.step, np.int64)
-        values["time"] = np.full(rows, info.time)
-        values["attempt"] = np.full(rows, info.attempt, np.int64)
-        values["optimizer"] = _strings([info.optimizer] * rows)
-        return {
-            name: values[name] if kind == "str" else values[name].astype(kind)
-            for name, kind in frame_columns(level).items()
-        }
-
-    def _skipped_gradients(
-        self, summary: finish.Summary, label: NDArray[np.int64], rows: int
-    ) -> tuple[Floats, Floats]:
-        """Norm and nonfinite count of gradients that were not used."""
-        scale = 1.0 if self._raw.grad_scale is None else self._number(self._raw.grad_scale)
-        squares, bad = np.zeros(rows), np.zeros(rows)
-        with_grad = np.zeros(len(self._names), np.bool_)
-        with_grad[self._raw.stepped] = True
-        np.add.at(squares, label[with_grad], summary.part("gg")[with_grad])
-        np.add.at(bad, label[with_grad], summary.part("nonfinite")[with_grad])
-        some = np.zeros(rows, np.bool_)
-        some[label[with_grad]] = True
-        norm = np.sqrt(squares) / scale
-        return np.where(some, norm, np.nan), np.where(some, bad, np.nan)
-
-    def _elements(self, stepped: NDArray[np.bool_]) -> Columns:
-        info = self.info
-        pieces: dict[str, list[Any]] = {name: [] for name in ELEMENT_COLUMNS}
-        found: dict[int, Any] = {}
+    def _tracked(self) -> dict[int, tuple[NDArray[np.int64], Floats]]:
+        found: dict[int, tuple[NDArray[np.int64], Floats]] = {}
         for rows in self._raw.rows:
             if rows.tracked is not None:
                 values = self._value(rows.tracked)
-                found |= {at: values[:, row] for row, at in enumerate(rows.at)}
-        for i in sorted(found):
-            where = self.watched[i].tracked
-            if where is None:
-                continue
-            n = len(where)
-            rate, update, grad, param = found[i]
-            if not stepped[i]:
-                rate = update = np.full(n, np.nan)
-            constants = (info.step, info.time, info.attempt, info.optimizer)
-            keys = (*constants, self._groups[i], self._names[i])
-            for name, key in zip(ELEMENT_COLUMNS, keys, strict=False):
-                pieces[name] += [key] * n
-            pieces["element"] += where.tolist()
-            for name, column in (
-                ("effective_lr", rate), ("update", update), ("grad", grad), ("param", param)
-            ):  # fmt: skip
-                pieces[name] += column.tolist()
-        return {
-            name: _strings(pieces[name]) if kind == "str" else np.array(pieces[name], dtype=kind)
-            for name, kind in ELEMENT_COLUMNS.items()
-        }
+                for row, at in enumerate(rows.at):
+                    where = self.watched[at].tracked
+                    if where is not None:
+                        found[at] = where.numpy(), values[:, row]
+        return found
 
 
 class _Crossing:

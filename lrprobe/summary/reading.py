@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +25,20 @@ enough for what Python does around them to be little."""
 Block = tuple[int | slice, ...]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a ``DTensor``; any other tensor itself."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):  # which is nearly always so
+        return tensor
+    # Looked up among what is imported: a class that is not loaded has no instances.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tensor, module.DTensor):
+        return cast("Tensor", tensor.detach().to_local())
+    return tensor
+
+
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor seen as pairs of reals."""
+    """Local, a complex tensor seen as pairs of reals."""
+    tensor = local(tensor)
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
@@ -36,7 +49,7 @@ def entry_of(
     grad: Tensor | None = None,
 ) -> Entry:
     """What rules read of a parameter; ``grad`` stands in where it has no gradient."""
-    grad = cast("Tensor", param.grad) if grad is None else grad
+    grad = local(cast("Tensor", param.grad) if grad is None else grad)
     if grad.is_sparse and grad.sparse_dim() == 1:
         gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
     else:

@@ -23,6 +23,7 @@ from lrprobe.summary.reading import (
     WHOLE,
     Spread,
     entry_of,
+    local,
     positions,
     real,
     spread,
@@ -164,7 +165,7 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
         if w.rule is not None and w.rule.before is not None:
             state = optimizer.state.get(param, {})
             try:
-                kept.scalars[i] = w.rule.before(param.detach(), state, group)
+                kept.scalars[i] = w.rule.before(local(param).detach(), state, group)
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
                 kept.errors[i] = _cause(error)
     for some in alike.values():
@@ -196,7 +197,7 @@ def resting(optimizer: torch.optim.Optimizer) -> Raw:
 
 def _with_resting(raw: Raw, optimizer: torch.optim.Optimizer, seen: set[int]) -> Raw:
     params = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen)
-    grads = (p.grad for p in params if p.grad is not None)
+    grads = (local(p.grad) for p in params if p.grad is not None)
     raw.resting = [(g._values() if g.is_sparse else g).detach().any() for g in grads]  # noqa: SLF001 - it need not be coalesced for this
     return raw
 
@@ -414,7 +415,7 @@ def _cause(error: Exception) -> str:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return local(value).detach().clone() if isinstance(value, Tensor) else value
 
 
 def _parted(items: list[Any], size: int) -> Iterator[list[Any]]:
