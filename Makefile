@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test soak docs format clean
+.PHONY: demo test soak bench docs format clean
 .DELETE_ON_ERROR:
 
 # One thread: the network is small, and two would mostly wait for each other.
@@ -22,6 +22,10 @@ test: .venv/.dev
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak.py -s -v
 
+# Ratios of one run; alone on the machine, or they are too large.
+bench: .venv/.bench
+	$(BIN)/python benchmarks/bench.py
+
 docs: .venv/.dev
 	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
@@ -34,7 +38,7 @@ clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.demo .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+.venv/.demo .venv/.dev .venv/.bench: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),.venv/.demo)

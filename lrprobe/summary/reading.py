@@ -134,15 +134,6 @@ Positions: TypeAlias = "Spread | Tensor | None"
 """Flat positions of elements, or all of them."""
 
 
-def take_flat(at: Positions, dtype: torch.dtype) -> Take:
-    """Read positions of one tensor, flat."""
-
-    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
-        return positions(tensors[0], at).to(dtype)
-
-    return take
-
-
 def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
     """Read flat positions of several tensors, or all of each: (tensors, positions)."""
     whole = all(each is None for each in at)
@@ -153,17 +144,29 @@ def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
         ):
             together = torch.stack(cast("list[Tensor]", list(tensors)))  # no object for each
             return together.reshape(len(tensors), -1).to(dtype)
+        if len(tensors) > 1 and all(isinstance(each, Spread) for each in at):
+            return _gathered(tensors, cast("Sequence[Spread]", at)).to(dtype)
         return torch.stack(list(map(positions, tensors, at))).to(dtype)
 
     return take
+
+
+def _gathered(tensors: Sequence[Tensor | SparseRows], at: Sequence[Spread]) -> Tensor:
+    """As many positions of each, read into their rows at once."""
+    if not all(isinstance(each, Tensor) and each.is_contiguous() for each in tensors):
+        return torch.stack(list(map(positions, tensors, at)))
+    first = cast("Tensor", tensors[0])
+    rows = first.new_empty((len(at), len(at[0])))
+    for tensor, each, row in zip(cast("Sequence[Tensor]", tensors), at, rows, strict=True):
+        torch.index_select(each.runs(tensor), 0, each.lines, out=row.view(-1, each.run))
+    return rows
 
 
 def positions(tensor: Tensor | SparseRows, at: Positions) -> Tensor:
     """The elements at flat, row-major positions (all of them for None)."""
     if isinstance(at, Spread):
         if isinstance(tensor, Tensor) and tensor.is_contiguous():
-            runs = tensor.as_strided((tensor.numel() // at.run, at.run), (at.run, 1))
-            return runs.index_select(0, at.lines).view(-1)
+            return at.runs(tensor).index_select(0, at.lines).view(-1)
         at = at.flat()
     if isinstance(tensor, SparseRows):
         return _sparse_positions(tensor, at)
@@ -213,6 +216,10 @@ class Spread:
 
     def __len__(self) -> int:
         return len(self.lines) * self.run
+
+    def runs(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor as runs, of which ``lines`` are numbers: (·, run)."""
+        return tensor.as_strided((tensor.numel() // self.run, self.run), (self.run, 1))
 
     def flat(self) -> Tensor:
         """The positions themselves, row-major: (runs · run,)."""

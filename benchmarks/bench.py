@@ -1,0 +1,385 @@
+"""What lrprobe costs, beside what else a user could do: ratios from one run, as Markdown tables.
+
+The unit is one ``AdamW(fused=True)`` step on the same tensors. ``make bench`` runs all of it; names
+of tables as arguments run those.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lrprobe
+from lrprobe.summary.pending import Pending
+
+WIDTH, BLOCKS, WORDS = 768, 6, 16_000
+ROUNDS = 11
+
+
+def shapes() -> list[tuple[int, ...]]:
+    """A GPT-like net: 54.8 million elements in 73 tensors."""
+    w = WIDTH
+    block = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,)]
+    return [(WORDS, w)] + BLOCKS * [*block, (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
+
+
+def trained(sizes: Sequence[tuple[int, ...]]) -> torch.optim.AdamW:
+    """An optimizer with a gradient for everything, and moments of several of them."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(0.02 * torch.randn(size, generator=generator)) for size in sizes]
+    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+    for _ in range(4):
+        for param in params:
+            param.grad = 1e-3 * torch.randn(param.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print Markdown."""
+    print(f"\n### {title}\n")
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |")
+    sys.stdout.flush()
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median, and the quartiles about it."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+class Switch:
+    """Says which steps are due."""
+
+    on = False
+
+    def __call__(self, _: int) -> bool:
+        """Whether this one is."""
+        return self.on
+
+
+@contextmanager
+def attached(optimizer: Any, **options: Any) -> Iterator[tuple[lrprobe.Probe, Switch]]:
+    """A probe whose steps are due when asked, warmed up."""
+    due = Switch()
+    with lrprobe.attach(optimizer, every=due, **options) as probe:
+        due.on = True
+        for _ in range(2):
+            optimizer.step()
+        due.on = False
+        probe.flush()
+        yield probe, due
+
+
+# --- What people paste ---------------------------------------------------------------------------
+
+
+def forum_loop(optimizer: torch.optim.AdamW) -> None:
+    """Mean, min, max and std of α/(√v̂+ε), each asked for at once."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"].item())
+            rate = group["lr"] / (corrected.sqrt() + group["eps"])
+            _ = rate.mean().item(), rate.min().item(), rate.max().item(), rate.std().item()
+
+
+def norms(optimizer: torch.optim.AdamW) -> None:
+    """Norms of parameter, gradient and both moments, each asked for at once."""
+    for param, state in optimizer.state.items():
+        for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]):
+            torch.linalg.vector_norm(each).item()
+
+
+def exact_quantiles(optimizer: torch.optim.AdamW) -> None:
+    """Five quantiles of the rate by sorting."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            rate = group["lr"] / (state["exp_avg_sq"].sqrt() + group["eps"])
+            ordered = rate.flatten().sort().values
+            ordered[(torch.tensor([0.01, 0.05, 0.5, 0.95, 0.99]) * (len(ordered) - 1)).long()]
+
+
+def wandb_watch(optimizer: torch.optim.AdamW) -> list[float] | None:
+    """Units of histograms of all gradients by ``wandb.watch``; None without the package."""
+    try:
+        import wandb
+    except ImportError:
+        return None
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    model = nn.Module()
+    model.held = nn.ParameterList(params)
+    factors = [param.grad.clone() for param in params]
+
+    def backward() -> None:
+        sum((p * f).sum() for p, f in zip(params, factors, strict=True)).backward()
+        optimizer.zero_grad()
+
+    plain = [seconds(backward) for _ in range(ROUNDS)]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["WANDB_SILENT"] = "true"
+        run = wandb.init(mode="offline", dir=folder, project="bench")
+        run.watch(model, log="gradients", log_freq=1)
+        backward()
+        watched = []
+        for _ in range(ROUNDS):
+            watched.append(seconds(backward))
+            run.log({})
+        run.unwatch(model)
+        run.finish()
+    for param, factor in zip(params, factors, strict=True):
+        param.grad = factor
+    unit = statistics.median(seconds(optimizer.step) for _ in range(ROUNDS))
+    return [(each - statistics.median(plain)) / unit for each in watched]
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def step() -> None:
+    """A recorded step."""
+    optimizer = trained(shapes())
+    rows = []
+
+    def ratios(extra: Callable[[], Any]) -> list[float]:
+        found = []
+        for _ in range(ROUNDS):
+            unit = seconds(optimizer.step)
+            found.append(seconds(extra) / unit)
+        return found
+
+    modes: list[tuple[str, dict[str, Any]]] = [
+        ("lrprobe, the defaults: all elements", {}),
+        ("lrprobe, `compile=True`: all elements", {"compile": True}),
+        ("lrprobe, `sample=65536`", {"sample": 65_536}),
+    ]
+    for name, options in modes:
+        inside, alike = [], []
+        with attached(optimizer, **options) as (probe, due):
+            for _ in range(ROUNDS):
+                unit = seconds(optimizer.step)
+                due.on = True
+                start = time.perf_counter()
+                optimizer.step()
+                taken = time.perf_counter() - start
+                due.on = False
+                probe.flush()
+                inside.append((taken - unit) / unit)
+                alike.append((time.perf_counter() - start - unit) / unit)
+        rows.append((name, spread(inside), spread(alike)))
+    others: list[tuple[str, Callable[[torch.optim.AdamW], None]]] = [
+        ("four norms a parameter, with `.item()`", norms),
+        ("loop pasted from forums: mean, min, max, std of the rate", forum_loop),
+        ("exact quantiles by sorting", exact_quantiles),
+    ]
+    for name, function in others:
+        with torch.no_grad():
+            rounds = ratios(lambda f=function: f(optimizer))
+        rows.append((name, spread(rounds), ""))
+    watched = wandb_watch(optimizer)
+    rows.append(
+        ("`wandb.watch`, gradients", "not installed" if watched is None else spread(watched), "")
+    )
+    unit = statistics.median(seconds(optimizer.step) for _ in range(ROUNDS))
+    head = ("what", "units, in the step", "with the record made")
+    table(f"A recorded step (unit: {1e3 * unit:.0f} ms)", head, rows)
+
+
+def growth() -> None:
+    """Growth with the number of tensors, and of elements."""
+    rows = []
+    for count in (10, 100, 1000, 5000):
+        optimizer = trained([(8,)] * count)
+        bare = [seconds(optimizer.step) for _ in range(200)]
+        with attached(optimizer) as (probe, due):
+            idle = [seconds(optimizer.step) for _ in range(200)]
+            recorded = []
+            for _ in range(ROUNDS):
+                due.on = True
+                recorded.append(seconds(optimizer.step))
+                due.on = False
+                probe.flush()
+        base = statistics.median(bare)
+        rows.append(
+            (
+                f"{count:,}",
+                f"{1e6 * (statistics.median(idle) - base):.1f}",
+                spread([1e6 * (each - base) / count for each in recorded]),
+            )
+        )
+    head = ("tensors of 8 elements", "step that is not due, µs more", "recorded step, µs a tensor")
+    table("Growth with tensors", head, rows)
+    rows = []
+    for millions in (2, 20, 200):
+        optimizer = trained([(1000, 1000)] * millions)
+        with attached(optimizer) as (probe, due):
+            pairs = []
+            for _ in range(5):
+                unit = seconds(optimizer.step)
+                due.on = True
+                pairs.append((seconds(optimizer.step) - unit, unit))
+                due.on = False
+                probe.flush()
+        per_element = [1e9 * extra / (millions * 1e6) for extra, _ in pairs]
+        units = [extra / unit for extra, unit in pairs]
+        rows.append((f"{millions} million", spread(per_element, 2), spread(units)))
+        del optimizer
+    table("Growth with elements", ("elements", "recorded step, ns an element", "units"), rows)
+
+
+def sinks() -> None:
+    """What sinks take for a record of 150 parameters."""
+    records: list[Any] = []
+    made: list[float] = []
+    original = Pending.record
+
+    def record(self: Pending) -> Any:
+        start = time.thread_time()
+        records.append(original(self))
+        made.append(time.thread_time() - start)
+        return records[-1]
+
+    optimizer = trained([(100, 50), (50,)] * 75)
+    Pending.record = record  # type: ignore[method-assign]
+    with attached(optimizer) as (_, due):
+        due.on = True
+        for _ in range(20):
+            optimizer.step()
+    Pending.record = original  # type: ignore[method-assign]
+    rows = [("making it", spread([1e3 * each for each in made[2:]], 2))]
+    with tempfile.TemporaryDirectory() as folder:
+        places = {
+            "Memory": lrprobe.sinks.Memory(),
+            "Parquet": lrprobe.sinks.Parquet(f"{folder}/run.parquet"),
+            "TensorBoard": lrprobe.sinks.TensorBoard(f"{folder}/run"),
+        }
+        for name, sink in places.items():
+            rows.append(
+                (name, spread([1e3 * seconds(lambda r=r, s=sink: s.write(r)) for r in records], 2))
+            )
+            sink.close()
+        rows.append(
+            ("`SummaryWriter`: six scalars and a histogram a parameter", by_hand(folder, optimizer))
+        )
+    table("Sinks, a record of 150 parameters", ("what", "ms"), rows)
+
+
+def by_hand(folder: str, optimizer: torch.optim.AdamW) -> str:
+    """The same in TensorBoard without lrprobe."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(f"{folder}/hand")
+    rates = {f"p{i}": torch.rand(p.shape) for i, p in enumerate(optimizer.state)}
+
+    def write(at: int) -> None:
+        for name, rate in rates.items():
+            for metric in ("p05", "p50", "p95", "update", "grad", "ratio"):
+                writer.add_scalar(f"{metric}/{name}", 0.5, at)
+            writer.add_histogram(f"rate/{name}", rate, at)
+
+    found = [1e3 * seconds(lambda at=at: write(at)) for at in range(ROUNDS)]
+    writer.close()
+    return spread(found, 2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention and a feed-forward layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.forth = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, width), the same back."""
+        q, k, v = (
+            part.unflatten(-1, (4, -1)).transpose(1, 2)
+            for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.forth(self.norms[1](x))
+
+
+def training() -> None:
+    """A real loop: a small GPT on random words."""
+    torch.manual_seed(0)
+    width, words = 256, 2000
+    model = nn.Sequential(
+        nn.Embedding(words, width), *(Attention(width) for _ in range(4)), nn.Linear(width, words)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    data = torch.randint(words, (8, 129))
+
+    def one() -> None:
+        logits = model(data[:, :-1])
+        nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def many(steps: int) -> float:
+        return seconds(lambda: [one() for _ in range(steps)]) / steps
+
+    many(5)
+    rows = []
+    for every, steps in ((1, 10), (10, 20), (100, 100)):
+        slower, taken = [], []
+        for _ in range(5):
+            bare = many(steps)
+            with lrprobe.attach(optimizer, model, every=every) as probe:
+                slower.append(100 * (many(steps) / bare - 1))
+                taken.append(bare)
+                probe.flush()
+        rows.append((str(every), f"{1e3 * statistics.median(taken):.0f}", spread(slower)))
+    elements = sum(p.numel() for p in model.parameters()) / 1e6
+    head = ("`every`", "ms a step without", "% slower with")
+    table(f"Training a small GPT ({elements:.1f} million elements, 1,024 words a step)", head, rows)
+
+
+def main() -> None:
+    """The tables that are named, or all."""
+    warnings.filterwarnings("ignore", "lrprobe: another probe")
+    tables = {each.__name__: each for each in (step, growth, sinks, training)}
+    chosen = sys.argv[1:] or list(tables)
+    if not set(chosen) <= set(tables):
+        sys.exit(
+            f"unknown tables {sorted(set(chosen) - set(tables))}; there are {', '.join(tables)}"
+        )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    today = datetime.now(tz=UTC).date()
+    print(f"lrprobe {version('lrprobe')}, torch {torch.__version__}, {platform.python_version()}")
+    print(f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, {today}, load {load:.1f}")
+    print(f"Medians of {ROUNDS} rounds, quartiles in brackets.")
+    for name in chosen:
+        tables[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What a recorded step costs, in everything but seconds: memory, operations, host reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lrprobe
+
+MIB = 2**20
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and the bytes of storages that are made and still alive."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.peak = 0
+        self._known = {StorageWeakRef(t.untyped_storage()) for t in known}
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                if reference not in self._known:
+                    self._alive[reference] = storage.nbytes()
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All that is there without the probe."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [t for s in optimizer.state.values() for t in s.values()]
+    grads = [p.grad for p in params if p.grad is not None]
+    return [t for t in (*params, *grads, *states) if isinstance(t, torch.Tensor)]
+
+
+def watched(optimizer: torch.optim.Optimizer, **options: Any) -> tuple[Watch, Watch]:
+    """A bare step and a recorded one, both seen from below."""
+    watches = []
+    with lrprobe.attach(optimizer, every=lambda step: step == 3, **options) as probe:
+        optimizer.step()
+        for _ in range(2):
+            with Watch(*tensors(optimizer)) as watch:
+                optimizer.step()
+            watches.append(watch)
+        assert len(probe.frame()) == sum(len(g["params"]) for g in optimizer.param_groups)
+    return watches[0], watches[1]
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """With gradients."""
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+class Unknown(torch.optim.SGD):
+    """An optimizer whose step no rule explains."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Half of what SGD does, and a sign."""
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.sub_(param.grad.sign_(), alpha=0.01)
+        return closure
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda p: torch.optim.AdamW(p, fused=True), {}),
+        (lambda p: torch.optim.AdamW(p, fused=True), {"sample": 65_536}),
+        (lambda p: torch.optim.Adadelta(p, weight_decay=0.1, foreach=False), {"track": 10}),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False), {}),
+        (lambda p: torch.optim.Adafactor(p, foreach=False), {}),
+    ],
+    ids=["AdamW", "AdamW-sample", "Adadelta", "SGD", "Adafactor"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extra_memory_is_bounded(make: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Of twelve million elements a recorded step holds at most 32 MiB + 64 KiB a tensor more."""
+    torch.manual_seed(0)
+    shapes = [(4000, 2800), (1000, 800), (7,)]
+    bare, recorded = watched(make(parameters(*shapes, dtype=dtype)), **options)
+    extra = recorded.peak - bare.peak
+    assert extra <= 32 * MIB + len(shapes) * 65_536, f"{extra / MIB:.1f} MiB"
+    assert recorded.peak > 0
+
+
+def test_what_is_recomputed_exactly_is_bounded_too() -> None:
+    """A NaN makes the whole parameter be read again in float64, block by block."""
+    params = parameters((4000, 2800))
+    assert params[0].grad is not None
+    params[0].grad[17, 5] = torch.nan
+    bare, recorded = watched(torch.optim.AdamW(params, fused=True))
+    extra = recorded.peak - bare.peak
+    assert extra <= 32 * MIB + 65_536, f"{extra / MIB:.1f} MiB"
+
+
+@pytest.mark.filterwarnings("ignore:lrprobe. Unknown has no rule")
+def test_measuring_copies_no_parameter() -> None:
+    """A rate that can only be measured is measured on a sample, not with a copy."""
+    bare, recorded = watched(Unknown(parameters((4000, 2800)), lr=0.1))
+    extra = recorded.peak - bare.peak
+    assert extra <= 2 * MIB, f"{extra / MIB:.1f} MiB"
+
+
+def test_a_step_that_is_not_due_does_nothing() -> None:
+    """Not one operation on a tensor more than without a probe, however many parameters."""
+    alone = torch.optim.AdamW(parameters(*[(5,)] * 300), fused=True)
+    alone.step()
+    with Watch() as without:
+        alone.step()
+    bare, recorded = watched(torch.optim.AdamW(parameters(*[(5,)] * 300), fused=True))
+    assert bare.names == without.names
+    assert len(recorded.names) > len(bare.names)
+
+
+READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item")
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": 5000}, {"track": 3}], ids=str)
+def test_the_host_reads_nothing_in_the_hook(options: dict[str, Any]) -> None:
+    """No read of a device value, with few parameters or many, small or large."""
+    for count in (2, 60):
+        optimizer = torch.optim.AdamW(parameters((90, 90), *[(5,)] * count), fused=True)
+        bare, recorded = watched(optimizer, **options)
+        found = [name for name in recorded.names if name in READS]
+        assert found == [name for name in bare.names if name in READS]
+
+
+def test_operations_for_small_parameters_do_not_grow_with_their_number() -> None:
+    """A thousand parameters of one shape are read together: at most two operations each."""
+    counts = {}
+    for count in (10, 1000):
+        optimizer = torch.optim.AdamW(parameters(*[(8,)] * count), fused=True)
+        bare, recorded = watched(optimizer)
+        counts[count] = len(recorded.names) - len(bare.names)
+    assert counts[1000] - counts[10] <= 2 * 990, counts
+
+
+def test_operations_for_a_large_parameter_grow_with_its_blocks() -> None:
+    """Twice the elements are at most twice the operations, and not one each."""
+    counts = {}
+    for rows in (1000, 2000, 4000):
+        bare, recorded = watched(torch.optim.AdamW(parameters((rows, 1000)), fused=True))
+        counts[rows] = len(recorded.names) - len(bare.names)
+    assert counts[4000] - counts[2000] <= 2.1 * (counts[2000] - counts[1000]), counts
+    assert counts[4000] < 1500, counts
