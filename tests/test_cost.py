@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +166,13 @@ def test_operations_for_a_large_parameter_grow_with_its_blocks() -> None:
         counts[rows] = len(recorded.names) - len(bare.names)
     assert counts[4000] - counts[2000] <= 2.1 * (counts[2000] - counts[1000]), counts
     assert counts[4000] < 1500, counts
+
+
+def test_nothing_waits_for_a_device() -> None:
+    """A step is recorded on a device that is not there, whose values cannot be read."""
+    script = Path(__file__).with_name("far_device.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "18 cases" in done.stdout

@@ -60,10 +60,17 @@ ROW = 1024
 
 def column(value: Scalar, like: Tensor) -> Tensor:
     """A scalar of an update as float64, one value a row of ``like`` (0-dim for a flat one)."""
-    value = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+    value = scalar(value, like)
     if like.dim() == 1:
         return value.reshape(())
     return value.reshape(-1).expand(like.shape[0])
+
+
+def scalar(value: Scalar, like: Tensor) -> Tensor:
+    """As float64 where ``like`` is; the host does not wait for it to be there."""
+    if isinstance(value, Tensor):
+        return value.detach().to(like.device, torch.float64, non_blocking=True)
+    return like.new_full((), value, dtype=torch.float64)  # a tensor made there, not brought there
 
 
 def is_scalar(rate: Scalar, like: Tensor) -> bool:

@@ -173,8 +173,12 @@ def positions(tensor: Tensor | SparseRows, at: Positions) -> Tensor:
     if at is None:
         return tensor.reshape(-1)
     if tensor.is_contiguous():
-        return tensor.view(-1)[at]
-    return tensor[torch.unravel_index(at, tensor.shape)]
+        return tensor.view(-1).index_select(0, at)
+    coordinates = []
+    for size in reversed(tensor.shape):  # `torch.unravel_index` would wait for a device
+        coordinates.append(at % size)
+        at = at // size
+    return tensor[tuple(reversed(coordinates))]
 
 
 def _sparse_block(grad: SparseRows, block: Block) -> Tensor:
@@ -241,4 +245,4 @@ def spread(numel: int, count: int, device: torch.device) -> Spread:
     widths = edges.diff()
     uniform = torch.rand(runs, generator=generator, dtype=torch.float64, device="cpu")
     drawn = edges[:-1] + torch.minimum((uniform * widths).long(), widths - 1)
-    return Spread(drawn.to(device), run)
+    return Spread(drawn.to(device, non_blocking=True), run)

@@ -89,7 +89,8 @@ class Before:
         table = self.samples[at[0]][0]
         if all(self.samples[i][0] is table for i in at):
             rows = [self.samples[i][1] for i in at]
-            return table if rows == list(range(len(table))) else table[rows]
+            if rows == list(range(len(table))):
+                return table
         return torch.stack([self.samples[i][0][self.samples[i][1]] for i in at])
 
 
@@ -161,7 +162,7 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
         shape = flat.shape if w.numel <= WHOLE else None
         alike[shape, flat.dtype, flat.device].append((i, flat))
         if w.tracked is not None:
-            kept.tracked[i] = positions(flat, w.tracked.to(flat.device))
+            kept.tracked[i] = positions(flat, w.tracked.to(flat.device, non_blocking=True))
         if w.rule is not None and w.rule.before is not None:
             state = optimizer.state.get(param, {})
             try:
@@ -373,14 +374,17 @@ def _tracked(
         else:
             update = rule.update(s)
             change = figures.intended(update, s)
-            rate = torch.as_tensor(update.effective_lr, dtype=torch.float64).expand(s.param.shape)
+            rate = figures.scalar(update.effective_lr, s.param).expand(s.param.shape)
         gradient = -s.grad if group.get("maximize", False) else s.grad
         result.append(Rows(at, tracked=torch.stack([rate, change, gradient, s.param])))
     return result
 
 
 def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> list[Tensor]:
-    return [cast("Tensor", watched[i].tracked).to(entry.param.device) for i, entry in some]
+    return [
+        cast("Tensor", watched[i].tracked).to(entry.param.device, non_blocking=True)
+        for i, entry in some
+    ]
 
 
 def _empty(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule | None) -> Rows:

@@ -20,6 +20,7 @@ from lrprobe.summary.figures import (
     is_scalar,
     plain_figures,
     row_figures,
+    scalar,
     state_like,
     suspicious,
 )
@@ -77,18 +78,19 @@ def large_figures(
         return _estimated([entries[i] for i in some], group, rule, cast("int", sample), exact=exact)
 
     device = entries[0].param.device
-    parts = torch.empty((len(entries), len(PARTS)), dtype=torch.float64, device=device)
-    counts = torch.empty((len(entries), BINS), dtype=torch.int32, device=device)
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
     on_host = device.type == "cpu"
     for function, some in ((figures, large), (estimates, few)):
         if some:
             # A device must not be asked what came out: there it is computed the sure way at once.
-            parts[some], counts[some] = function(some, exact=not on_host)
-            again = suspicious(parts[some].numpy()).nonzero()[0].tolist() if on_host else []
+            found = function(some, exact=not on_host)
+            rows |= zip(some, zip(*found, strict=True), strict=True)
+            again = suspicious(found[0].numpy()).nonzero()[0].tolist() if on_host else []
             if again:
                 at = [some[i] for i in again]
-                parts[at], counts[at] = function(at, exact=True)
-    return parts, counts
+                rows |= zip(at, zip(*function(at, exact=True), strict=True), strict=True)
+    parts, counts = zip(*(rows[i] for i in range(len(entries))), strict=True)
+    return torch.stack(parts), torch.stack(counts)
 
 
 def _estimated(
@@ -108,7 +110,8 @@ def _estimated(
         found = histograms(update.effective_lr, s.param)
         log = None if dtype is torch.float64 else partial(log_sums, counts=found)
         parts = row_figures(s, update, [s[name] for name in state_like(some[0])], log)
-        numel = parts.new_tensor([entry.param.numel() for entry in some])
+        numel = torch.tensor([entry.param.numel() for entry in some], dtype=torch.float64)
+        numel = numel.to(device, non_blocking=True)
         for name in ADDITIVE:
             parts[:, PARTS.index(name)] *= numel / s.param.shape[1]
         for name in ("pp", "gg"):
@@ -215,14 +218,13 @@ class Stream:
             update = self.rule.update(s)
             decay = update.decay
             if pivot is None:
-                pivot = torch.as_tensor(update.effective_lr, dtype=torch.float64)
+                pivot = scalar(update.effective_lr, s.param)
             rows.add(self._block(s, update, pivot, names))
             self.rates.add(update.effective_lr, start, s.param)
             start += s.param.shape[0]
         total = _together(total, rows.total())
-        device = self.entry.param.device
         for name, value in (("count", start), ("decay", decay), ("pivot", pivot)):
-            total[name] = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
+            total[name] = scalar(cast("Scalar", value), self.entry.param).reshape(())
         self.total = total
 
     def _read_compiled(self, pivot: Tensor) -> tuple[dict[str, Tensor], int, Scalar]:
