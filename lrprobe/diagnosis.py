@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -238,7 +239,12 @@ def diagnose(
                         key = (rank, series.run, series.optimizer, -hit.weight)
                         found.append((key, check.finding(series, hit)))
     found.sort(key=lambda item: item[0])
-    looked_at = "; ".join(counts[:3]) + (f"; and {len(counts) - 3} more" if counts[3:] else "")
+    looked_at = "; ".join(
+        f"{number} times {what}" if number > 1 else what
+        for what, number in Counter(counts).most_common(3)
+    )
+    if len(set(counts)) > 3:
+        looked_at += "; and others"
     return Findings([finding for _, finding in found], looked_at)
 
 

@@ -104,7 +104,7 @@ def read(
 def _run_names(paths: list[Path]) -> list[str]:
     """The shortest end of each path that no other path has; the same path twice is numbered."""
     whole = [path.resolve() for path in paths]
-    whole = [path.with_name(path.name.removesuffix(".parquet")) for path in whole]
+    whole = [path.parent / path.name.removesuffix(".parquet") for path in whole]
     names = dict.fromkeys(whole, "")
     for path in names:
         for depth in range(1, len(path.parts) + 1):

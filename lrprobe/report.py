@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import os
 import time
 import warnings
@@ -99,7 +100,7 @@ def render(runs: Runs) -> tuple[str, Findings]:
         )
     found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
     frame = latest(runs.frame)
-    drawn = plain_names(thinned(frame, _STEPS))
+    drawn = thinned(frame, _STEPS)
     pictures = "".join(_figure(*picture) for picture in _pictures(drawn, found))
     title = "lrprobe: " + ", ".join(runs.names[:4]) + (", …" if len(runs.names) > 4 else "")
     page = _PAGE.format(
@@ -130,13 +131,6 @@ def thinned(frame: pd.DataFrame, most: int) -> pd.DataFrame:
             steps = steps[np.linspace(0, len(steps) - 1, most).round().astype(np.int64)]
         keep |= rows & np.isin(step, steps)
     return frame if keep.all() else frame[keep].reset_index(drop=True)
-
-
-def plain_names(frame: pd.DataFrame) -> pd.DataFrame:
-    """With names that Matplotlib writes as they are, where it would find a formula in them."""
-    names = [key for key in ("run", "optimizer", "parameter", "module") if key in frame]
-    plain = {key: frame[key].astype("str").str.replace("$", r"\$", regex=False) for key in names}
-    return frame.assign(**plain)
 
 
 # --- Sections ---------------------------------------------------------------------------------
@@ -289,7 +283,7 @@ def _layers(frame: pd.DataFrame, found: Findings) -> list[Any]:
     names = _names(frame)
     if len(names) <= _PANELS // 2:
         return names
-    grave = {each.parameter.replace("$", r"\$") for each in found.findings}
+    grave = {each.parameter for each in found.findings}
     large = {
         name
         for series in series_of(frame)
@@ -309,9 +303,12 @@ def _lr(frame: pd.DataFrame) -> Any:
     """The lr of each group over the steps, one line for each that differs."""
     from matplotlib import pyplot as plt
 
+    import lrprobe.plot as draw
+
     figure, ax = plt.subplots(figsize=(8.0, 3.2), layout="constrained")
     keys = [key for key in ("run", "optimizer", "group") if key in frame]
     lines = frame.drop_duplicates([*keys, "step"])
+    styles = itertools.cycle(draw.STYLES)
     seen: dict[bytes, list[str]] = {}
     drawn: dict[bytes, Any] = {}
     for values, line in lines.groupby(keys, sort=False):
@@ -322,17 +319,18 @@ def _lr(frame: pd.DataFrame) -> Any:
         same = rate.tobytes() + line["step"].to_numpy().tobytes()
         seen.setdefault(same, []).append(", ".join(words))
         if same not in drawn:
-            (drawn[same],) = ax.plot(line["step"], rate)
+            (drawn[same],) = ax.plot(line["step"], rate, **next(styles))
     for same, line in drawn.items():
         more = f" and {len(seen[same]) - 1} more" if len(seen[same]) > 1 else ""
         line.set_label(seen[same][0] + more)
     ax.set_xlabel("optimizer step")
-    ax.set_ylabel("lr of the group")
+    ax.set_ylabel(draw.unit("lr"))
     if (frame["lr"] > 0).any():
         ax.set_yscale("log", nonpositive="clip")
     ax.grid(visible=True, alpha=0.3)
     if len(drawn) <= 12:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+        handles = {draw.short(line.get_label()): line for line in drawn.values()}
+        draw.legend(ax, handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     return figure
 
 
@@ -346,7 +344,7 @@ def _png(draw: Callable[[], Any]) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in any script
         figure = draw()
         try:
-            figure.savefig(buffer, format="png", dpi=110, transparent=True, bbox_inches="tight")
+            figure.savefig(buffer, format="png", dpi=110, transparent=True)
         finally:
             plt.close(figure)
     return buffer.getvalue()
@@ -368,7 +366,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --back: #0e1116; --ink: #e6e9ee; --soft: #9aa4b0; --line: #30363d; --card: #171b21;
     --grave: #ff8c7f; --note: #79b8ff }
-  figure img { filter: invert(1) hue-rotate(180deg) }
+  figure img { filter: invert(1) hue-rotate(180deg) brightness(1.35) }
   figure.colours img { filter: none; background: #fff; padding: .5rem; border-radius: 4px }
 }
 body { background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
