@@ -273,7 +273,7 @@ ADAM_FAMILY = ("adam", "nadam", "radam", "adamax", "sparse_adam")
 FEW = 3
 """Recorded steps below which nothing is said to be always so."""
 
-# Measured over 232 healthy runs on the digits: the margin to the worst of them is in the docs.
+# Measured over healthy runs on the digits: docs/findings.md has the margin to the worst of them.
 EPS_SHARE = 0.5
 LOST_SHARE = 0.5
 ALIVE = 1e-5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,33 +104,52 @@ def load(*paths: str | os.PathLike[str]) -> Runs:
 def _columns_of(path: Path) -> pd.DataFrame | None:
     """The columns that findings and reports ask for, of every attempt, names as categories.
 
-    Four times as fast as ``read``, which matters for five million rows. None where it is no
-    dataset, or where something in it is broken: ``read`` then says what.
+    Four times as fast as ``read``, in a third of the memory, which matters for five million rows:
+    every column is filled part by part. None where it is no dataset, or where something in it is
+    broken: ``read`` then says what.
     """
+    import numpy as np
+    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from lrprobe.sinks.memory import SCHEMAS
     from lrprobe.sinks.parquet import inspect_part, part_files
 
     if not path.is_dir() or not is_dataset(path):
         return None
-
-    def table_of(part: Path) -> pa.Table:
-        inspect_part(part)
-        # Arrow's threads share out the columns of one part, which is too small for that to pay.
-        with pq.ParquetFile(part, read_dictionary=list(_NAMES)) as file:
-            return file.read(columns=list(COLUMNS), use_threads=False).select(list(COLUMNS))
-
+    schema = SCHEMAS["parameter"]
+    codes: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
     try:
-        with ThreadPoolExecutor() as threads:
-            tables = list(threads.map(table_of, part_files(path)))
-        whole = pa.concat_tables(tables).unify_dictionaries().replace_schema_metadata()
+        parts = part_files(path)
+        for part in parts:
+            inspect_part(part)
+        ends = np.cumsum([pq.read_metadata(part).num_rows for part in parts]).tolist()
+        columns: dict[str, Any] = {
+            name: np.empty(
+                ends[-1], np.int32 if name in codes else schema.field(name).type.to_pandas_dtype()
+            )
+            for name in COLUMNS
+        }
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            # Arrow's threads share out the columns of one part, which is too small for that.
+            with pq.ParquetFile(part, read_dictionary=list(_NAMES)) as file:
+                table = file.read(columns=list(COLUMNS), use_threads=False)
+            for name, column in columns.items():
+                # The last part of a live run may have grown meanwhile, at its end.
+                values: Any = table.column(name).combine_chunks()[: end - start]
+                if name in codes:
+                    known = codes[name]
+                    text = values.dictionary.to_pylist()
+                    code = np.array([known.setdefault(each, len(known)) for each in text], int)
+                    column[start:end] = code[values.indices.to_numpy()]
+                else:
+                    column[start:end] = values.to_numpy(zero_copy_only=False)
     except (pa.ArrowException, ValueError, KeyError, OSError):
         return None
-    del tables
-    # A block for each column, whose parts are let go as it is made: half the time and memory.
-    frame: pd.DataFrame = whole.to_pandas(split_blocks=True, self_destruct=True)
-    return frame
+    for name, known in codes.items():
+        columns[name] = pd.Categorical.from_codes(columns[name], categories=pd.Index(list(known)))
+    return pd.DataFrame(columns, copy=False)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
