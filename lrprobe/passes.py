@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WATCHED = 8
+_WATCHED = 4
 """Parameters that count; of several heads each has its own passes, and all are the trunk's."""
 
 
