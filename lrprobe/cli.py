@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrprobe.record import LEVELS
+from lrprobe.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NONE, FOUND, USAGE = 0, 1, 2
+NONE, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
 
 _RUN = """
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lrprobe {options.command}: {text}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        return NONE
+        return NONE if options.command == "show" else INTERRUPTED  # following ends so
     return code
 
 
@@ -265,32 +266,27 @@ def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> s
         rows = recorded[recorded["step"] == step]
         ago = f", {_ago(time.time() - float(rows['time'].max()))}" if "time" in rows else ""
         key = next((k for k in ("parameter", "module", "group") if k in rows), "model")
-        shown = [column for column in _COLUMNS if column in rows]
-        if shown != ["reconstruction_error"]:  # which is all that a logdir has by model
-            shown = [column for column in shown if column != "reconstruction_error"]
-        if "lr" in shown:
+        columns = [column for column in _COLUMNS if column in rows]
+        if columns != ["reconstruction_error"]:  # which is all that a logdir has by model
+            columns = [column for column in columns if column != "reconstruction_error"]
+        if "lr" in columns:
             rates = sorted({f"{lr:.3g}" for lr in rows["lr"].dropna().tolist()}, key=float)
             ago += f"  lr {', '.join(rates[:4]) or 'mixed'}"
             if len(rates) == 1 and key != "group":  # the same in each line
-                shown.remove("lr")
+                columns.remove("lr")
         names = rows[key].astype(str).tolist() if key in rows else ["model"]
         chosen = [include is None or bool(include.search(name)) for name in names]
         names = [name for name, keep in zip(names, chosen, strict=True) if keep]
         width = min(max(map(len, (key, *names))), 48)
         lines = [f"{run}  {optimizer}  step {step:,}{ago}"]
-        lines.append(f"{key:{width}}" + "".join(f"{_COLUMNS[column]:>13}" for column in shown))
-        table = rows.loc[chosen, shown].to_numpy(dtype=float)
+        lines.append(f"{key:{width}}" + "".join(f"{_COLUMNS[column]:>13}" for column in columns))
+        table = rows.loc[chosen, columns].to_numpy(dtype=float)
         for name, values in zip(names, table, strict=True):
             label = name if len(name) <= width else "…" + name[1 - width :]
             cells = "".join(f"{'-' if v != v else f'{v:.3g}':>13}" for v in values)  # noqa: PLR0124
-            lines.append(f"{_plain(label):{width}}{cells}")
+            lines.append(f"{shown(label):{width}}{cells}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _plain(name: str) -> str:
-    """A name without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _ago(seconds: float) -> str:

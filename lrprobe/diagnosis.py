@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 import numpy as np
 
 from lrprobe.series import Bools, Floats, Ints, Series, first, last, peak, quantile, series_of
+from lrprobe.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +83,9 @@ class Finding:
 
     def __str__(self) -> str:
         """One line."""
-        where = ", ".join(word for word in (self.run, self.optimizer, self.parameter) if word)
+        where = ", ".join(
+            shown(word) for word in (self.run, self.optimizer, self.parameter) if word
+        )
         return f"{self.title}: {where}, {self.steps}: {self.evidence}"
 
 
@@ -152,10 +155,11 @@ class Findings(Sequence[Finding]):
         lines = [self.summary()]
         for same in self.grouped():
             head = same[0]
-            where = " of ".join(word for word in (head.optimizer, head.run) if word)
+            where = " of ".join(shown(word) for word in (head.optimizer, head.run) if word)
             lines += ["", f"{head.severity.upper()} {head.title}  [{head.code}]  {where}".rstrip()]
             lines += [
-                f"  {each.parameter}, {each.steps}: {each.evidence}" for each in same[:_SHOWN]
+                f"  {shown(each.parameter)}, {each.steps}: {each.evidence}"
+                for each in same[:_SHOWN]
             ]
             if len(same) > _SHOWN:
                 lines.append(f"  and {len(same) - _SHOWN} more")
@@ -171,7 +175,7 @@ class Findings(Sequence[Finding]):
             parts.append(f"{head.severity.capitalize()}: {html.escape(head.title)}")
             parts.append(f" <small>{html.escape(where)}</small></h4><ul>")
             parts += [
-                f"<li><code>{html.escape(each.parameter)}</code>, {html.escape(str(each.steps))}: "
+                f"<li><code>{html.escape(shown(each.parameter))}</code>, {html.escape(str(each.steps))}: "
                 f"{html.escape(each.evidence)}</li>"
                 for each in same[:_SHOWN]
             ]

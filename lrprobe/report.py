@@ -22,6 +22,7 @@ import numpy as np
 from lrprobe.diagnosis import Finding, Findings, diagnose, matrices
 from lrprobe.runs import Runs, load
 from lrprobe.series import latest, series_of
+from lrprobe.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,6 +86,8 @@ def write(to: str | os.PathLike[str], *paths: str | os.PathLike[str]) -> Finding
     """
     if find_spec("matplotlib") is None:
         raise ImportError("a report needs Matplotlib: pip install 'lrprobe[plot]'")
+    if not Path(to).parent.is_dir():  # before minutes of work
+        raise FileNotFoundError(f"the folder of {os.fspath(to)!r} does not exist")
     runs = load(*paths)
     page, found = render(runs)
     Path(to).write_text(page, encoding="utf-8")
@@ -177,15 +180,15 @@ def _findings(found: Findings) -> str:
 
 def _card(same: Sequence[Finding]) -> str:
     head = same[0]
-    where = " of ".join(word for word in (head.optimizer, head.run) if word)
+    where = " of ".join(shown(word) for word in (head.optimizer, head.run) if word)
     items = "".join(
-        f"<li><code>{html.escape(each.parameter)}</code>, {html.escape(str(each.steps))}: "
+        f"<li>{_code(each.parameter)}, {html.escape(str(each.steps))}: "
         f"{html.escape(each.evidence)}</li>"
         for each in same[:_SHOWN]
     )
     if len(same) > _SHOWN:
         names = "".join(
-            f"<li><code>{html.escape(each.parameter)}</code>: {html.escape(each.evidence)}</li>"
+            f"<li>{_code(each.parameter)}: {html.escape(each.evidence)}</li>"
             for each in same[_SHOWN:]
         )
         items += (
@@ -201,14 +204,18 @@ def _card(same: Sequence[Finding]) -> str:
     )
 
 
+def _code(name: str) -> str:
+    return f"<code>{html.escape(shown(name))}</code>"
+
+
 def _table(frame: pd.DataFrame) -> str:
     """The last recorded step of each parameter."""
     keys = [k for k in ("run", "optimizer", "parameter", "module", "group") if k in frame]
     rows = frame[~frame.duplicated(keys, keep="last")]
-    shown = [column for column in _COLUMNS if column in rows]
+    present = [column for column in _COLUMNS if column in rows]
     note = f"<p>The first {_ROWS:,} of {len(rows):,} rows.</p>" if len(rows) > _ROWS else ""
-    head = "".join(f"<th>{_COLUMNS[column]}</th>" for column in shown)
-    columns = [[_cell(v) for v in rows[column].iloc[:_ROWS].tolist()] for column in shown]
+    head = "".join(f"<th>{_COLUMNS[column]}</th>" for column in present)
+    columns = [[_cell(v) for v in rows[column].iloc[:_ROWS].tolist()] for column in present]
     body = "".join("<tr>" + "".join(cells) + "</tr>" for cells in zip(*columns, strict=True))
     return (
         f"{note}<div class=wide><table class=figures><thead><tr>{head}</tr></thead>"
@@ -218,7 +225,7 @@ def _table(frame: pd.DataFrame) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, str):
-        return f"<td>{html.escape(value)}</td>"
+        return f"<td>{html.escape(shown(value))}</td>"
     if value is None or value != value:  # noqa: PLR0124 - NaN
         return "<td class=n></td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

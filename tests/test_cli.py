@@ -237,6 +237,45 @@ def test_any_terminal_will_do(folder: Path) -> None:
     assert "FINDING ? rules the denominator" in done.stdout
 
 
+class _Escape(nn.Module):
+    """A network whose parameters' names would clear the screen, or fill it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("\033[2J\a", nn.Parameter(torch.ones(4, 2)))
+        self.register_parameter("x" * 10**6, nn.Parameter(torch.ones(4, 2), requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ next(self.parameters())
+
+
+@pytest.mark.parametrize("command", ["show", "diagnose", "report"])
+def test_names_do_nothing_to_a_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """No control character is printed, and no megabyte."""
+    path = record(tmp_path / "a.parquet", _Escape(), eps=1e3)
+    out = ["-o", str(tmp_path / "a.html")] if command == "report" else []
+    by = ["--by", "parameter"] if command == "show" else []
+    assert main([command, str(path), *by, *out]) in {0, 1}
+    printed = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    assert command == "report" or "[2J" in printed
+    assert len(printed) < 10_000
+    if out:
+        assert (tmp_path / "a.html").stat().st_size < 10**6
+
+
+def test_an_interrupted_report_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is success for what goes on until then, and not for what was to be made."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrprobe.report.write", interrupted)
+    assert main(["report", str(folder / "sound.parquet")]) == 130
+
+
 def test_show_follows_a_run(tmp_path: Path) -> None:
     """New steps appear while it runs; Ctrl-C ends it with code 0."""
     path = record(tmp_path / "live.parquet", every=10)
