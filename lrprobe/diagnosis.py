@@ -175,8 +175,8 @@ class Findings(Sequence[Finding]):
             parts.append(f"{head.severity.capitalize()}: {html.escape(head.title)}")
             parts.append(f" <small>{html.escape(where)}</small></h4><ul>")
             parts += [
-                f"<li><code>{html.escape(shown(each.parameter))}</code>, {html.escape(str(each.steps))}: "
-                f"{html.escape(each.evidence)}</li>"
+                f"<li><code>{html.escape(shown(each.parameter))}</code>, "
+                f"{html.escape(f'{each.steps}: {each.evidence}')}</li>"
                 for each in same[:_SHOWN]
             ]
             if len(same) > _SHOWN:
