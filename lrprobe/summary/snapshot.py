@@ -308,7 +308,7 @@ def _reconstructed(
     sampled = [_sample_of(e.param) for e in entries]
     old = kept.sample(at)
     # What was kept for the check is at hand for a coupled decay, which else is solved for.
-    s = Slice(entries, group, take_rows(sampled, torch.float64), old.double())
+    s = Slice(entries, group, take_rows(sampled, torch.float64), old)
     update = rule.update(s)
     new = take_rows(sampled, old.dtype)([e.param for e in entries])
     rows = Rows(at, checks=figures.check_figures(s, update, old, new, old.dtype))
