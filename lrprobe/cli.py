@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrprobe.record import LEVELS
+from lrprobe.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NONE, FOUND, USAGE = 0, 1, 2
+NONE, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
 
 _RUN = """
@@ -56,14 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # A report is not shown on a screen: its pictures need no window.
     os.environ.setdefault("MPLBACKEND", "agg")
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another alphabet gets "?" for an ε
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as before "| head": whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NONE
     except (OSError, ValueError, ImportError) as error:
         text = str(error) or type(error).__name__
         print(f"lrprobe {options.command}: {text}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        return NONE
+        return NONE if options.command == "show" else INTERRUPTED  # following ends so
     return code
 
 
@@ -235,7 +244,16 @@ def _print_screen(text: str, follow: bool) -> None:
         print(text + ("\n" if follow else ""), flush=True)
 
 
-_COLUMNS = ("rate p50", "p05", "p95", "update ratio", "‖gradient‖")
+_COLUMNS = {
+    "lr": "lr",
+    "effective_lr_p50": "rate p50",
+    "effective_lr_p05": "p05",
+    "effective_lr_p95": "p95",
+    "update_ratio": "update ratio",
+    "grad_norm": "‖gradient‖",
+    "reconstruction_error": "check error",
+}
+"""Columns of the frame, and what they are called on the screen."""
 
 
 def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> str:
@@ -243,32 +261,32 @@ def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> s
     if not len(frame):
         return f"{run}: no step was recorded yet"
     blocks = []
-    for optimizer, rows in frame.groupby("optimizer", sort=False):
-        step = int(rows["step"].max())
-        rows = rows[rows["step"] == step]  # noqa: PLW2901 - the newest of them
-        key = next((k for k in ("parameter", "module", "group") if k in rows), None)
-        names = rows[key].astype(str).tolist() if key else ["model"]
+    for optimizer, recorded in frame.groupby("optimizer", sort=False):
+        step = int(recorded["step"].max())
+        rows = recorded[recorded["step"] == step]
         ago = f", {_ago(time.time() - float(rows['time'].max()))}" if "time" in rows else ""
-        rates = sorted({f"{lr:.3g}" for lr in rows["lr"].dropna().tolist()}, key=float)
-        lines = [f"{run}  {optimizer}  step {step:,}{ago}  lr {', '.join(rates[:4]) or 'mixed'}"]
-        width = min(max(map(len, names)), 48)
-        lines.append(f"{key or 'model':{width}}" + "".join(f"{name:>13}" for name in _COLUMNS))
-        figures = [
-            "effective_lr_p50", "effective_lr_p05", "effective_lr_p95", "update_ratio", "grad_norm",
-        ]  # fmt: skip
-        table = rows.reindex(columns=figures).to_numpy(dtype=float)
+        key = next((k for k in ("parameter", "module", "group") if k in rows), "model")
+        columns = [column for column in _COLUMNS if column in rows]
+        if columns != ["reconstruction_error"]:  # which is all that a logdir has by model
+            columns = [column for column in columns if column != "reconstruction_error"]
+        if "lr" in columns:
+            rates = sorted({f"{lr:.3g}" for lr in rows["lr"].dropna().tolist()}, key=float)
+            ago += f"  lr {', '.join(rates[:4]) or 'mixed'}"
+            if len(rates) == 1 and key != "group":  # the same in each line
+                columns.remove("lr")
+        names = rows[key].astype(str).tolist() if key in rows else ["model"]
+        chosen = [include is None or bool(include.search(name)) for name in names]
+        names = [name for name, keep in zip(names, chosen, strict=True) if keep]
+        width = min(max(map(len, (key, *names))), 48)
+        lines = [f"{run}  {optimizer}  step {step:,}{ago}"]
+        lines.append(f"{key:{width}}" + "".join(f"{_COLUMNS[column]:>13}" for column in columns))
+        table = rows.loc[chosen, columns].to_numpy(dtype=float)
         for name, values in zip(names, table, strict=True):
-            if include is None or include.search(name):
-                label = name if len(name) <= width else "…" + name[1 - width :]
-                cells = "".join(f"{'-' if v != v else f'{v:.3g}':>13}" for v in values)  # noqa: PLR0124
-                lines.append(f"{_plain(label):{width}}{cells}")
+            label = name if len(name) <= width else "…" + name[1 - width :]
+            cells = "".join(f"{'-' if v != v else f'{v:.3g}':>13}" for v in values)  # noqa: PLR0124
+            lines.append(f"{shown(label):{width}}{cells}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _plain(name: str) -> str:
-    """A name without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _ago(seconds: float) -> str:

@@ -128,6 +128,11 @@ class Delivery:
         return self._line.said()
 
     @property
+    def sinks(self) -> tuple[Sink, ...]:
+        """Where records go, sinks that others share among them."""
+        return self._line.sinks
+
+    @property
     def lost(self) -> int:
         """Records lost so far, counted once for each sink that lacks them."""
         line = self._line

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 import numpy as np
 
 from lrprobe.series import Bools, Floats, Ints, Series, first, last, peak, quantile, series_of
+from lrprobe.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +83,9 @@ class Finding:
 
     def __str__(self) -> str:
         """One line."""
-        where = ", ".join(word for word in (self.run, self.optimizer, self.parameter) if word)
+        where = ", ".join(
+            shown(word) for word in (self.run, self.optimizer, self.parameter) if word
+        )
         return f"{self.title}: {where}, {self.steps}: {self.evidence}"
 
 
@@ -151,10 +155,11 @@ class Findings(Sequence[Finding]):
         lines = [self.summary()]
         for same in self.grouped():
             head = same[0]
-            where = " of ".join(word for word in (head.optimizer, head.run) if word)
+            where = " of ".join(shown(word) for word in (head.optimizer, head.run) if word)
             lines += ["", f"{head.severity.upper()} {head.title}  [{head.code}]  {where}".rstrip()]
             lines += [
-                f"  {each.parameter}, {each.steps}: {each.evidence}" for each in same[:_SHOWN]
+                f"  {shown(each.parameter)}, {each.steps}: {each.evidence}"
+                for each in same[:_SHOWN]
             ]
             if len(same) > _SHOWN:
                 lines.append(f"  and {len(same) - _SHOWN} more")
@@ -170,8 +175,8 @@ class Findings(Sequence[Finding]):
             parts.append(f"{head.severity.capitalize()}: {html.escape(head.title)}")
             parts.append(f" <small>{html.escape(where)}</small></h4><ul>")
             parts += [
-                f"<li><code>{html.escape(each.parameter)}</code>, {html.escape(str(each.steps))}: "
-                f"{html.escape(each.evidence)}</li>"
+                f"<li><code>{html.escape(shown(each.parameter))}</code>, "
+                f"{html.escape(f'{each.steps}: {each.evidence}')}</li>"
                 for each in same[:_SHOWN]
             ]
             if len(same) > _SHOWN:
@@ -238,7 +243,12 @@ def diagnose(
                         key = (rank, series.run, series.optimizer, -hit.weight)
                         found.append((key, check.finding(series, hit)))
     found.sort(key=lambda item: item[0])
-    looked_at = "; ".join(counts[:3]) + (f"; and {len(counts) - 3} more" if counts[3:] else "")
+    looked_at = "; ".join(
+        f"{number} times {what}" if number > 1 else what
+        for what, number in Counter(counts).most_common(3)
+    )
+    if len(set(counts)) > 3:
+        looked_at += "; and others"
     return Findings([finding for _, finding in found], looked_at)
 
 
@@ -267,7 +277,7 @@ ADAM_FAMILY = ("adam", "nadam", "radam", "adamax", "sparse_adam")
 FEW = 3
 """Recorded steps below which nothing is said to be always so."""
 
-# Measured over 232 healthy runs on the digits: the margin to the worst of them is in the docs.
+# Measured over healthy runs on the digits: docs/findings.md has the margin to the worst of them.
 EPS_SHARE = 0.5
 LOST_SHARE = 0.5
 ALIVE = 1e-5

@@ -10,64 +10,109 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WATCHED = 4
+"""Parameters that count; of several heads each has its own passes, and all are the trunk's."""
+
 
 class Passes:
-    """Counts the backward passes of a step, on one parameter."""
+    """Counts the backward passes of a step: the most that any of a few parameters took part in."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._count = 0
-        self._grad: weakref.ref[Tensor] | None = None
-        self._param: weakref.ref[Tensor] | None = None
-        self._handle: Any = None
         self._params: list[weakref.ref[Tensor]] = []
-        self._in_backward = False  # another hook on the parameter takes the step, before we count
+        self._counters: list[_Counter] = []
 
     def watch(self, params: Sequence[Tensor]) -> None:
-        """Choose among these parameters; the first trainable one until another must do."""
+        """Choose among these parameters."""
         self._params = [weakref.ref(p) for p in params]
-        current = self._param() if self._param is not None else None
-        if current is None or not current.requires_grad:
-            self._choose(next(filter(_can_count, params), None))
+        self._choose([p for p in params if _can_count(p)])
 
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
-        count = self._count or int(self._in_backward)  # there, each pass has a step of its own
-        self._count, self._grad = 0, None
+        count = max((counter.take() for counter in self._counters), default=0)
         if count:
             return float(count * self._batch_size * _world_size())
-        # This parameter takes no part; another one may.
+        # These parameters take no part; others may.
         alive = (p for p in (ref() for ref in self._params) if p is not None)
-        self._choose(next((p for p in alive if _can_count(p) and p.grad is not None), None))
+        self._choose([p for p in alive if _can_count(p) and p.grad is not None])
         return math.nan
 
     def remove(self) -> None:
-        """Remove the hook."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Remove the hooks."""
+        for counter in self._counters:
+            counter.remove()
+        self._counters = []
 
-    def _choose(self, param: Tensor | None) -> None:
-        same = self._handle is not None and self._param is not None and self._param() is param
-        if same and param is not None:
-            return  # its hooks may be running just now, and must not be changed then
-        self.remove()
-        if param is not None:
-            self._param = weakref.ref(param)
-            register: Any = param.register_post_accumulate_grad_hook
-            self._handle = register(self._passed)
+    def _choose(self, params: Sequence[Tensor]) -> None:
+        """Watch the first of these, the last, and some between."""
+        last = len(params) - 1
+        most = min(_WATCHED, len(params))
+        chosen = [params[last * i // max(most - 1, 1)] for i in range(most)]
+        # One that is watched stays so: its hooks may be running just now, and must not change then.
+        known = {id(p): c for c in self._counters if (p := c.param()) is not None}
+        counters = [known.get(id(p)) or _Counter(p) for p in chosen]
+        for counter in self._counters:
+            if counter not in counters:
+                counter.remove()
+        self._counters = counters
+
+
+class _Counter:
+    """Counts the passes that one parameter takes part in since its gradient began."""
+
+    def __init__(self, param: Tensor) -> None:
+        self.param = weakref.ref(param)
+        self._count = 0
+        self._in_backward = False  # another hook on the parameter takes the step, before we count
+        self._grad: weakref.ref[Tensor] | None = None
+        self._version = 0
+        after: Any = param.register_post_accumulate_grad_hook
+        before: Any = param.register_hook
+        self._handles = [before(self._begins), after(self._passed)]
+
+    def take(self) -> int:
+        """The passes so far; from here on they are of the next step."""
+        count = self._count or int(self._in_backward)  # there, each pass has a step of its own
+        self._count, self._grad = 0, None
+        return count
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begins(self, _incoming: Tensor) -> None:
+        """Before a gradient is added: see whether what it is added to is of the same step.
+
+        It is not where a gradient scaler skipped that step, so that no hook told of its end. Then
+        the old gradient was dropped, or set to zero in place. The latter is looked for on the host
+        only, and only where something changed the gradient: no device is asked for its values.
+        """
+        param = self.param()
+        grad = None if param is None else param.grad
+        known = self._grad() if self._grad is not None else None
+        if grad is None or grad is not known or (_version(grad) != self._version and _zero(grad)):
+            self._count = 0
 
     def _passed(self, param: Tensor) -> None:
         grad = param.grad
-        if grad is None:
-            self._in_backward = True
-            return
-        self._in_backward = False
-        # A new tensor: the old gradients were dropped, by a step or by a scaler that skipped one.
-        if self._grad is None or self._grad() is not grad:
-            self._count = 0
-            self._grad = weakref.ref(grad)
-        self._count += 1
+        self._in_backward = grad is None
+        if grad is not None:
+            self._count += 1
+            self._grad = weakref.ref(grad)  # a new one each time under create_graph=True
+            self._version = _version(grad)
+
+
+def _version(grad: Tensor) -> int:
+    """How often it was changed in place."""
+    return int(grad._version)  # noqa: SLF001 - the documented way to see that
+
+
+def _zero(grad: Tensor) -> bool:
+    """Whether every element is 0, where that can be told at once and by this process alone."""
+    if type(grad) is not Tensor or grad.device.type != "cpu":
+        return False
+    return not (grad._values() if grad.is_sparse else grad).any()  # noqa: SLF001 - it need not be coalesced for this
 
 
 def _can_count(param: Tensor) -> bool:

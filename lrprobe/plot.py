@@ -28,7 +28,7 @@ AxesArray: TypeAlias = NDArray[np.object_]
 
 # Okabe and Ito's colours, which any colour vision tells apart, with grey for their black, which a
 # dark background would hide; the dashes serve grey print.
-_STYLES: tuple[dict[str, Any], ...] = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-"},
     {"color": "#D55E00", "linestyle": "--"},
     {"color": "#009E73", "linestyle": "-."},
@@ -40,6 +40,8 @@ _STYLES: tuple[dict[str, Any], ...] = (
 _PALE = "#999999"
 _COLOURS = "viridis"  # evenly lighter, for any colour vision and in grey print
 _MISSING = "#d9d9d9"
+_LINES = ("run", "optimizer", "attempt")  # columns that tell lines apart
+_PANELS = ("parameter", "module", "group")  # and panels: the first that there is
 _MAX_PANELS = 24
 _PANELS_A_ROW = 3
 _MAX_LABELS = 40  # names down the side of a heatmap
@@ -164,18 +166,18 @@ def update_ratio(
         ImportError: Matplotlib is not installed.
         ValueError: the frame is empty, or has no such parameter or no update ratio.
     """
+    frame = _only(frame, "update_ratio")
     panels = _panels(frame, parameters)
-    _column(frame, "update_ratio")
     keys = _line_keys(frame)
     keys = keys if len(frame[keys].drop_duplicates()) > 1 else []
     lines = {
-        ", ".join(filter(None, (label if keys else "", title))): line.dropna(subset="update_ratio")
+        ", ".join(filter(None, (label if keys else "", title))): line[line["update_ratio"].notna()]
         for title, rows in panels.items()
         for label, line in _lines(rows, keys or ["optimizer"])
     }
     ax = _single(ax)
     shown = list(lines)
-    if len(shown) > len(_STYLES):
+    if len(shown) > len(STYLES):
         order = sorted(
             (label for label, line in lines.items() if len(line)),
             key=lambda label: lines[label]["update_ratio"].iloc[-1],
@@ -184,13 +186,14 @@ def update_ratio(
         for label in lines.keys() - set(shown):
             line = lines[label]
             ax.plot(line["step"], line["update_ratio"], color=_PALE, linewidth=0.5, alpha=0.5)
-    for label, style in zip(reversed(shown), _STYLES, strict=False):
+    for label, style in zip(reversed(shown), STYLES, strict=False):
         ax.plot(lines[label]["step"], lines[label]["update_ratio"], label=label, **style)
     ink = ax.xaxis.label.get_color()  # light on a dark background
     ax.axhline(1e-3, color=ink, linestyle=(0, (1, 2)), zorder=3, label="1e-3, the guide")
     ax.set_yscale("log", nonpositive="clip")
     _annotate(np.array([ax], dtype=object), _STEPS, _RATIO)
-    ax.legend(*ax.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    handles = {short(label): line for line, label in _legend(ax)}
+    legend(ax, handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
@@ -220,8 +223,8 @@ def heatmap(
         ImportError: Matplotlib is not installed.
         ValueError: the frame is empty, has several runs, or has no such parameter or column.
     """
+    frame = _only(frame, value)
     panels = _panels(frame, parameters)
-    _column(frame, value)
     names = frame["run"].unique().tolist() if "run" in frame else []
     if len(names) > 1:
         raise ValueError(
@@ -242,11 +245,11 @@ def heatmap(
     )
     ax = _single(ax, (8.0, min(1.6 + 0.18 * len(rows), 9.0)))
     mesh = _mesh(ax, _edges(steps), np.arange(len(rows) + 1) - 0.5, cells, _scale(cells))
-    ax.figure.colorbar(mesh, ax=ax, label=_unit(value))
+    ax.figure.colorbar(mesh, ax=ax, label=unit(value))
     ax.invert_yaxis()
     picks = _thinned(len(rows), _MAX_LABELS)
     labels = list(rows)
-    ax.set_yticks(picks, [_short(labels[at]) for at in picks], fontsize="small")
+    ax.set_yticks(picks, [short(labels[at]) for at in picks], fontsize="small", parse_math=False)
     ax.set_xlabel(_STEPS)
     return ax
 
@@ -264,11 +267,11 @@ def histograms(
 
     Args:
         table: from ``Probe.histograms`` or ``lrprobe.read(..., table="histograms")``.
-        parameters: which panels, as for ``rate``.
-        axes: where to draw, as for ``rate``.
+        parameters: which, as ``rate`` chooses panels; each has one for each run and optimizer.
+        axes: as many as there are panels, in any shape. By default a new figure.
 
     Returns:
-        The axes, one for each panel, in a one-dimensional array.
+        The axes of the panels, in a one-dimensional array.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -295,7 +298,7 @@ def histograms(
     for ax, (title, line), shares in zip(drawn, panels.items(), cells, strict=True):
         mesh = _mesh(ax, _edges(line["step"].to_numpy()), grid, shares, scale)
         ax.set_yscale("log")
-        ax.set_title(title)
+        _entitle(ax, title)
     ax.figure.colorbar(mesh, ax=list(drawn), label="share of the elements")
     _annotate(drawn, _STEPS, _RATE)
     return drawn
@@ -331,13 +334,13 @@ def traces(
     drawn = _axes(2 * len(panels), axes, columns=2, share_y="col").reshape(-1, 2)
     keys = [*_line_keys(table), "element"]
     for pair, (title, rows) in zip(drawn, panels.items(), strict=True):
-        for (_, line), style in zip(rows.groupby(keys, sort=False), cycle(_STYLES), strict=False):
+        for (_, line), style in zip(rows.groupby(keys, sort=False), cycle(STYLES), strict=False):
             for ax, column in zip(pair, ("effective_lr", "update"), strict=True):
                 ax.plot(line["step"], line[column], **style, linewidth=0.8, alpha=0.8)
         if (rows["effective_lr"] > 0).any():
             pair[0].set_yscale("log", nonpositive="clip")
         for ax in pair:
-            ax.set_title(title)
+            _entitle(ax, title)
             ax.autoscale_view()  # to the limits of the scale it has now
     _annotate(drawn[:, 0], _STEPS, _RATE)
     _annotate(drawn[:, 1], _STEPS, "update Δθ\n(units of the parameter)")
@@ -355,12 +358,11 @@ def _over_steps(
     *,
     band: bool,
 ) -> AxesArray:
+    frame = _only(frame, value, *(("effective_lr_p05", "effective_lr_p95") if band else ()))
     panels = _panels(frame, parameters)
-    if not band:
-        _column(frame, value)
     drawn = _axes(_not_too_many(panels, parameters, axes), axes)
     keys = _line_keys(frame)
-    styles = dict(zip((label for label, _ in _lines(frame, keys)), cycle(_STYLES), strict=False))
+    styles = dict(zip((label for label, _ in _lines(frame, keys)), cycle(STYLES), strict=False))
     for ax, (title, rows) in zip(drawn, panels.items(), strict=True):
         for label, line in _lines(rows, keys):
             if band:
@@ -371,9 +373,9 @@ def _over_steps(
         shown = rows["effective_lr_p95" if band else value]
         if (shown > 0).any() and not (shown < 0).any() and value not in _SHARES:
             ax.set_yscale("log", nonpositive="clip")
-        ax.set_title(title)
+        _entitle(ax, title)
         ax.autoscale_view()  # to the limits of the scale it has now
-    _annotate(drawn, _STEPS, _unit(value))
+    _annotate(drawn, _STEPS, unit(value))
     return drawn
 
 
@@ -431,7 +433,7 @@ def _rebin(edges: Any, counts: Any, grid: NDArray[np.float64]) -> NDArray[np.flo
     return np.diff(np.interp(np.log(grid), at, share, left=0.0, right=1.0))
 
 
-def _unit(column: str) -> str:
+def unit(column: str) -> str:
     """What an axis of this column says."""
     if column.startswith("effective_lr"):
         kind = column.removeprefix("effective_lr_")
@@ -439,10 +441,21 @@ def _unit(column: str) -> str:
     return _UNITS.get(column, column.replace("_fraction", ": share of the elements"))
 
 
-def _column(frame: pd.DataFrame, name: str) -> None:
-    numbers = frame.select_dtypes("number").columns
-    if name not in numbers:
-        raise ValueError(f"no figures {name!r} in the frame: there are {', '.join(numbers)}")
+def _only(frame: pd.DataFrame, *figures: str) -> pd.DataFrame:
+    """The columns that are drawn, and those that tell rows apart: each panel is a copy of them."""
+    _need_rows(frame)
+    numbers = [name for name, kind in frame.dtypes.items() if kind.kind in "iuf"]
+    for name in figures:
+        if name not in numbers:
+            there = ", ".join(map(str, numbers))
+            raise ValueError(f"no figures {name!r} in the frame: there are {there}")
+    keys = [key for key in ("step", *_LINES, *_PANELS) if key in frame]
+    return frame[list(dict.fromkeys((*keys, *figures)))]
+
+
+def _need_rows(frame: pd.DataFrame) -> None:
+    if len(frame) == 0:
+        raise ValueError("the frame has no rows: no step was recorded yet, or all were filtered")
 
 
 def _need(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
@@ -450,9 +463,25 @@ def _need(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
         raise ValueError(f"the table has no {missing[0]!r}; one from {source} has")
 
 
-def _short(name: str, most: int = 40) -> str:
+def short(name: str, most: int = 40) -> str:
     """A name that leaves room for the picture."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+# In a name a "$" is no formula, and may be none that Matplotlib could parse.
+
+
+def _entitle(ax: Axes, name: str) -> None:
+    """Put a name above its panel, in letters that leave room for the neighbours' names."""
+    size = "large" if len(name) <= 30 else "small"
+    ax.set_title(short(name), fontsize=size, parse_math=False)
+
+
+def legend(ax: Axes, handles: Mapping[str, Any], **options: Any) -> None:
+    """Draw a legend, label by label; Matplotlib's options say where."""
+    legend = ax.legend(handles.values(), handles.keys(), **options)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _not_too_many(panels: Mapping[str, Any], parameters: object, axes: object) -> int:
@@ -472,9 +501,8 @@ def _panels(
     frame: pd.DataFrame, wanted: str | Sequence[str | int] | None
 ) -> dict[str, pd.DataFrame]:
     """The rows of each panel, by its title."""
-    if len(frame) == 0:
-        raise ValueError("the frame has no rows: no step was recorded yet, or all were filtered")
-    key = next((k for k in ("parameter", "module", "group") if k in frame), None)
+    _need_rows(frame)
+    key = next((k for k in _PANELS if k in frame), None)
     if key is None:
         return {"model": frame}
     rows = dict(iter(frame.groupby(key, sort=False)))
@@ -496,7 +524,7 @@ def _line_keys(frame: pd.DataFrame) -> list[str]:
     """The columns that tell the lines of a panel apart."""
     keys: list[str] = []
     lines = 1
-    for key in ("run", "optimizer", "attempt"):
+    for key in _LINES:
         if key in frame and len(frame[[*keys, key]].drop_duplicates()) > lines:
             keys.append(key)
             lines = len(frame[keys].drop_duplicates())
@@ -570,11 +598,11 @@ def _annotate(axes: AxesArray, x: str, y: str) -> None:
         if ax.yaxis.get_tick_params().get("labelleft", True):
             ax.set_ylabel(y)
         ax.grid(visible=True, alpha=0.3)
-    handles = {_short(label): line for ax in axes for line, label in _legend(ax)}
+    handles = {short(label): line for ax in axes for line, label in _legend(ax)}
     if len(handles) > 1:
         points = sum(len(line.get_xdata()) for line in axes[0].lines)
         where = "best" if points < 10_000 else "upper right"  # searching takes Matplotlib long
-        axes[0].legend(handles.values(), handles.keys(), loc=where, fontsize="small")
+        legend(axes[0], handles, loc=where, fontsize="small")
 
 
 def _legend(ax: Axes) -> Iterator[tuple[Any, str]]:

@@ -6,6 +6,7 @@ step hook → rule (reconstruct) → summary → record → sinks
 from __future__ import annotations
 
 import atexit
+import itertools
 import platform
 import threading
 import weakref
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lrprobe.arguments import Every, Filter, Options, Step, check_counts
 from lrprobe.delivery import Delivery
@@ -102,6 +104,7 @@ def attach(
         for name, each in optimizers.items()
     ]
     _close_older(places)
+    optimizers = _apart(optimizers, shared)
     sinks, owned = open_sinks(found)
     memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
     if memory is None:
@@ -301,6 +304,22 @@ def _at_exit() -> None:
     """Pass on what is still on its way from a device, before the delivery ends."""
     for probe in list(_open_probes):
         probe.collect(wait=True)
+
+
+def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[str, Optimizer]:
+    """Names that no other probe's optimizer has in a sink that both write to."""
+    sinks = {id(sink) for sink in shared if sink is not None}
+    others = [p for p in list(_open_probes) if sinks & set(map(id, p._delivery.sinks))]  # noqa: SLF001 - of this module
+    taken = {hooks.name for probe in others for hooks in probe.hooks}
+    result: dict[str, Optimizer] = {}
+    for name, optimizer in optimizers.items():
+        unique = next(
+            each
+            for each in itertools.chain([name], (f"{name}#{n}" for n in itertools.count(1)))
+            if each not in taken and each not in result
+        )
+        result[unique] = optimizer
+    return result
 
 
 def _close_older(places: Sequence[str]) -> None:

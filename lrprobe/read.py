@@ -54,7 +54,9 @@ def read(
 
     Args:
         paths: one or several. With several, a first column ``run`` names the folder (without
-            ``.parquet``; with as much of its path as tells it from the others).
+            ``.parquet``; with as much of its path as tells it from the others). Where a logdir is
+            read beside a dataset, what it does not have is NaN, and ``numel`` and ``nonfinite``
+            are float64.
         table: ``"frame"``, ``"elements"`` or ``"histograms"``; a logdir has the first only.
         by: ``"parameter"``, ``"module"``, ``"group"`` or ``"model"``, for ``"frame"``.
         attempts: ``"last"`` gives each step once: per optimizer, an attempt to continue a run
@@ -98,13 +100,19 @@ def read(
         return frames[0]
     for frame, run in zip(frames, _run_names([Path(path) for path in paths]), strict=True):
         frame.insert(0, "run", pd.Series(run, index=frame.index, dtype="str"))
-    return pd.concat(frames, ignore_index=True)
+    frame = pd.concat(frames, ignore_index=True)
+    if "stepped" in frame and frame["stepped"].dtype != bool:  # a logdir beside a dataset
+        # Of what did not step, a logdir has the gradient at most.
+        moved = frame["update_norm"].notna() if by in {"parameter", "module"} else True
+        told = frame["stepped"].notna()
+        frame["stepped"] = frame["stepped"].where(told, moved).astype(bool)
+    return frame
 
 
 def _run_names(paths: list[Path]) -> list[str]:
     """The shortest end of each path that no other path has; the same path twice is numbered."""
     whole = [path.resolve() for path in paths]
-    whole = [path.with_name(path.name.removesuffix(".parquet")) for path in whole]
+    whole = [path.parent / path.name.removesuffix(".parquet") for path in whole]
     names = dict.fromkeys(whole, "")
     for path in names:
         for depth in range(1, len(path.parts) + 1):

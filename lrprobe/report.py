@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import os
 import time
 import warnings
@@ -21,6 +22,7 @@ import numpy as np
 from lrprobe.diagnosis import Finding, Findings, diagnose, matrices
 from lrprobe.runs import Runs, load
 from lrprobe.series import latest, series_of
+from lrprobe.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +86,8 @@ def write(to: str | os.PathLike[str], *paths: str | os.PathLike[str]) -> Finding
     """
     if find_spec("matplotlib") is None:
         raise ImportError("a report needs Matplotlib: pip install 'lrprobe[plot]'")
+    if not Path(to).parent.is_dir():  # before minutes of work
+        raise FileNotFoundError(f"the folder of {os.fspath(to)!r} does not exist")
     runs = load(*paths)
     page, found = render(runs)
     Path(to).write_text(page, encoding="utf-8")
@@ -99,7 +103,7 @@ def render(runs: Runs) -> tuple[str, Findings]:
         )
     found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
     frame = latest(runs.frame)
-    drawn = plain_names(thinned(frame, _STEPS))
+    drawn = thinned(frame, _STEPS)
     pictures = "".join(_figure(*picture) for picture in _pictures(drawn, found))
     title = "lrprobe: " + ", ".join(runs.names[:4]) + (", …" if len(runs.names) > 4 else "")
     page = _PAGE.format(
@@ -130,13 +134,6 @@ def thinned(frame: pd.DataFrame, most: int) -> pd.DataFrame:
             steps = steps[np.linspace(0, len(steps) - 1, most).round().astype(np.int64)]
         keep |= rows & np.isin(step, steps)
     return frame if keep.all() else frame[keep].reset_index(drop=True)
-
-
-def plain_names(frame: pd.DataFrame) -> pd.DataFrame:
-    """With names that Matplotlib writes as they are, where it would find a formula in them."""
-    names = [key for key in ("run", "optimizer", "parameter", "module") if key in frame]
-    plain = {key: frame[key].astype("str").str.replace("$", r"\$", regex=False) for key in names}
-    return frame.assign(**plain)
 
 
 # --- Sections ---------------------------------------------------------------------------------
@@ -183,15 +180,15 @@ def _findings(found: Findings) -> str:
 
 def _card(same: Sequence[Finding]) -> str:
     head = same[0]
-    where = " of ".join(word for word in (head.optimizer, head.run) if word)
+    where = " of ".join(shown(word) for word in (head.optimizer, head.run) if word)
     items = "".join(
-        f"<li><code>{html.escape(each.parameter)}</code>, {html.escape(str(each.steps))}: "
+        f"<li>{_code(each.parameter)}, {html.escape(str(each.steps))}: "
         f"{html.escape(each.evidence)}</li>"
         for each in same[:_SHOWN]
     )
     if len(same) > _SHOWN:
         names = "".join(
-            f"<li><code>{html.escape(each.parameter)}</code>: {html.escape(each.evidence)}</li>"
+            f"<li>{_code(each.parameter)}: {html.escape(each.evidence)}</li>"
             for each in same[_SHOWN:]
         )
         items += (
@@ -207,14 +204,18 @@ def _card(same: Sequence[Finding]) -> str:
     )
 
 
+def _code(name: str) -> str:
+    return f"<code>{html.escape(shown(name))}</code>"
+
+
 def _table(frame: pd.DataFrame) -> str:
     """The last recorded step of each parameter."""
     keys = [k for k in ("run", "optimizer", "parameter", "module", "group") if k in frame]
     rows = frame[~frame.duplicated(keys, keep="last")]
-    shown = [column for column in _COLUMNS if column in rows]
+    present = [column for column in _COLUMNS if column in rows]
     note = f"<p>The first {_ROWS:,} of {len(rows):,} rows.</p>" if len(rows) > _ROWS else ""
-    head = "".join(f"<th>{_COLUMNS[column]}</th>" for column in shown)
-    columns = [[_cell(v) for v in rows[column].iloc[:_ROWS].tolist()] for column in shown]
+    head = "".join(f"<th>{_COLUMNS[column]}</th>" for column in present)
+    columns = [[_cell(v) for v in rows[column].iloc[:_ROWS].tolist()] for column in present]
     body = "".join("<tr>" + "".join(cells) + "</tr>" for cells in zip(*columns, strict=True))
     return (
         f"{note}<div class=wide><table class=figures><thead><tr>{head}</tr></thead>"
@@ -224,7 +225,7 @@ def _table(frame: pd.DataFrame) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, str):
-        return f"<td>{html.escape(value)}</td>"
+        return f"<td>{html.escape(shown(value))}</td>"
     if value is None or value != value:  # noqa: PLR0124 - NaN
         return "<td class=n></td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
@@ -289,7 +290,7 @@ def _layers(frame: pd.DataFrame, found: Findings) -> list[Any]:
     names = _names(frame)
     if len(names) <= _PANELS // 2:
         return names
-    grave = {each.parameter.replace("$", r"\$") for each in found.findings}
+    grave = {each.parameter for each in found.findings}
     large = {
         name
         for series in series_of(frame)
@@ -309,9 +310,12 @@ def _lr(frame: pd.DataFrame) -> Any:
     """The lr of each group over the steps, one line for each that differs."""
     from matplotlib import pyplot as plt
 
+    import lrprobe.plot as draw
+
     figure, ax = plt.subplots(figsize=(8.0, 3.2), layout="constrained")
     keys = [key for key in ("run", "optimizer", "group") if key in frame]
     lines = frame.drop_duplicates([*keys, "step"])
+    styles = itertools.cycle(draw.STYLES)
     seen: dict[bytes, list[str]] = {}
     drawn: dict[bytes, Any] = {}
     for values, line in lines.groupby(keys, sort=False):
@@ -322,17 +326,18 @@ def _lr(frame: pd.DataFrame) -> Any:
         same = rate.tobytes() + line["step"].to_numpy().tobytes()
         seen.setdefault(same, []).append(", ".join(words))
         if same not in drawn:
-            (drawn[same],) = ax.plot(line["step"], rate)
+            (drawn[same],) = ax.plot(line["step"], rate, **next(styles))
     for same, line in drawn.items():
         more = f" and {len(seen[same]) - 1} more" if len(seen[same]) > 1 else ""
         line.set_label(seen[same][0] + more)
     ax.set_xlabel("optimizer step")
-    ax.set_ylabel("lr of the group")
+    ax.set_ylabel(draw.unit("lr"))
     if (frame["lr"] > 0).any():
         ax.set_yscale("log", nonpositive="clip")
     ax.grid(visible=True, alpha=0.3)
     if len(drawn) <= 12:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+        handles = {draw.short(line.get_label()): line for line in drawn.values()}
+        draw.legend(ax, handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     return figure
 
 
@@ -346,7 +351,7 @@ def _png(draw: Callable[[], Any]) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in any script
         figure = draw()
         try:
-            figure.savefig(buffer, format="png", dpi=110, transparent=True, bbox_inches="tight")
+            figure.savefig(buffer, format="png", dpi=110, transparent=True)
         finally:
             plt.close(figure)
     return buffer.getvalue()
@@ -368,7 +373,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --back: #0e1116; --ink: #e6e9ee; --soft: #9aa4b0; --line: #30363d; --card: #171b21;
     --grave: #ff8c7f; --note: #79b8ff }
-  figure img { filter: invert(1) hue-rotate(180deg) }
+  figure img { filter: invert(1) hue-rotate(180deg) brightness(1.35) }
   figure.colours img { filter: none; background: #fff; padding: .5rem; border-radius: 4px }
 }
 body { background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;

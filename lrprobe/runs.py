@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrprobe.read import _run_names, read
 from lrprobe.record import Level
+from lrprobe.series import latest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,9 @@ COLUMNS = (
 )
 """What findings and reports ask for."""
 
+_LAST_PARTS = 4
+"""Parts of a dataset in which the newest step of an optimizer is looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
@@ -54,7 +58,7 @@ class Runs:
         frame: rows of every attempt; with a column ``run`` where there are several.
         names: of the runs, in order; the path's own where there is one.
         level: what a row stands for: ``"parameter"``, or ``"module"`` where a logdir has no more.
-        hyperparameters: per optimizer, where all runs agree.
+        hyperparameters: per optimizer, where all its groups in all runs agree.
     """
 
     frame: pd.DataFrame
@@ -100,27 +104,52 @@ def load(*paths: str | os.PathLike[str]) -> Runs:
 def _columns_of(path: Path) -> pd.DataFrame | None:
     """The columns that findings and reports ask for, of every attempt, names as categories.
 
-    Four times as fast as ``read``, which matters for five million rows. None where it is no
-    dataset, or where something in it is broken: ``read`` then says what.
+    Four times as fast as ``read``, in a third of the memory, which matters for five million rows:
+    every column is filled part by part. None where it is no dataset, or where something in it is
+    broken: ``read`` then says what.
     """
+    import numpy as np
+    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from lrprobe.sinks.memory import SCHEMAS
     from lrprobe.sinks.parquet import inspect_part, part_files
 
     if not path.is_dir() or not is_dataset(path):
         return None
-    tables = []
+    schema = SCHEMAS["parameter"]
+    codes: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
     try:
-        for part in part_files(path):
+        parts = part_files(path)
+        for part in parts:
             inspect_part(part)
+        ends = np.cumsum([pq.read_metadata(part).num_rows for part in parts]).tolist()
+        columns: dict[str, Any] = {
+            name: np.empty(
+                ends[-1], np.int32 if name in codes else schema.field(name).type.to_pandas_dtype()
+            )
+            for name in COLUMNS
+        }
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            # Arrow's threads share out the columns of one part, which is too small for that.
             with pq.ParquetFile(part, read_dictionary=list(_NAMES)) as file:
-                tables.append(file.read(columns=list(COLUMNS)).select(list(COLUMNS)))
-        whole = pa.concat_tables(tables).unify_dictionaries()
+                table = file.read(columns=list(COLUMNS), use_threads=False)
+            for name, column in columns.items():
+                # The last part of a live run may have grown meanwhile, at its end.
+                values: Any = table.column(name).combine_chunks()[: end - start]
+                if name in codes:
+                    known = codes[name]
+                    text = values.dictionary.to_pylist()
+                    code = np.array([known.setdefault(each, len(known)) for each in text], int)
+                    column[start:end] = code[values.indices.to_numpy()]
+                else:
+                    column[start:end] = values.to_numpy(zero_copy_only=False)
     except (pa.ArrowException, ValueError, KeyError, OSError):
         return None
-    frame: pd.DataFrame = whole.replace_schema_metadata().to_pandas()
-    return frame
+    for name, known in codes.items():
+        columns[name] = pd.Categorical.from_codes(columns[name], categories=pd.Index(list(known)))
+    return pd.DataFrame(columns, copy=False)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -164,7 +193,12 @@ def _hyperparameters(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
             except (ValueError, OSError):
                 continue  # reading has warned of it
             for name, about in optimizers.items():
-                options = dict(about["groups"][0]) if about["groups"] else {}
+                groups = about["groups"] or [{}]
+                options = {
+                    key: value
+                    for key, value in groups[0].items()
+                    if all(group.get(key) == value for group in groups)
+                }
                 known = found.setdefault(name, options)
                 found[name] = {k: v for k, v in known.items() if options.get(k) == v}
     return found
@@ -206,21 +240,29 @@ def newest(path: Path, by: Level) -> pd.DataFrame:
 
 
 def _last_parts(path: Path, by: Level) -> pd.DataFrame | None:
-    """The last part of a dataset with rows; None where it has to be read as a whole."""
+    """The last parts of a dataset with rows; None where it has to be read as a whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from lrprobe.sinks.memory import to_pandas
-    from lrprobe.sinks.parquet import FOLDERS, part_files
+    from lrprobe.sinks.parquet import FOLDERS, inspect_part, part_files
 
+    tables: list[pa.Table] = []
+    missing: set[str] = set()
     for part in reversed(part_files(path)):
         try:
             with pq.ParquetFile(path / FOLDERS[by] / part.name) as file:
                 table = file.read()
+            if not len(table):
+                continue
+            if not tables:
+                missing = set(inspect_part(part).run.get("optimizers", ()))
         except FileNotFoundError:
             continue
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, ValueError, OSError):
             return None
-        if len(table):
-            return to_pandas(table.replace_schema_metadata())
-    return None
+        tables.insert(0, table.replace_schema_metadata())
+        missing -= set(table.column("optimizer").to_pylist())
+        if not missing or len(tables) == _LAST_PARTS:
+            break
+    return latest(to_pandas(pa.concat_tables(tables))) if tables else None

@@ -13,6 +13,13 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def shown(name: str, most: int = 120) -> str:
+    """A name for a screen: shortened, and without what would move a terminal's cursor."""
+    if len(name) > most:
+        name = f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
 def warn(message: str) -> None:
     """Warn, pointing at the first line up the stack that is neither lrprobe's nor torch's."""
     level, frame = 2, inspect.currentframe()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,35 +14,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from short_runs import record
 from torch import nn
 
 import lrprobe
 from lrprobe.cli import main
+from lrprobe.sinks import Parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = [sys.executable, "-m", "lrprobe"]
-
-
-def record(to: Path, *, eps: float = 1e-8, steps: int = 30) -> Path:
-    """A short run into a dataset or a logdir."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    adam = torch.optim.Adam(model.parameters(), eps=eps)
-    with lrprobe.attach(adam, model, to=str(to), every=10):
-        for _ in range(steps):
-            adam.zero_grad()
-            model(torch.randn(8, 4)).square().mean().backward()
-            adam.step()
-    return to
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a fault, one without, and a logdir."""
     folder = tmp_path_factory.mktemp("runs")
-    record(folder / "faulty.parquet", eps=1e3)
-    record(folder / "sound.parquet")
-    record(folder / "logdir")
+    record(folder / "faulty.parquet", every=10, eps=1e3)
+    record(folder / "sound.parquet", every=10)
+    record(folder / "logdir", every=10)
     return folder
 
 
@@ -71,8 +61,9 @@ def test_diagnose_for_programs(folder: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("command", ["diagnose", "report", "show"])
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("missing.parquet", "does not exist"), ("empty", "holds nothing"), ("text", "is a file")],
-)
+    [("missing.parquet", "does not exist"), ("empty", "holds nothing"), ("text", "is a file"),
+     ("/", "holds")],
+)  # fmt: skip
 def test_a_wrong_path_is_a_clear_error(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -148,7 +139,7 @@ def test_show_prints_one_line_a_layer(
     assert columns.split()[0] == by
     assert [line.split()[0] for line in lines] == names
     frame = lrprobe.read(folder / "sound.parquet", by=by).iloc[-1]
-    assert lines[-1].split()[1:4] == [f"{frame[f'effective_lr_{q}']:.3g}" for q in
+    assert lines[-1].split()[-5:-2] == [f"{frame[f'effective_lr_{q}']:.3g}" for q in
                                       ("p50", "p05", "p95")]  # fmt: skip
 
 
@@ -161,14 +152,138 @@ def test_show_chooses_names_and_reads_logdirs(
     assert [line.split()[0] for line in lines[2:]] == ["2.weight", "2.bias"]
 
 
+@pytest.mark.parametrize(("by", "column"), [("group", "lr"), ("model", "check error")])
+def test_show_has_what_a_logdir_has(
+    folder: Path, capsys: pytest.CaptureFixture[str], by: str, column: str
+) -> None:
+    """By group the rates, by model the error of the check."""
+    assert main(["show", str(folder / "logdir"), "--by", by]) == 0
+    _, head, line = capsys.readouterr().out.splitlines()
+    assert head.split(maxsplit=1) == [by, column]
+    assert len(head) == len(line)
+
+
+def test_show_aligns_its_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each figure ends where its heading does, though the names here are shorter than theirs."""
+    assert main(["show", str(folder / "sound.parquet")]) == 0
+    _, head, *lines = capsys.readouterr().out.splitlines()
+    for line in lines:
+        assert [match.end() for match in re.finditer(r"\S+(?= |$)", line)][1:3] == [
+            head.index(name) + len(name) for name in ("rate p50", "p05")
+        ]
+
+
+def test_show_tells_the_rates_of_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside each layer, where they differ."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = [{"params": layer.parameters(), "lr": 0.1 * (1 + i)} for i, layer in enumerate(model)]
+    sgd = torch.optim.SGD(groups)
+    with lrprobe.attach(sgd, model, to=tmp_path / "a.parquet"):
+        model(torch.ones(1, 2)).sum().backward()
+        sgd.step()
+    assert main(["show", str(tmp_path / "a.parquet")]) == 0
+    top, _, *lines = capsys.readouterr().out.splitlines()
+    assert top.endswith("lr 0.1, 0.2")
+    assert [line.split()[:2] for line in lines] == [["0", "0.1"], ["1", "0.2"]]
+
+
+def test_show_has_the_newest_attempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the last step of one that was given up, and every optimizer, also in other parts."""
+    model = nn.Linear(2, 2)
+    one, two = (torch.optim.SGD([p], lr=0.1) for p in model.parameters())
+    sink = Parquet(tmp_path / "a.parquet")
+    with lrprobe.attach({"one": one, "two": two}, model, every=1, to=sink) as probe:
+        state = probe.state_dict()
+        model(torch.ones(1, 2)).sum().backward()
+        for _ in range(5):
+            one.step()
+        two.step()
+        probe.load_state_dict(state)
+        one.step()
+        two.step()
+        probe.flush()
+        two.param_groups[0]["weight_decay"] = 0.5  # a new part
+        two.step()
+    sink.close()
+    assert main(["show", str(tmp_path / "a.parquet")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"one  step 1\b", printed)
+    assert re.search(r"two  step 2\b", printed)
+
+
+def test_a_reader_that_leaves_is_no_error(folder: Path) -> None:
+    """As `head` does, also while a run is followed."""
+    call = [*CALL, "show", str(folder / "sound.parquet"), "--follow", "--interval", "0.1"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()
+        os.utime(next((folder / "sound.parquet").glob("*.parquet")))  # something to print
+        assert run.wait(timeout=60) == 0
+        assert run.stderr is not None
+        assert run.stderr.read() == ""
+
+
+def test_any_terminal_will_do(folder: Path) -> None:
+    """What its alphabet does not have is a question mark."""
+    done = subprocess.run(
+        [*CALL, "diagnose", str(folder / "faulty.parquet")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "FINDING ? rules the denominator" in done.stdout
+
+
+class _Escape(nn.Module):
+    """A network whose parameters' names would clear the screen, or fill it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("\033[2J\a", nn.Parameter(torch.ones(4, 2)))
+        self.register_parameter("x" * 10**6, nn.Parameter(torch.ones(4, 2), requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ next(self.parameters())
+
+
+@pytest.mark.parametrize("command", ["show", "diagnose", "report"])
+def test_names_do_nothing_to_a_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """No control character is printed, and no megabyte."""
+    path = record(tmp_path / "a.parquet", _Escape(), eps=1e3)
+    out = ["-o", str(tmp_path / "a.html")] if command == "report" else []
+    by = ["--by", "parameter"] if command == "show" else []
+    assert main([command, str(path), *by, *out]) in {0, 1}
+    printed = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    assert command == "report" or "[2J" in printed
+    assert len(printed) < 10_000
+    if out:
+        assert (tmp_path / "a.html").stat().st_size < 10**6
+
+
+def test_an_interrupted_report_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is success for what goes on until then, and not for what was to be made."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrprobe.report.write", interrupted)
+    assert main(["report", str(folder / "sound.parquet")]) == 130
+
+
 def test_show_follows_a_run(tmp_path: Path) -> None:
     """New steps appear while it runs; Ctrl-C ends it with code 0."""
-    path = record(tmp_path / "live.parquet")
+    path = record(tmp_path / "live.parquet", every=10)
     call = [*CALL, "show", str(path), "--follow", "--interval", "0.1"]
     with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "step 30" in process.stdout.readline()
-        record(path, steps=70)
+        record(path, every=10, steps=70)
         for line in process.stdout:
             if "step 70" in line:
                 break

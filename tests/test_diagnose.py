@@ -134,7 +134,10 @@ USUAL: dict[str, Make] = {
     "Adadelta": lambda m: optim.Adadelta(m.parameters()),
     "Zeiler": lambda m: optim.Adadelta(m.parameters(), rho=0.95, eps=1e-6),
     "RMSprop": lambda m: optim.RMSprop(m.parameters()),
-    "RMSprop-centered": lambda m: optim.RMSprop(m.parameters(), lr=1e-3, centered=True),
+    "RMSprop-centered": lambda m: optim.RMSprop(m.parameters(), centered=True),
+    "RMSprop-momentum": lambda m: optim.RMSprop(
+        m.parameters(), lr=1e-3, centered=True, momentum=0.9
+    ),
     "ASGD": lambda m: optim.ASGD(m.parameters()),
     "Adafactor": lambda m: optim.Adafactor(m.parameters()),
     "Muon": lambda m: optim.Muon([p for p in m.parameters() if p.ndim == 2], lr=0.02),
@@ -164,6 +167,23 @@ def test_each_optimizer_at_its_usual_settings_is_healthy(name: str, seed: int) -
     steps = 20 if name == "LBFGS" else 200
     frame = train(USUAL[name], steps=steps, every=5, seed=seed)
     assert lrprobe.diagnose(frame).findings == ()
+
+
+def test_sparse_gradients_are_healthy() -> None:
+    """SparseAdam on an embedding of the pixels' shades; Adam on the rest."""
+    torch.manual_seed(0)
+    bag, head = nn.EmbeddingBag(64 * 17, 32, sparse=True), nn.Linear(32, 10)
+    optimizers = [optim.SparseAdam(bag.parameters()), optim.Adam(head.parameters())]
+    words = (X * 16).round().long() + 17 * torch.arange(64)
+    with lrprobe.attach(optimizers, nn.Sequential(bag, head), every=5) as probe:
+        for _ in range(200):
+            at = torch.randint(len(X), (100,))
+            nn.functional.cross_entropy(head(bag(words[at])), Y[at]).backward()
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+    assert set(probe.frame()["rule"]) == {"sparse_adam", "adam"}
+    assert lrprobe.diagnose(probe.frame()).findings == ()
 
 
 @pytest.mark.parametrize("schedule", ["warm-cosine", "steps", "linear-from-0"])
@@ -613,6 +633,13 @@ def test_what_is_no_frame_is_refused(given: Any, error: type[Exception], message
     """With what came and what may."""
     with pytest.raises(error, match=message):
         lrprobe.diagnose(given)
+
+
+def test_what_was_looked_at_is_said_once(healthy: pd.DataFrame) -> None:
+    """Runs of one size are counted, not listed."""
+    runs = [healthy.assign(run=run) for run in "abc"] + [healthy.iloc[:40].assign(run="d")]
+    looked_at = lrprobe.diagnose(pd.concat(runs)).looked_at
+    assert looked_at == "3 times 120 steps × 4 parameters; 10 steps × 4 parameters"
 
 
 def test_a_large_frame_takes_seconds(healthy: pd.DataFrame) -> None:

@@ -118,6 +118,7 @@ def test_rates_of_nothing_and_zero_are_no_error() -> None:
         (frame_of(["weight"]).iloc[:0], {}, "no rows"),
         (frame_of(["weight"]), {"parameters": "x"}, "no parameter matches 'x': there are 'weight'"),
         (frame_of(["weight"]), {"parameters": ["x"]}, "no parameter matches 'x'"),
+        (frame_of(["weight"])[["step", "parameter"]], {}, "no figures 'effective_lr_p50'"),
         (frame_of(["weight"]), {"axes": []}, "1 panels need as many axes; 0 were given"),
         (frame_of([str(i) for i in range(25)]), {}, "25 panels are too many"),
     ],
@@ -128,6 +129,57 @@ def test_bad_input_says_what_came_and_what_may(
     """A ValueError at the call."""
     with pytest.raises(ValueError, match=message):
         lrprobe.plot.rate(frame, **options)
+
+
+def elements_of(parameters: list[str]) -> pd.DataFrame:
+    """Ten tracked elements of each."""
+    frames = [frame_of(parameters).assign(element=e, effective_lr=10.0**-e) for e in range(10)]
+    return pd.concat(frames).assign(update=-1.0)
+
+
+def draw_all(names: list[str]) -> None:
+    """Every picture of some parameters, to the last pixel."""
+    frame = frame_of(names, update_ratio=1e-3)
+    histograms = frame_of(names).assign(edges=[np.array([0.1, 1.0])] * 4 * len(names))
+    histograms["counts"] = [np.array([4])] * len(histograms)
+    few = names[:5]
+    axes = (
+        lrprobe.plot.rate(frame, few)[0],
+        lrprobe.plot.compare(frame, "update_ratio", few)[0],
+        lrprobe.plot.update_ratio(frame),
+        lrprobe.plot.heatmap(frame),
+        lrprobe.plot.histograms(histograms, few)[0],
+        lrprobe.plot.traces(elements_of(names), few)[0, 0],
+    )
+    for ax in axes:
+        ax.figure.canvas.draw()
+        assert ax.bbox.width > 0.2 * ax.figure.bbox.width / max(ax.get_gridspec().ncols, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("block{}.weight", 5),
+        ("block{}.weight", 500),
+        (r"$\frac{}$_", 5),
+        ("x" * 10**6 + "{}", 3),
+        ("x" * 100 + "{}", 500),
+    ],
+    ids=["5", "500", "formula", "megabyte", "500-long"],
+)
+def test_names_leave_room_for_the_picture(name: str, count: int) -> None:
+    """Formulas, a megabyte; an axis has at least a fifth of its share of the width."""
+    draw_all([name.replace("{}", str(at)) for at in range(count)])
+
+
+def test_a_dollar_is_no_formula() -> None:
+    """Where two stand in a name, it is written as it is."""
+    frame = frame_of(["$a$", "$b$"], update_ratio=1e-3)
+    texts = [lrprobe.plot.rate(frame)[0].title]
+    texts += lrprobe.plot.update_ratio(frame).get_legend().get_texts()[:2]
+    texts += lrprobe.plot.heatmap(frame).get_yticklabels()
+    assert [text.get_text() for text in texts] == ["$a$", "$b$", "$a$", "$a$", "$b$"]
+    assert not any(text.get_parse_math() for text in texts)
 
 
 def heat_of(ax) -> tuple[np.ma.MaskedArray, np.ndarray]:
@@ -296,7 +348,9 @@ def test_matplotlib_is_imported_when_something_is_drawn() -> None:
         "assert 'matplotlib' not in sys.modules\n"
         "sys.modules['matplotlib'] = None\n"
         "try:\n"
-        "    lrprobe.plot.rate(pd.DataFrame({'step': [1], 'optimizer': 'Adam'}))\n"
+        "    columns = ['effective_lr_p05', 'effective_lr_p50', 'effective_lr_p95']\n"
+        "    frame = pd.DataFrame({'step': [1], 'optimizer': 'Adam'})\n"
+        "    lrprobe.plot.rate(frame.assign(**dict.fromkeys(columns, 0.1)))\n"
         "except ImportError as error:\n"
         "    print(error)\n"
     )

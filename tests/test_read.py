@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_sinks import NAMES, make_record, parts
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import lrprobe
 from lrprobe.read import read
 from lrprobe.record import LEVELS
 from lrprobe.sinks import parquet
@@ -388,3 +391,28 @@ def test_a_logdir_of_others_is_refused(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"has no events of lrprobe's; allowed is"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["parameter", "group", "model"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_logdir_beside_a_dataset(tmp_path, by, first):
+    """Columns keep their kinds, whichever comes first; what the logdir does not have is NaN."""
+    model = nn.Linear(2, 2)
+    adam = torch.optim.Adam(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    paths = [tmp_path / "a.parquet", tmp_path / "log"]
+    with lrprobe.attach(adam, model, to=paths, every=1):
+        for factor in (1.0, float("inf"), 1.0):
+            adam.zero_grad()
+            scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+            scaler.step(adam)
+            scaler.update()
+    frame = read(*(paths if first else reversed(paths)), by=by)
+    assert {str(kind) for kind in frame.dtypes} <= {"int64", "float64", "bool", "str"}
+    assert frame["stepped"].dtype == bool
+    assert set(frame["run"]) == {"a", "log"}
+    if by == "parameter":
+        right = [(step, step != 2) for step in (1, 2, 3) for _ in range(2)]
+        for _, rows in frame.groupby("run"):
+            assert list(zip(rows["step"], rows["stepped"], strict=True)) == right
+        assert frame.loc[frame["run"] == "log", "rule"].isna().all()

@@ -467,6 +467,28 @@ def test_two_threads_two_probes_one_sink(tmp_path: Path) -> None:
             np.testing.assert_allclose(rows["lr"], lr, rtol=1e-6)
 
 
+def test_optimizers_of_one_name_in_one_sink_are_told_apart(tmp_path: Path) -> None:
+    """The second has `#1` added, also when it is attached anew; alone it has its own name."""
+    memory, disk = sinks.Memory(), sinks.Parquet(tmp_path / "run.parquet")
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    one, two = (torch.optim.SGD([p], lr=0.1 * (i + 1)) for i, p in enumerate(params))
+    for param in params:
+        param.grad = torch.ones(2)
+    with lrprobe.attach(one, to=[memory, disk], every=1):
+        lrprobe.attach(two, to=[memory, disk], every=1)
+        with pytest.warns(UserWarning, match="takes its place"):
+            again = lrprobe.attach(two, to=[memory, disk], every=1)
+        one.step()
+        two.step()
+        again.close()
+    disk.close()
+    for frame in (memory.frame(), lrprobe.read(tmp_path / "run.parquet")):
+        assert frame[["optimizer", "step"]].to_numpy().tolist() == [["SGD", 1], ["SGD#1", 1]]
+        assert frame["lr"].tolist() == [0.1, 0.2]
+    with lrprobe.attach(two, to=memory, every=1) as alone:
+        assert [hooks.name for hooks in alone.hooks] == ["SGD"]
+
+
 def test_a_probe_is_asked_from_another_thread() -> None:
     """`frame()` beside the training, figures arriving late, gives whole steps, each once."""
     done = threading.Event()

@@ -448,6 +448,34 @@ def test_a_rule_does_not_misjudge_8_bit_codes() -> None:
     assert "does not explain the steps of EightBitAdam" in message
 
 
+NEAR_ONE: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=1.0, weight_decay=1.0),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01, weight_decay=0.1),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, weight_decay=0.1),
+    "Adadelta": lambda params: torch.optim.Adadelta(params, weight_decay=1.0),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_ONE)
+@pytest.mark.parametrize("numel", [1000, 20_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_decay_that_takes_all_is_explained(name: str, numel: int, dtype: torch.dtype) -> None:
+    """Where rate times λ is near 1, nothing after the step tells what was before; it is kept."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(numel).to(dtype))
+    optimizer = NEAR_ONE[name]([param])
+    size = torch.logspace(-6, 0, numel)[torch.randperm(numel)]
+    with lrprobe.attach(optimizer, every=1, track=5) as probe:
+        for _ in range(30):
+            param.grad = (torch.randn(numel) * size).to(dtype)
+            optimizer.step()
+    frame = probe.frame()
+    assert frame["rule"].iloc[-1] != "measured"
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    assert frame["reconstruction_error"].max() < limit
+    assert np.isfinite(probe.elements()["update"]).all()
+
+
 def test_the_check_sees_pytorch_191763() -> None:
     """torch's fused SGD that leaves bf16 unmoved becomes measured, with what was seen."""
     param = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
@@ -807,12 +835,17 @@ def test_going_back_within_a_run_supersedes(how: str, disk: str, tmp_path: Any) 
     assert lrprobe.read(path, attempts="all").groupby("step").ngroups == 7
 
 
+def sgd() -> Optimizer:
+    """Of one parameter, with a gradient."""
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    return torch.optim.SGD([param], lr=0.1)
+
+
 def test_going_back_by_one_step(tmp_path: Any) -> None:
     """Where only the last recorded step is taken again, it too is read once."""
-    param = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer = sgd()
     with lrprobe.attach(optimizer, every=1, to=tmp_path / "run.parquet") as probe:
-        param.grad = torch.ones(2)
         optimizer.step()
         state = saved(probe.state_dict())
         optimizer.step()
@@ -825,10 +858,8 @@ def test_going_back_by_one_step(tmp_path: Any) -> None:
 
 def test_loading_without_going_back_is_no_attempt(tmp_path: Any) -> None:
     """A state that is ahead of what was recorded only moves the count on."""
-    param = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer = sgd()
     with lrprobe.attach(optimizer, every=1, to=tmp_path / "run.parquet") as probe:
-        param.grad = torch.ones(2)
         optimizer.step()
         probe.load_state_dict({"steps": {"SGD": 10}})
         optimizer.step()

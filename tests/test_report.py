@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from short_runs import record
 from torch import nn
 
 import lrprobe
@@ -31,25 +32,12 @@ class _Evil(nn.Module):
         return self.layer(x) + (x @ dict(self.named_parameters())[EVIL].T).sum()
 
 
-def record(to: Path, *, eps: float = 1e-8, lr: float = 1e-3, steps: int = 30) -> Path:
-    """A short run into a dataset."""
-    torch.manual_seed(0)
-    model = _Evil()
-    adam = torch.optim.Adam(model.parameters(), lr=lr, eps=eps)
-    with lrprobe.attach(adam, model, every=1, to=str(to)):
-        for _ in range(steps):
-            adam.zero_grad()
-            model(torch.randn(8, 4)).square().mean().backward()
-            adam.step()
-    return to
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs: one with a huge ε, one without a fault."""
     folder = tmp_path_factory.mktemp("runs")
-    record(folder / "faulty.parquet", eps=1e3)
-    record(folder / "sound.parquet")
+    record(folder / "faulty.parquet", _Evil(), eps=1e3)
+    record(folder / "sound.parquet", _Evil())
     return folder
 
 
@@ -148,7 +136,7 @@ def test_runs_are_overlaid_by_the_names_of_their_parameters(
     report.write(folder / "again.html", folder)
     lines, titles = drawn
     assert lines == [["faulty", "sound"]] * 3
-    assert titles == [EVIL.replace("$", r"\$"), "layer.weight", "layer.bias"]
+    assert titles == [EVIL, "layer.weight", "layer.bias"]
 
 
 def test_no_figure_is_left_open(folder: Path) -> None:
@@ -165,6 +153,22 @@ def test_the_table_has_the_last_step(page: str) -> None:
     rows = re.findall(r"<tr>(.*?)</tr>", page[page.index('id="table"') :], re.DOTALL)
     assert len(rows) == 1 + 2 * 3
     assert all("<td class=n>30</td>" in row for row in rows[1:])
+
+
+def test_the_rates_of_groups_are_drawn_like_all_else() -> None:
+    """In colours for any eye, with dashes, with a unit; the legend says which group."""
+    from matplotlib import pyplot as plt
+
+    frame = _FRAMES["both"].assign(group=lambda f: (f["parameter"] == "layer.bias").astype(int))
+    frame.loc[frame["group"] == 1, "lr"] = 0.5
+    figure = report._lr(frame[frame["run"] == "sound"])
+    (ax,) = figure.axes
+    plt.close(figure)
+    styles = [(line.get_color(), line.get_linestyle()) for line in ax.lines]
+    assert styles == [(s["color"], s["linestyle"]) for s in lrprobe.plot.STYLES[:2]]
+    assert "per unit of direction" in ax.get_ylabel()
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["sound, Adam, group 0", "sound, Adam, group 1"]
 
 
 def test_light_and_dark(page: str) -> None:

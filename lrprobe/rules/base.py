@@ -192,7 +192,7 @@ class Slice:
         weight_decay = self.group.get("weight_decay", 0.0)
         if not isinstance(weight_decay, Tensor) and weight_decay == 0:
             return direction
-        before = self._before
+        before = self.before
         if before is None:
             before = (self.param + effective_lr * direction) / (
                 1.0 - decay - effective_lr * (share * weight_decay)
@@ -202,8 +202,8 @@ class Slice:
 
     @property
     def before(self) -> Tensor | None:
-        """The parameter before the step, where it was kept (``inspect_step``)."""
-        return self._before
+        """The parameter before the step, where it was kept (``inspect_step``, the check)."""
+        return None if self._before is None else self._before.to(self.param.dtype)
 
 
 class Whole:

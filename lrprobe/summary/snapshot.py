@@ -307,9 +307,10 @@ def _reconstructed(
     for entry in entries:
         whole_of(entry, group, rule)
     sampled = [_sample_of(e.param) for e in entries]
-    s = Slice(entries, group, take_rows(sampled, torch.float64))
-    update = rule.update(s)
     old = kept.sample(at)
+    # What was kept for the check is at hand for a coupled decay, which else is solved for.
+    s = Slice(entries, group, take_rows(sampled, torch.float64), old)
+    update = rule.update(s)
     new = take_rows(sampled, old.dtype)([e.param for e in entries])
     rows = Rows(at, checks=figures.check_figures(s, update, old, new, old.dtype))
     result = [rows]
@@ -367,9 +368,10 @@ def _tracked(
     for some in by_count.values():
         at = [i for i, _ in some]
         entries = [entry for _, entry in some]
-        s = Slice(entries, group, take_rows(_tracked_at(some, watched), torch.float64))
+        old = torch.stack([kept.tracked[i] for i in at]).double()
+        s = Slice(entries, group, take_rows(_tracked_at(some, watched), torch.float64), old)
         if rule is None:
-            change = s.param - torch.stack([kept.tracked[i] for i in at]).double()
+            change = s.param - old
             rate = figures.measured_rates(change, s.grad)
         else:
             update = rule.update(s)
