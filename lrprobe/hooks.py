@@ -28,6 +28,7 @@ from lrprobe.summary.snapshot import (
     after,
     at_rest,
     before,
+    has_closure,
     resting,
     tolerance,
 )
@@ -112,11 +113,10 @@ class Hooks:
         }
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        closure = any(map(callable, (*args[1:], *kwargs.values())))
         if torch.compiler.is_compiling():
-            _outside_graph(self._before_step, optimizer, closure)
+            _outside_graph(self._before_step, optimizer, args, kwargs)
         else:
-            self._before_step(optimizer, closure)
+            self._before_step(optimizer, args, kwargs)
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -124,7 +124,7 @@ class Hooks:
         else:
             self._after_step(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, closure: bool) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._cuda and self._in_capture():
             return
         if self._depth and not _is_nested(optimizer):
@@ -150,7 +150,7 @@ class Hooks:
             return
         with self._harmless():
             self._refresh(optimizer)
-            self._kept = before(self.watched, optimizer, closure=closure)
+            self._kept = before(self.watched, optimizer, closure=has_closure(args, kwargs))
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self._captured:

@@ -16,7 +16,7 @@ from lrprobe.rules import Rule, Slice, Update, find_rule
 from lrprobe.rules.base import Entry
 from lrprobe.summary.figures import measured_rates, ulp
 from lrprobe.summary.reading import entry_of, positions, precision, real
-from lrprobe.summary.snapshot import tolerance
+from lrprobe.summary.snapshot import has_closure, tolerance
 from lrprobe.summary.stream import whole_of
 from lrprobe.text import listed, warn
 
@@ -114,13 +114,12 @@ class _Watch:
     @torch.no_grad()
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rule = find_rule(type(optimizer))
-        closure = any(map(callable, (*args[1:], *kwargs.values())))
         for group in optimizer.param_groups:
             for param in group["params"]:
                 extra: dict[str, Any] = {}
                 if rule is not None and rule.before is not None:
                     extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
-                grad = param.grad if rule is None and not closure else None
+                grad = param.grad if rule is None and not has_closure(args, kwargs) else None
                 grad = None if grad is None else grad.detach().clone()
                 self._kept[id(param)] = real(param).clone(), extra, grad
 

@@ -162,6 +162,11 @@ def tolerance(dtype: torch.dtype, rule: Rule) -> float:
     return max(rule.tolerance, 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3)
 
 
+def has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``step`` was called with a closure; ``args`` begins with the optimizer."""
+    return any(map(callable, (*args[1:], *kwargs.values())))
+
+
 def before(
     watched: Sequence[Watched], optimizer: torch.optim.Optimizer, *, closure: bool = False
 ) -> Before:
