@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test soak bench docs format clean
+.PHONY: demo test test-integrations soak bench docs format clean
 .DELETE_ON_ERROR:
 
 # One thread: the network is small, and two would mostly wait for each other.
@@ -17,6 +17,10 @@ test: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# With the real packages that lrprobe knows, in an environment of their own.
+test-integrations: .venv-integrations/.made
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS)
 
 # What takes half an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
 soak: .venv/.dev
@@ -37,6 +41,14 @@ format: .venv/.dev
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
+
+# timm only for its optimizers, which need none of what it asks for (torchvision).
+.venv-integrations/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[test,optimizers]' einops
+	.venv-integrations/bin/python -m pip install --quiet --no-deps timm
+	@touch $@
 
 .venv/.demo .venv/.dev .venv/.bench: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,7 +8,11 @@ project_copyright = f"2026, {author}"
 release = version = installed_version("lrprobe")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-exclude_patterns = ["answers_table.md", "zeiler2012_results.md"]  # included by other pages
+exclude_patterns = [  # included by other pages
+    "answers_table.md",
+    "optimizers_table.md",
+    "zeiler2012_results.md",
+]
 
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -28,6 +28,7 @@ from lrprobe.summary.snapshot import (
     after,
     at_rest,
     before,
+    has_closure,
     resting,
     tolerance,
 )
@@ -111,11 +112,11 @@ class Hooks:
             ],
         }
 
-    def _before(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
-            _outside_graph(self._before_step, optimizer)
+            _outside_graph(self._before_step, optimizer, args, kwargs)
         else:
-            self._before_step(optimizer)
+            self._before_step(optimizer, args, kwargs)
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -123,7 +124,7 @@ class Hooks:
         else:
             self._after_step(optimizer)
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._cuda and self._in_capture():
             return
         if self._depth and not _is_nested(optimizer):
@@ -149,7 +150,7 @@ class Hooks:
             return
         with self._harmless():
             self._refresh(optimizer)
-            self._kept = before(self.watched, optimizer)
+            self._kept = before(self.watched, optimizer, closure=has_closure(args, kwargs))
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self._captured:
@@ -264,7 +265,7 @@ class Hooks:
                 param = watched.ref()
                 if watched.rule is None or param is None or math.isnan(error):
                     continue
-                wrong = error > tolerance(param.dtype)
+                wrong = error > tolerance(param.dtype, watched.rule)
                 watched.bad_steps = watched.bad_steps + 1 if wrong else 0
                 if watched.bad_steps >= 2:
                     failed[watched] = f"error {error:.2g} of the step really taken"
@@ -325,7 +326,8 @@ def _steps_taken(optimizer: Optimizer) -> int:
 
 
 def _initial_lr(group: Mapping[str, Any]) -> Any:
-    rate = group.get("initial_lr", group.get("lr", math.nan))
+    rate = group.get("initial_lr", group.get("lr"))
+    rate = math.nan if rate is None else rate  # Transformers' Adafactor finds its own
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
@@ -371,8 +373,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 @_disable_dynamo
-def _outside_graph(function: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
-    function(optimizer)
+def _outside_graph(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
 
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")

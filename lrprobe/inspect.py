@@ -16,7 +16,7 @@ from lrprobe.rules import Rule, Slice, Update, find_rule
 from lrprobe.rules.base import Entry
 from lrprobe.summary.figures import measured_rates, ulp
 from lrprobe.summary.reading import entry_of, positions, precision, real
-from lrprobe.summary.snapshot import tolerance
+from lrprobe.summary.snapshot import has_closure, tolerance
 from lrprobe.summary.stream import whole_of
 from lrprobe.text import listed, warn
 
@@ -109,17 +109,19 @@ class _Watch:
     def __init__(self, names: Mapping[int, str], steps: Steps) -> None:
         self._names = names
         self._steps = steps
-        self._kept: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        self._kept: dict[int, tuple[Tensor, dict[str, Any], Tensor | None]] = {}
 
     @torch.no_grad()
-    def before(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rule = find_rule(type(optimizer))
         for group in optimizer.param_groups:
             for param in group["params"]:
                 extra: dict[str, Any] = {}
                 if rule is not None and rule.before is not None:
                     extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
-                self._kept[id(param)] = real(param).clone(), extra
+                grad = param.grad if rule is None and not has_closure(args, kwargs) else None
+                grad = None if grad is None else grad.detach().clone()
+                self._kept[id(param)] = real(param).clone(), extra, grad
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -132,14 +134,14 @@ class _Watch:
         for index, name, param in name_parameters(optimizer, self._names):
             if param.grad is None or id(param) not in self._kept:
                 continue
-            old, extra = self._kept[id(param)]
-            entry = entry_of(param, optimizer.state.get(param, {}), extra)
+            old, extra, grad = self._kept[id(param)]
+            entry = entry_of(param, optimizer.state.get(param, {}), extra, grad)
             group = optimizer.param_groups[index]
             try:
                 view = _view(entry, group, rule, old, param)
             except Exception:  # noqa: BLE001 - a rule that fails explains nothing
                 view = _view(entry, group, None, old, param, float("inf"))
-            if view.error > tolerance(param.dtype):
+            if rule is not None and view.error > tolerance(param.dtype, rule):
                 unexplained.append(name)
                 view = _view(entry, group, None, old, param, view.error)
             views[name] = view

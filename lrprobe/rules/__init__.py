@@ -8,6 +8,7 @@ from torch import optim
 
 from lrprobe.rules import adafactor, adagrad, adam, muon, sgd
 from lrprobe.rules.base import Rule, Slice, Update, Whole
+from lrprobe.rules.external import external_rule
 
 __all__ = ["Rule", "Slice", "Update", "Whole", "find_rule", "register_rule"]
 
@@ -34,7 +35,8 @@ def find_rule(cls: type) -> Rule | None:
 
     Whether it holds for the child, the check against the real step tells.
     """
-    return next((_RULES[c] for c in cls.__mro__ if c in _RULES), None)
+    found = (_RULES.get(c) or external_rule(c) for c in cls.__mro__)
+    return next((rule for rule in found if rule is not None), None)
 
 
 def register_rule(cls: type, rule: Rule | Callable[[Slice], Update]) -> None:

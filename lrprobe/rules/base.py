@@ -13,7 +13,10 @@ from torch import Tensor
 Scalar: TypeAlias = float | Tensor
 """A number, or a tensor that broadcasts against the elements (0-dim, or one value a row)."""
 
-Take: TypeAlias = "Callable[[Sequence[Tensor | SparseRows]], Tensor]"
+Readable: TypeAlias = "Tensor | SparseRows | Coded"
+"""What is read element by element."""
+
+Take: TypeAlias = "Callable[[Sequence[Readable]], Tensor]"
 """Reads the same elements out of one tensor per parameter."""
 
 
@@ -31,6 +34,8 @@ class Update:
             without ε; None where the rule has none.
         rms_update: the same of past updates (Adadelta's √E[Δx²] before this step).
         eps: the statistic to which ε is added, and ε, on the scale where it is added.
+        grad: the gradient, like ``Slice.grad``, where the optimizer leaves something else in
+            ``p.grad``; None where it does not.
     """
 
     effective_lr: Scalar
@@ -39,6 +44,7 @@ class Update:
     rms_grad: Tensor | None = None
     rms_update: Tensor | None = None
     eps: tuple[Tensor, Scalar] | None = None
+    grad: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +87,48 @@ class SparseRows:
             return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         at = torch.searchsorted(self.rows, rows).clamp_(max=len(self.rows) - 1)
         return at, self.rows[at] == rows
+
+
+class Coded:
+    """A state kept in few bits: blocks of codes with one scale each, decoded where it is read."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        codes: Tensor,
+        scale: Tensor,
+        block: int,
+        table: Tensor | None = None,
+    ) -> None:
+        """Describe it.
+
+        Args:
+            shape: what it stands for has this shape.
+            codes: one of 8 bits for each element in row-major order, or two of 4 bits in one
+                byte, the first in its upper half.
+            scale: of each block of neighbours.
+            block: elements in a block.
+            table: code to value; None where codes are themselves numbers.
+        """
+        self.shape = shape
+        self.codes = codes.reshape(-1)
+        self.scale = scale.reshape(-1)
+        self.table = table
+        self._numel = shape.numel()
+        self._packed = 2 * len(self.codes) == self._numel
+        self._block = block
+
+    def read(self, at: Tensor | None) -> Tensor:
+        """The values at flat positions (all of them for None): (as ``at``), float32."""
+        if at is None:
+            at = torch.arange(self._numel, device=self.codes.device)
+        if self._packed:
+            byte = self.codes[at // 2]
+            codes = torch.where(at % 2 == 0, byte >> 4, byte & 15)
+        else:
+            codes = self.codes[at]
+        values = codes.float() if self.table is None else self.table[codes.int()]
+        return values * self.scale[at // self._block]
 
 
 class Slice:
@@ -143,7 +191,7 @@ class Slice:
             value = values[0]
             return value.detach() if isinstance(value, Tensor) else value
         device = self._entries[0].param.device
-        if not isinstance(values[0], Tensor):
+        if not all(isinstance(value, Tensor) for value in values):
             column = torch.tensor(values, dtype=torch.float64)
         else:
             column = torch.stack([v.detach().reshape(()) for v in values])
@@ -242,6 +290,10 @@ class Rule:
         whole: figures of the whole parameter, computed after the step; read back with
             ``Slice.scalar``, or, where shaped like the parameter, with ``Slice[...]``.
         needs_grad: whether ``effective_lr`` itself depends on the gradient.
+        tolerance: largest error of a step that still counts as explained, for optimizers that
+            round their state after they have used it; 0 for what the parameter's dtype allows.
+        fuse: whether ``attach(compile=True)`` may compile it; not where hyperparameters of the
+            group are counts that change with every step.
     """
 
     name: str
@@ -249,6 +301,8 @@ class Rule:
     before: Before | None = None
     whole: Callable[[Whole], Mapping[str, Scalar]] | None = None
     needs_grad: bool = False
+    tolerance: float = 0.0
+    fuse: bool = True
 
 
 def power(base: Scalar, exponent: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrprobe.rules.base import Entry, Scalar, Slice, SparseRows, Update
 from lrprobe.summary.reading import blocks, precision
@@ -78,6 +79,11 @@ def is_scalar(rate: Scalar, like: Tensor) -> bool:
     return not isinstance(rate, Tensor) or rate.shape != like.shape
 
 
+def gradient(s: Slice, update: Update) -> Tensor:
+    """The gradient of the step, also where the optimizer has overwritten it."""
+    return s.grad if update.grad is None else update.grad
+
+
 def row_figures(
     s: Slice,
     update: Update,
@@ -92,7 +98,7 @@ def row_figures(
         states: the optimizer's state of them, for what is not finite in it.
         log: what gives Σ log of rates in less time than a logarithm: (rows, n) to (rows,).
     """
-    p, g, d = s.param, s.grad, update.direction
+    p, g, d = s.param, gradient(s, update), update.direction
     n = p.shape[1]
     if is_scalar(update.effective_lr, p):
         rate = column(update.effective_lr, p)
@@ -156,6 +162,7 @@ def check_figures(
     old = before.double()
     change = intended(update, s)
     observed = s.param - old
+    grad = gradient(s, update)
     # A decay is a rounding more: of the factor 1 − decay, and of its product with θ.
     roundings = 1.0 if isinstance(update.decay, float) and update.decay == 0 else 1.5
     residual = ((change - observed).abs() - roundings * ulp(old, dtype)).clamp(min=0)
@@ -166,14 +173,14 @@ def check_figures(
             residual.square().sum(1),
             change.square().sum(1),
             observed.square().sum(1),
-            s.grad.square().sum(1),
-            (observed * s.grad).sum(1),
+            grad.square().sum(1),
+            (observed * grad).sum(1),
         ],
         dim=1,
     )
 
 
-def measured_figures(s: Slice, before: Tensor) -> tuple[Tensor, Tensor]:
+def measured_figures(s: Slice, grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """What can be said without a rule: CHECKS, and |Δθ|/|g| where g ≠ 0 (NaN elsewhere)."""
     observed = s.param - before.double()
     nan = torch.full_like(observed[:, 0], torch.nan)
@@ -184,12 +191,12 @@ def measured_figures(s: Slice, before: Tensor) -> tuple[Tensor, Tensor]:
             nan,
             nan,
             observed.square().sum(1),
-            s.grad.square().sum(1),
-            (observed * s.grad).sum(1),
+            grad.square().sum(1),
+            (observed * grad).sum(1),
         ],
         dim=1,
     )
-    return checks, measured_rates(observed, s.grad)
+    return checks, measured_rates(observed, grad)
 
 
 def measured_rates(observed: Tensor, grad: Tensor) -> Tensor:
@@ -229,12 +236,16 @@ def suspicious(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def state_like(entry: Entry) -> Iterator[str]:
-    """Names of the floating state entries that are shaped like the parameter."""
+    """Names of the floating state entries that are shaped like the parameter.
+
+    Those that only look like a tensor (low-bit states) cannot be read as one.
+    """
     for name, value in entry.state.items():
         if (
             isinstance(value, Tensor)
             and value.shape == entry.param.shape
             and value.is_floating_point()
+            and not is_traceable_wrapper_subclass(value)
         ):
             yield name
 

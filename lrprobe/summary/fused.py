@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lrprobe.rules.base import Entry, Rule, Slice, SparseRows
+from lrprobe.rules.base import Entry, Readable, Rule, Slice, SparseRows
 from lrprobe.text import warn
 
 ROWS, COLUMNS = 256, 4096
@@ -88,6 +88,7 @@ def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule) -> Kernel | N
     states = tuple(k for k, t in tensors.items() if t.shape == entry.param.shape)
     if (
         rule.whole is not None
+        or not rule.fuse
         or isinstance(entry.grad, SparseRows)
         or entry.param.dtype == torch.float64
         or len(states) < len([t for t in tensors.values() if t.numel() > 1])
@@ -156,6 +157,7 @@ def _traced(
         s = Slice([Entry(param, grad, state)], {**group, "lr": lr}, _itself)
         u = rule.update(s)
         present["eps"] = None if u.eps is None else u.eps[1]
+        present["grad"] = u.grad
         outputs = {
             "rate": u.effective_lr,
             "direction": u.direction,
@@ -173,7 +175,7 @@ def _traced(
     numbers = [torch.as_tensor(entry.state[name]).detach().clone() for name in scalars]
     inputs = (sample, sample.clone(), rate, [sample.clone() for _ in states], numbers)
     graph = make_fx(update, tracing_mode="fake")(*inputs)
-    if isinstance(present["eps"], Tensor):
+    if isinstance(present["eps"], Tensor) or present["grad"] is not None:
         return None, None, present
     outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
     if _flat(outputs[1]):
@@ -189,7 +191,7 @@ def _inlined(graph: fx.GraphModule) -> int:
     return max(count.values(), default=0)
 
 
-def _itself(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+def _itself(tensors: Sequence[Readable]) -> Tensor:
     return cast("Tensor", tensors[0])
 
 

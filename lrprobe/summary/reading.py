@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import Entry, SparseRows, Take
+from lrprobe.rules.base import Coded, Entry, Readable, SparseRows, Take
 
 WHOLE = 4096
 """Parameters up to this size are read whole, in float64; of larger ones a sample is checked."""
@@ -88,7 +88,7 @@ def blocks(shape: Sequence[int], limit: int = BLOCK) -> Iterator[Block]:
 def is_flat(entry: Entry) -> bool:
     """Whether parameter, gradient and state can be read side by side in memory order."""
     tensors = [entry.param, entry.grad, *_wide(entry.state).values()]
-    return all(
+    return not any(isinstance(value, Coded) for value in entry.state.values()) and all(
         isinstance(t, Tensor) and t.shape == entry.param.shape and t.is_contiguous()
         for t in tensors
     )
@@ -112,7 +112,7 @@ def _wide(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def take_all(dtype: torch.dtype) -> Take:
     """Read the whole of one tensor, which is flat."""
 
-    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+    def take(tensors: Sequence[Readable]) -> Tensor:
         return cast("Tensor", tensors[0]).to(dtype)
 
     return take
@@ -121,10 +121,12 @@ def take_all(dtype: torch.dtype) -> Take:
 def take_block(block: Block, dtype: torch.dtype) -> Take:
     """Read one block of one tensor, flat."""
 
-    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+    def take(tensors: Sequence[Readable]) -> Tensor:
         (tensor,) = tensors
         if isinstance(tensor, SparseRows):
             return _sparse_block(tensor, block).reshape(-1).to(dtype)
+        if isinstance(tensor, Coded):
+            return tensor.read(_flat(block, tensor.shape, tensor.codes.device)).to(dtype)
         return tensor.detach()[block].reshape(-1).to(dtype)
 
     return take
@@ -138,9 +140,9 @@ def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
     """Read flat positions of several tensors, or all of each: (tensors, positions)."""
     whole = all(each is None for each in at)
 
-    def take(tensors: Sequence[Tensor | SparseRows]) -> Tensor:
+    def take(tensors: Sequence[Readable]) -> Tensor:
         if whole and all(
-            type(t) is not SparseRows and t.shape == tensors[0].shape for t in tensors
+            type(t) not in (SparseRows, Coded) and t.shape == tensors[0].shape for t in tensors
         ):
             together = torch.stack(cast("list[Tensor]", list(tensors)))  # no object for each
             return together.reshape(len(tensors), -1).to(dtype)
@@ -151,7 +153,7 @@ def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
     return take
 
 
-def _gathered(tensors: Sequence[Tensor | SparseRows], at: Sequence[Spread]) -> Tensor:
+def _gathered(tensors: Sequence[Readable], at: Sequence[Spread]) -> Tensor:
     """As many positions of each, read into their rows at once."""
     if not all(isinstance(each, Tensor) and each.is_contiguous() for each in tensors):
         return torch.stack(list(map(positions, tensors, at)))
@@ -162,12 +164,14 @@ def _gathered(tensors: Sequence[Tensor | SparseRows], at: Sequence[Spread]) -> T
     return rows
 
 
-def positions(tensor: Tensor | SparseRows, at: Positions) -> Tensor:
+def positions(tensor: Readable, at: Positions) -> Tensor:
     """The elements at flat, row-major positions (all of them for None)."""
     if isinstance(at, Spread):
         if isinstance(tensor, Tensor) and tensor.is_contiguous():
             return at.runs(tensor).index_select(0, at.lines).view(-1)
         at = at.flat()
+    if isinstance(tensor, Coded):
+        return tensor.read(at)
     if isinstance(tensor, SparseRows):
         return _sparse_positions(tensor, at)
     if at is None:
@@ -179,6 +183,16 @@ def positions(tensor: Tensor | SparseRows, at: Positions) -> Tensor:
         coordinates.append(at % size)
         at = at // size
     return tensor[tuple(reversed(coordinates))]
+
+
+def _flat(block: Block, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The flat positions of one of ``blocks``, which are neighbours: (elements,)."""
+    start, stop, inner = 0, 1, math.prod(shape)
+    for index, size in zip(block, shape, strict=False):
+        inner //= size
+        first, last = (index, index + 1) if isinstance(index, int) else (index.start, index.stop)
+        start, stop = start + first * inner, start + last * inner
+    return torch.arange(start, stop, device=device)
 
 
 def _sparse_block(grad: SparseRows, block: Block) -> Tensor:

@@ -73,6 +73,21 @@ class How:
 _PLAIN = How()
 
 
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A gradient as it stood before the step.
+
+    Attributes:
+        sample: its elements where the parameter's are checked.
+        tracked: its tracked elements, or None.
+        figures: ``figures.plain_figures`` of it: (2,), its squared norm and its zeros.
+    """
+
+    sample: Tensor
+    tracked: Tensor | None
+    figures: Tensor
+
+
 @dataclass(slots=True)
 class Before:
     """What is kept from before a step: a sample of each parameter, and a few scalars."""
@@ -81,6 +96,8 @@ class Before:
     """Position of a parameter to a table, which others share, and its row in it."""
     tracked: dict[int, Tensor] = field(default_factory=dict)
     scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
+    grads: dict[int, Gradient] = field(default_factory=dict)
+    """Of parameters without a rule, whose optimizer may overwrite them."""
     errors: dict[int, str] = field(default_factory=dict)
     """Position of a parameter to what its rule raised."""
 
@@ -141,13 +158,20 @@ class Raw:
     some rate is known not to be 0."""
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype, rule: Rule) -> float:
     """Error of a reconstruction above which a rule does not explain the step."""
-    return 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return max(rule.tolerance, 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3)
 
 
-def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Before:
-    """Keep what cannot be told after the step. Gradients may not exist yet (closures)."""
+def has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``step`` was called with a closure; ``args`` begins with the optimizer."""
+    return any(map(callable, (*args[1:], *kwargs.values())))
+
+
+def before(
+    watched: Sequence[Watched], optimizer: torch.optim.Optimizer, *, closure: bool = False
+) -> Before:
+    """Keep what cannot be told after the step; with a closure there is no gradient yet."""
     kept = Before()
     alike: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     for i, w in enumerate(watched):
@@ -169,11 +193,21 @@ def before(watched: Sequence[Watched], optimizer: torch.optim.Optimizer) -> Befo
                 kept.scalars[i] = w.rule.before(local(param).detach(), state, group)
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
                 kept.errors[i] = _cause(error)
+        if w.rule is None and not closure and param.grad is not None and not param.grad.is_sparse:
+            kept.grads[i] = _gradient(real(param.grad), w.tracked)
     for some in alike.values():
         tensors = [flat for _, flat in some]
         table = take_rows([_sample_of(flat) for flat in tensors], tensors[0].dtype)(tensors)
         kept.samples.update((i, (table, row)) for row, (i, _) in enumerate(some))
     return kept
+
+
+def _gradient(grad: Tensor, tracked: Tensor | None) -> Gradient:
+    return Gradient(
+        positions(grad, _sample_of(grad)).clone(),
+        None if tracked is None else positions(grad, tracked.to(grad.device)),
+        torch.stack([figures.square_sum(grad), grad.numel() - torch.count_nonzero(grad)]),
+    )
 
 
 def at_rest(optimizer: torch.optim.Optimizer) -> bool | None:
@@ -205,7 +239,7 @@ def _with_resting(raw: Raw, optimizer: torch.optim.Optimizer, seen: set[int]) ->
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Scalar]:
     return {
-        index: _copied(group.get("lr", torch.nan))
+        index: _copied(torch.nan if group.get("lr") is None else group["lr"])
         for index, group in enumerate(optimizer.param_groups)
     }
 
@@ -254,6 +288,7 @@ def after(
             names,
             isinstance(entry.grad, SparseRows),
             entry.param.dim() if names else 0,
+            i in kept.grads,
         ].append((i, entry))
     for (group_index, rule, *_), batch in batches.items():
         group = optimizer.param_groups[group_index]
@@ -344,10 +379,16 @@ def _measured(
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
     s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
-    checks, rates = figures.measured_figures(s, kept.sample(at))
+    grad = s.grad
+    if known := [kept.grads[i] for i in at if i in kept.grads]:
+        grad = _signed(torch.stack([each.sample for each in known]), group)
+    checks, rates = figures.measured_figures(s, grad, kept.sample(at))
     parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
     for name, values in figures.plain_figures(entries, counts=True).items():
         parts[:, figures.PARTS.index(name)] = values
+    if known:
+        columns = [figures.PARTS.index(name) for name in ("gg", "zeros")]
+        parts[:, columns] = torch.stack([each.figures for each in known])
     rows = Rows(at, parts=parts, checks=checks, rates=rates)
     return [rows, *_tracked(batch, group, None, watched, kept)]
 
@@ -372,14 +413,23 @@ def _tracked(
         s = Slice(entries, group, take_rows(_tracked_at(some, watched), torch.float64), old)
         if rule is None:
             change = s.param - old
-            rate = figures.measured_rates(change, s.grad)
+            grad = s.grad
+            if all(i in kept.grads for i in at):
+                elements = [cast("Tensor", kept.grads[i].tracked) for i in at]
+                grad = _signed(torch.stack(elements), group)
+            rate = figures.measured_rates(change, grad)
         else:
             update = rule.update(s)
             change = figures.intended(update, s)
             rate = figures.scalar(update.effective_lr, s.param).expand(s.param.shape)
-        gradient = -s.grad if group.get("maximize", False) else s.grad
-        result.append(Rows(at, tracked=torch.stack([rate, change, gradient, s.param])))
+            grad = figures.gradient(s, update)
+        # The sign of `maximize` is its own inverse.
+        result.append(Rows(at, tracked=torch.stack([rate, change, _signed(grad, group), s.param])))
     return result
+
+
+def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+    return -grad.double() if group.get("maximize", False) else grad.double()
 
 
 def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from lrprobe.summary.figures import (
     PARTS,
     ROW,
     SHIFT,
+    gradient,
     is_scalar,
     plain_figures,
     row_figures,
@@ -114,7 +115,7 @@ def _estimated(
         numel = numel.to(device, non_blocking=True)
         for name in ADDITIVE:
             parts[:, PARTS.index(name)] *= numel / s.param.shape[1]
-        for name in ("pp", "gg"):
+        for name in ("pp",) if update.grad is not None else ("pp", "gg"):
             parts[:, PARTS.index(name)] = plain[name]
         bad = parts[:, PARTS.index("nonfinite")]
         parts[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
@@ -253,7 +254,7 @@ class Stream:
         self, s: Slice, update: Update, pivot: Scalar, names: Sequence[str]
     ) -> dict[str, Tensor]:
         """The sums and extremes of one block."""
-        p, g, d = s.param, s.grad, update.direction
+        p, g, d = s.param, gradient(s, update), update.direction
         rate: Any = update.effective_lr
         decays = isinstance(update.decay, Tensor) or update.decay != 0
         found = {"dd": self._square(d), "pp": self._square(p), "gg": self._square(g)}
