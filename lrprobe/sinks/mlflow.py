@@ -69,4 +69,5 @@ class MLflow:
 
 
 def _name(name: str) -> str:
-    return clean(name).replace("/", ".")
+    result = clean(name).replace("/", ".")
+    return result if result.strip(".") else "_"  # "." and ".." are folders
