@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from lrprobe.record import LEVELS, Level, Record, frame_columns
 class JSONL:
     """Appends a line of JSON for each row of the frame.
 
-    ``pandas.read_json(path, lines=True)`` gives the frame back. NaN is ``null``, and an infinite
-    figure ``1e999``, which is JSON and read as infinite by Python, pandas and JavaScript.
+    ``pandas.read_json(path, lines=True, precise_float=True)`` gives the figures back. JSON has no
+    NaN and no infinity: both are ``null``, and ``nonfinite`` tells where elements were so.
 
     Args:
         path: of the file, which is made where it is missing, and continued where it is not; half
@@ -95,9 +96,7 @@ class JSONL:
 
 
 def _float(value: float) -> str:
-    if value != value:  # noqa: PLR0124 - NaN alone is not itself
-        return "null"
-    return repr(value) if abs(value) < float("inf") else ("1e999" if value > 0 else "-1e999")
+    return repr(value) if math.isfinite(value) else "null"
 
 
 _JSON: dict[str, Any] = {"float64": _float, "int64": str, "bool": json.dumps, "str": json.dumps}

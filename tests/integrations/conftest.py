@@ -4,15 +4,11 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Warnings of the packages pass, lrprobe's do not."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("error:lrprobe"), append=False)
-            item.add_marker(pytest.mark.filterwarnings("default"), append=False)
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings of the packages pass, from their import on; lrprobe's do not."""
+    config.addinivalue_line("filterwarnings", "default")
+    config.addinivalue_line("filterwarnings", "error:lrprobe")
 
 
 @pytest.fixture(autouse=True)
