@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test soak bench docs format clean
+.PHONY: demo test test-integrations soak bench docs format clean
 .DELETE_ON_ERROR:
 
 # One thread: the network is small, and two would mostly wait for each other.
@@ -17,6 +17,11 @@ test: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# With the real packages of the hosts and trackers, in an environment of their own, which is large;
+# 30 minutes at most, the installation included. The time limit of a test is pytest's `timeout`.
+test-integrations: .venv-integrations/.done
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations --session-timeout=1200
 
 # What takes half an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
 soak: .venv/.dev
@@ -37,6 +42,12 @@ format: .venv/.dev
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
+
+.venv-integrations/.done: pyproject.toml constraints.txt constraints-integrations.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
+		--constraint constraints-integrations.txt --editable '.[integrations]'
+	@touch $@
 
 .venv/.demo .venv/.dev .venv/.bench: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

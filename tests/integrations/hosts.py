@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -66,23 +67,22 @@ def wandb_history(folder: Path) -> list[dict[str, str]]:
     """The rows that offline runs of Weights & Biases in a folder have logged, values as JSON."""
     from wandb.proto import wandb_internal_pb2
 
-    rows = []
-    paths = list(folder.rglob("*.wandb"))
-    assert paths
-    for path in paths:
-        kinds: list[str] = []
-        for _ in range(100):  # finish() may return a moment before all is in the file
-            records = [wandb_internal_pb2.Record.FromString(d) for d in _logged(path.read_bytes())]
-            kinds = [record.WhichOneof("record_type") for record in records]
-            if "exit" in kinds:
-                break
-            time.sleep(0.1)
-        assert "exit" in kinds
-        for record in records:
-            if record.WhichOneof("record_type") == "history":
-                row = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
-                rows.append(row)
-    return rows
+    for _ in range(100):  # finish() may return a moment before all is in the file
+        records = [
+            wandb_internal_pb2.Record.FromString(data)
+            for path in folder.rglob("*.wandb")
+            for data in _logged(path.read_bytes())
+        ]
+        if "exit" in [record.WhichOneof("record_type") for record in records]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"no run in {folder} came to its end")
+    return [
+        {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
 
 
 def _logged(data: bytes) -> Iterator[bytes]:
