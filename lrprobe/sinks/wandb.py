@@ -38,7 +38,7 @@ class WandB:
     ) -> None:
         self._tags = Tags(prefix, tag_style)
         self._step_metric = step_metric
-        self._run = wandb.run if run is None else run
+        self._run: Any = wandb.run if run is None else run
         if self._run is None:
             raise RuntimeError("no run of Weights & Biases is active; call wandb.init() first")
         self._defined: set[str] = set()
