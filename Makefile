@@ -18,9 +18,10 @@ test: .venv/.dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-# With the real packages that lrprobe knows, in an environment of their own.
-test-integrations: .venv-integrations/.made
-	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS)
+# With the real packages of hosts, trackers and optimizers, in an environment of their own, which is
+# large; 30 minutes at most, the installation included. The time limit of a test is pytest's `timeout`.
+test-integrations: .venv-integrations/.done
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --session-timeout=1200
 
 # What takes half an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
 soak: .venv/.dev
@@ -43,10 +44,10 @@ clean:
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
 
 # timm only for its optimizers, which need none of what it asks for (torchvision).
-.venv-integrations/.made: pyproject.toml constraints.txt
+.venv-integrations/.done: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[test,optimizers]' einops
+		--constraint constraints-integrations.txt --editable '.[integrations,optimizers]' einops
 	.venv-integrations/bin/python -m pip install --quiet --no-deps timm
 	@touch $@
 

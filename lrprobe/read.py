@@ -351,8 +351,8 @@ class _Scalars:
         for name, about in content["names"].items():
             where = (_text(about["optimizer"]), about["level"], _text(about["key"]))
             self._groups[where] = about["group"]
-            for metric, column in content["scalars"].items():
-                self._known[f"{content['prefix']}{metric}/{name}"] = (*where, column)
+            for tag, column in content["scalars"].items():
+                self._known[content["prefix"] + tag.format(name=name)] = (*where, column)
 
 
 def _text(name: str) -> str:

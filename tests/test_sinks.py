@@ -35,7 +35,7 @@ from lrprobe.record import (
     Record,
     frame_columns,
 )
-from lrprobe.sinks import parquet, tensorboard
+from lrprobe.sinks import merge, parquet, tags, tensorboard
 from lrprobe.sinks.memory import Memory
 from lrprobe.sinks.parquet import Parquet
 from lrprobe.sinks.tensorboard import TensorBoard
@@ -124,7 +124,8 @@ def test_the_package_names_its_sinks():
     assert sinks.Parquet is Parquet
     assert sinks.TensorBoard is TensorBoard
     assert isinstance(Memory(), sinks.Sink)
-    assert set(dir(sinks)) == {"Memory", "Parquet", "Sink", "TensorBoard"}
+    assert sinks.JSONL.__module__ == "lrprobe.sinks.jsonl"
+    assert set(dir(sinks)) == set(sinks.__all__)
     with pytest.raises(AttributeError, match="CSV"):
         _ = sinks.CSV
 
@@ -863,7 +864,7 @@ def test_two_large_optimizers_share_the_limit(tmp_path):
 )
 def test_tags_are_rolled_up_to_the_depth_that_fits(names, limit, expected):
     """The greatest depth with at most as many modules as the limit is chosen."""
-    assert tensorboard.roll_up(names, limit) == expected
+    assert tags.roll_up(names, limit) == expected
 
 
 def merged_record(samples, known=True):
@@ -886,7 +887,7 @@ def test_rates_are_merged_by_number_of_elements():
     """Merged quantiles and histogram are those of all elements together."""
     rng = np.random.default_rng(0)
     samples = [rng.normal(5, 1, 9000), rng.normal(20, 2, 1000), rng.uniform(0, 1, 30)]
-    merged = tensorboard.merge_rows(merged_record(samples), [0, 1, 2])
+    merged = merge.merge_rows(merged_record(samples), [0, 1, 2])
     every = np.concatenate(samples)
     for suffix in ("p05", "p50", "p95"):
         value = merged.figures[f"effective_lr_{suffix}"]
@@ -905,7 +906,7 @@ def test_rates_are_merged_without_histograms():
     record = merged_record(samples, known=False)
     for name in ("min", "max"):
         record.tables["parameter"][f"effective_lr_{name}"][:] = np.nan
-    merged = tensorboard.merge_rows(record, [0, 1])
+    merged = merge.merge_rows(record, [0, 1])
     assert merged.figures["effective_lr_p05"] == pytest.approx(1.1, abs=0.02)
     assert 1.9 < merged.figures["effective_lr_p50"] < 3.1
     assert merged.figures["effective_lr_p95"] == pytest.approx(3.9, abs=0.02)
@@ -914,11 +915,11 @@ def test_rates_are_merged_without_histograms():
 def test_rates_that_are_all_the_same_stay_so():
     """Scalar rates are merged without smearing: a quantile is one of them, never in between."""
     samples = [np.full(60, 1e-3), np.full(30, 1e-1), np.full(10, 1e-1)]
-    merged = tensorboard.merge_rows(merged_record(samples), [0, 1, 2])
+    merged = merge.merge_rows(merged_record(samples), [0, 1, 2])
     assert merged.figures["effective_lr_p05"] == pytest.approx(1e-3)
     assert merged.figures["effective_lr_p50"] == pytest.approx(1e-3)
     assert merged.figures["effective_lr_p95"] == pytest.approx(1e-1)
-    alone = tensorboard.merge_rows(merged_record(samples), [1])
+    alone = merge.merge_rows(merged_record(samples), [1])
     assert alone.figures["effective_lr_p50"] == pytest.approx(1e-1)
     assert alone.counts.sum() == pytest.approx(30)
 
@@ -933,16 +934,17 @@ def test_norms_are_merged_in_squares():
     table["update_norm"][:2] = (3e200, 4e200)
     table["grad_norm"][:2] = (0, 0)
     table["param_norm"][:] = (1e200, 2e200, 2e200)
-    merged = tensorboard.merge_rows(record, [0, 1, 2])
+    merged = merge.merge_rows(record, [0, 1, 2])
     assert merged.stepped
     assert merged.figures["update_norm"] == pytest.approx(5e200)
     assert merged.figures["grad_norm"] == 0
     assert merged.figures["update_ratio"] == pytest.approx(5 / 3)
-    still = tensorboard.merge_rows(record, [2])
+    still = merge.merge_rows(record, [2])
     assert not still.stepped
+    assert still.figures.pop("param_norm") == record.tables["parameter"]["param_norm"][2]
     assert all(np.isnan(value) for value in still.figures.values())
     table["update_norm"][0] = np.nan
-    assert np.isnan(tensorboard.merge_rows(record, [0, 1]).figures["update_norm"])
+    assert np.isnan(merge.merge_rows(record, [0, 1]).figures["update_norm"])
 
 
 def test_the_users_writer_stays_the_users(tmp_path):

@@ -8,11 +8,26 @@ from typing import TYPE_CHECKING, Any
 from lrprobe.sinks.base import Sink
 
 if TYPE_CHECKING:
+    from lrprobe.sinks.function import Function
+    from lrprobe.sinks.jsonl import JSONL
     from lrprobe.sinks.memory import Memory
+    from lrprobe.sinks.mlflow import MLflow
     from lrprobe.sinks.parquet import Parquet
+    from lrprobe.sinks.scalars import Scalars
     from lrprobe.sinks.tensorboard import TensorBoard
+    from lrprobe.sinks.wandb import WandB
 
-__all__ = ["Memory", "Parquet", "Sink", "TensorBoard"]
+__all__ = [
+    "JSONL",
+    "Function",
+    "MLflow",
+    "Memory",
+    "Parquet",
+    "Scalars",
+    "Sink",
+    "TensorBoard",
+    "WandB",
+]
 
 
 def __getattr__(name: str) -> Any:

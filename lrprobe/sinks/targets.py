@@ -33,12 +33,10 @@ _FILE_ENDINGS = frozenset(
         ".html",
         ".ipc",
         ".json",
-        ".jsonl",
         ".log",
         ".mat",
         ".md",
         ".msgpack",
-        ".ndjson",
         ".npy",
         ".npz",
         ".orc",
@@ -156,6 +154,8 @@ def _from_path(path: Any) -> Callable[[], Sink]:
     ending = Path(path).suffix.lower()
     if ending == ".parquet":
         return partial(_parquet, path)
+    if ending in (".jsonl", ".ndjson"):
+        raise ValueError(f"to={path!r}: for JSON Lines pass lrprobe.sinks.JSONL({path!r})")
     if ending in _FILE_ENDINGS:
         raise ValueError(f"to={path!r}: no sink writes {ending} files; to= takes {_ALLOWED}")
     return partial(_tensorboard, path)

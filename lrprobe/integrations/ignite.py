@@ -1,0 +1,35 @@
+"""Ignite: a probe that an engine's events look after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ignite.engine import Engine, Events
+from torch import nn
+
+import lrprobe
+from lrprobe import Probe
+
+
+def attach(engine: Engine, optimizer: Any, model: nn.Module | None = None, **options: Any) -> Probe:
+    """Record the optimizer that an engine's process function steps.
+
+    All that was recorded is written when a run of the engine ends. The probe stays open for the
+    next run of the engine; who attached it closes it. It counts steps of the optimizer; with
+    ``step=lambda: engine.state.iteration`` iterations of the engine instead. It can be among the
+    objects of an ``ignite.handlers.Checkpoint``.
+
+    Args:
+        engine: the trainer.
+        optimizer: as for ``lrprobe.attach``.
+        model: as for ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``.
+
+    Raises:
+        TypeError: as ``lrprobe.attach`` does.
+        ValueError: the same.
+        OSError: the same.
+    """
+    probe = lrprobe.attach(optimizer, model, **options)
+    engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, probe.flush)
+    return probe

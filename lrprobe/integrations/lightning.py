@@ -1,0 +1,83 @@
+"""Lightning: a callback that records the optimizers of ``Trainer.fit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:  # the same under its older name
+    from pytorch_lightning import Callback
+
+import lrprobe
+from lrprobe import Probe, sinks
+from lrprobe.sinks.tags import TagStyle
+
+
+class LRProbeCallback(Callback):
+    """Records the optimizers of a ``Trainer``: ``Trainer(callbacks=[LRProbeCallback()])``.
+
+    The frame is in ``callback.probe.frame()``, also after the training. A checkpoint of the
+    trainer's has the counts of steps, and a resumed training goes on from them.
+
+    Args:
+        to: as for ``lrprobe.attach``; None takes the trainer's own loggers: TensorBoard,
+            Weights & Biases and MLflow as they are; beside another logger that has a directory
+            (CSV) the dataset ``lrprobe.parquet`` in it; any other gets the scalars.
+        tag_style: of the tags in the trainer's loggers.
+        options: more arguments of ``lrprobe.attach``.
+    """
+
+    probe: Probe | None = None
+    """Of the training that goes on, or of the last one."""
+
+    def __init__(self, to: Any = None, *, tag_style: TagStyle = "lrprobe", **options: Any) -> None:
+        self._to = to
+        self._tag_style = tag_style
+        self._options = options
+        self._state: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach; a checkpoint's optimizers are restored by now."""
+        to = self._to
+        if to is None:
+            to = [_sink(logger, self._tag_style) for logger in trainer.loggers]
+        if not trainer.is_global_zero:
+            to = None
+        self.probe = lrprobe.attach(trainer.optimizers, pl_module, to=to, **self._options)
+        if self._state:
+            self.probe.load_state_dict(self._state)
+            self._state = {}
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detach."""
+        if self.probe is not None:
+            self.probe.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Detach."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the trainer's checkpoint."""
+        return self._state if self.probe is None else self.probe.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What a checkpoint had: for the probe that is to come."""
+        self._state = state_dict
+
+
+def _sink(logger: Any, tag_style: TagStyle) -> Any:
+    """What ``to=`` takes for a logger of the trainer's; both its packages have the same names."""
+    names = {cls.__name__ for cls in type(logger).__mro__}
+    if "TensorBoardLogger" in names:
+        return sinks.TensorBoard(logger.experiment, tag_style=tag_style)
+    if "WandbLogger" in names:
+        return sinks.WandB(logger.experiment, tag_style=tag_style)
+    if "MLFlowLogger" in names:
+        return sinks.MLflow(logger.run_id, client=logger.experiment, tag_style=tag_style)
+    folder = getattr(logger, "log_dir", None)
+    if folder:
+        return Path(folder, "lrprobe.parquet")
+    return sinks.Scalars(logger.log_metrics, tag_style=tag_style)

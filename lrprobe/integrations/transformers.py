@@ -1,0 +1,73 @@
+"""Transformers: a callback that records the optimizer of ``Trainer.train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+import lrprobe
+from lrprobe import Probe, sinks
+from lrprobe.sinks import Sink
+from lrprobe.sinks.tags import TagStyle
+
+
+class LRProbeCallback(TrainerCallback):
+    """Records the optimizer of a ``Trainer``: ``Trainer(..., callbacks=[LRProbeCallback()])``.
+
+    Steps have the numbers of ``state.global_step``, also where a training is resumed. The frame is
+    in ``callback.probe.frame()``, also after the training.
+
+    Args:
+        to: as for ``lrprobe.attach``; None takes what ``report_to`` names: for ``"tensorboard"``
+            the logdir ``runs/lrprobe`` in ``output_dir`` (``lrprobe`` in
+            ``$TENSORBOARD_LOGGING_DIR`` where that is set), for ``"wandb"`` and ``"mlflow"`` the
+            run that is active. Others that it names get nothing.
+        tag_style: of the tags in what ``report_to`` names.
+        options: more arguments of ``lrprobe.attach``.
+    """
+
+    probe: Probe | None = None
+    """Of the training that goes on, or of the last one."""
+
+    def __init__(self, to: Any = None, *, tag_style: TagStyle = "lrprobe", **options: Any) -> None:
+        self._to = to
+        self._tag_style = tag_style
+        self._options = options
+        self._opened: list[Sink] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach; a checkpoint's optimizer is restored by now."""
+        self.on_train_end(args, state, control)  # of a training that was broken off
+        main = state.is_world_process_zero
+        if main and self._to is None:
+            self._opened = self._report_to(args)
+        self.probe = lrprobe.attach(
+            kwargs["optimizer"],
+            kwargs["model"],
+            to=(self._opened if self._to is None else self._to) if main else None,
+            # It counts the steps that are done, this asks for the one that is about to be taken.
+            **{"step": lambda: state.global_step + 1, **self._options},
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach."""
+        if self.probe is not None:
+            self.probe.close()
+        while self._opened:
+            self._opened.pop().close()
+
+    def _report_to(self, args: Any) -> list[Sink]:
+        found: list[Sink] = []
+        style = self._tag_style
+        if "tensorboard" in args.report_to:
+            default = Path(args.output_dir, "runs")
+            folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", default)).expanduser()
+            found.append(sinks.TensorBoard(folder / "lrprobe", tag_style=style))
+        if "wandb" in args.report_to:
+            found.append(sinks.WandB(step_metric="train/global_step", tag_style=style))
+        if "mlflow" in args.report_to:
+            found.append(sinks.MLflow(tag_style=style))
+        return found

@@ -1,0 +1,103 @@
+"""The frame as JSON Lines, for everything that is not Python."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lrprobe.record import LEVELS, Level, Record, frame_columns
+
+
+class JSONL:
+    """Appends a line of JSON for each row of the frame.
+
+    ``pandas.read_json(path, lines=True, precise_float=True)`` gives the figures back. JSON has no
+    NaN and no infinity: both are ``null``, and ``nonfinite`` tells where elements were so.
+
+    Args:
+        path: of the file, which is made where it is missing, and continued where it is not; half
+            a line that a killed process has left at its end is removed.
+        by: which rows: ``"parameter"``, or ``"module"``, ``"group"``, ``"model"`` for merged ones.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: another ``by``; the file holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, by: Level = "parameter") -> None:
+        if by not in LEVELS:
+            raise ValueError(f"by={by!r}; allowed are {', '.join(map(repr, LEVELS))}")
+        self._columns = frame_columns(by)
+        self._by = by
+        self._path = os.fspath(path)
+        self.attempt = 0
+        Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = Path(self._path).open("a+b", buffering=0)  # noqa: SIM115 - close() closes it
+        try:
+            self._size = self._continue()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"JSONL({self._path!r})"
+
+    @property
+    def destination(self) -> str:
+        """The file's real, absolute path."""
+        return os.path.realpath(self._path)
+
+    def write(self, record: Record) -> None:
+        """Append one record.
+
+        Raises:
+            OSError: it could not be written; then nothing of it is in the file.
+        """
+        table = record.tables[self._by]
+        columns = [
+            [f"{json.dumps(name)}: {_JSON[kind](value)}" for value in table[name].tolist()]
+            for name, kind in self._columns.items()
+        ]
+        lines = [f"{{{', '.join(row)}}}\n" for row in zip(*columns, strict=True)]
+        rest = memoryview("".join(lines).encode())
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += size
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+
+    def _continue(self) -> int:
+        """Go on where another run of this file ended; the file's size in bytes."""
+        self._file.seek(0)
+        size, last = 0, -1
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                self._file.truncate(size)
+                break
+            size += len(line)
+            try:
+                last = max(last, json.loads(line)["attempt"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self._path!r} exists and is no file of lrprobe's: {line[:60]!r}"
+                ) from error
+        self.attempt = last + 1
+        return size
+
+
+def _float(value: float) -> str:
+    return repr(value) if math.isfinite(value) else "null"
+
+
+_JSON: dict[str, Any] = {"float64": _float, "int64": str, "bool": json.dumps, "str": json.dumps}
+"""Type of a column to what writes its values."""

@@ -1,0 +1,301 @@
+"""What a scalar is called where metrics have names: one record as tags and values."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from lrprobe.record import Record
+from lrprobe.sinks.merge import MergedRows, merge_rows
+
+MAX_NAMES = 200
+"""Above so many parameters the tags are per module: TensorBoard takes minutes with more."""
+
+_MAX_NAME = 200  # characters of a name in a tag
+
+TagStyle: TypeAlias = Literal["lrprobe", "composer", "olmo"]
+"""Whose names the tags have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """The tags of one system.
+
+    Attributes:
+        figures: column to its tag, with ``{name}`` for the parameter's or module's name.
+        whole: column of the model table to its tag, with ``{owner}``.
+        lr: the tag of a group's ``lr``, with ``{owner}``, ``{optimizer}`` and ``{group}``.
+
+    ``{owner}`` is ``<optimizer>.`` where there are several optimizers, else empty.
+    """
+
+    figures: Mapping[str, str]
+    whole: Mapping[str, str]
+    lr: str
+
+
+_RATE = {
+    "effective_lr_p50": "effective_lr/{name}",
+    "effective_lr_p05": "effective_lr_p05/{name}",
+    "effective_lr_p95": "effective_lr_p95/{name}",
+}
+
+STYLES: Mapping[str, Style] = {
+    "lrprobe": Style(
+        {
+            **_RATE,
+            "update_ratio": "update_ratio/{name}",
+            "update_norm": "update_norm/{name}",
+            "grad_norm": "grad_norm/{name}",
+        },
+        {},
+        "lr/{owner}group{group}",
+    ),
+    # OptimizerMonitor and LRMonitor; the ratio and the cosine as they were until August 2023.
+    "composer": Style(
+        {
+            **_RATE,
+            "update_ratio": "l2_norm_ratio/update_param/{name}",
+            "update_norm": "l2_norm/update/{name}",
+            "grad_norm": "l2_norm/grad/{name}",
+            "param_norm": "l2_norm/param/{name}",
+            "update_grad_cosine": "cosine/update_grad/{name}",
+        },
+        {"grad_norm": "l2_norm/grad/{owner}global"},
+        "lr-{optimizer}/group{group}",
+    ),
+    # Optimizer.clip_grads_and_collect_metrics, AdamW.get_post_step_metrics and LRMonitor.
+    "olmo": Style(
+        {
+            **_RATE,
+            "update_ratio": "update_ratio/{name}",
+            "update_norm": "optim/step/{name}.norm",
+            "grad_norm": "optim/grad/{name}.norm",
+            "param_norm": "optim/param/{name}.norm",
+        },
+        {"grad_norm": "optim/{owner}total_grad_norm"},
+        "optim/{owner}learning_rate_group{group}",
+    ),
+}
+"""Where a system has no name for a figure, the tag is lrprobe's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tags of one optimizer's records.
+
+    Attributes:
+        optimizer: its name.
+        parameters: names of the rows of its parameter table.
+        level: what the tags are per, ``"parameter"`` or ``"module"``.
+        names: what stands for ``{name}`` in the tags.
+        rows: of the parameter table, for each name.
+        owner: ``""``, or ``"<optimizer>."``.
+        prefix, style: as given to ``Tags``.
+    """
+
+    optimizer: str
+    parameters: tuple[str, ...]
+    level: str
+    names: tuple[str, ...]
+    rows: tuple[list[int], ...]
+    owner: str
+    prefix: str
+    style: Style
+
+    def figure(self, column: str, name: str) -> str:
+        """The tag of a figure of a parameter or module."""
+        return self.prefix + self.style.figures[column].format(name=name)
+
+    def whole(self, column: str) -> str:
+        """The tag of a figure of all parameters together."""
+        return self.prefix + self.style.whole[column].format(owner=self.owner)
+
+    def lr(self, group: int) -> str:
+        """The tag of a group's learning rate."""
+        tag = self.style.lr.format(owner=self.owner, optimizer=clean(self.optimizer), group=group)
+        return self.prefix + tag
+
+    @property
+    def error(self) -> str:
+        """The tag of the largest reconstruction error."""
+        return f"{self.prefix}reconstruction_error/{self.owner}_max"
+
+    def merged(self, record: Record) -> list[MergedRows] | None:
+        """The parameters of a record merged to what the tags stand for; None where each is one."""
+        if self.level == "parameter":
+            return None
+        return [merge_rows(record, rows) for rows in self.rows]
+
+    def scalars(
+        self, record: Record, merged: Sequence[MergedRows] | None
+    ) -> Iterator[tuple[str, float]]:
+        """Tag and value of all that a record has; NaN where what took a step has no such figure.
+
+        What did not take the step has no scalars but those that are known of it all the same.
+        """
+        table = record.tables["parameter"]
+        if merged is None:
+            order = [rows[0] for rows in self.rows]
+            figures = {column: table[column][order] for column in self.style.figures}
+            stepped = table["stepped"][order]
+        else:
+            figures = {
+                column: np.array([m.figures[column] for m in merged])
+                for column in self.style.figures
+            }
+            stepped = np.array([m.stepped for m in merged])
+        for column, values in figures.items():
+            shown = stepped | ~np.isnan(values)
+            for name, value, show in zip(self.names, values.tolist(), shown.tolist(), strict=True):
+                if show:
+                    yield self.figure(column, name), value
+        groups = record.tables["group"]
+        for group, lr in zip(groups["group"].tolist(), groups["lr"].tolist(), strict=True):
+            if not np.isnan(lr):  # which stands for a mixed one
+                yield self.lr(group), lr
+        for column in self.style.whole:
+            value = float(record.tables["model"][column][0])
+            if stepped.any() or not np.isnan(value):
+                yield self.whole(column), value
+        errors = table["reconstruction_error"]
+        errors = errors[~np.isnan(errors)]
+        if len(errors):
+            yield self.error, float(errors.max())
+
+
+class Tags:
+    """Names for everything, unique in the run.
+
+    Args:
+        prefix: put before each tag.
+        tag_style: whose tags they are.
+        clean_name: puts a name into the characters that a tag may have; ``clean`` by default.
+
+    Raises:
+        ValueError: the prefix has characters that tags do not have; there is no such style.
+    """
+
+    def __init__(
+        self, prefix: str, tag_style: str, clean_name: Callable[[str], str] | None = None
+    ) -> None:
+        """Know no names yet."""
+        if clean(prefix, "") != prefix:
+            raise ValueError(f"prefix={prefix!r}; allowed are the characters A-Za-z0-9_./-")
+        if tag_style not in STYLES:
+            allowed = ", ".join(map(repr, STYLES))
+            raise ValueError(f"tag_style={tag_style!r}; allowed are {allowed}")
+        self.prefix = prefix
+        self.style = STYLES[tag_style]
+        self.plans: dict[str, Plan] = {}
+        self.names: dict[tuple[str, str, str], str] = {}
+        """(optimizer, level, key) to name."""
+        self.groups: dict[str, tuple[str, int]] = {}
+        """Tag of an ``lr`` to (optimizer, group)."""
+        self.group_of: dict[str, int] = {}
+        """Name to group."""
+        self._owners: dict[str, str] = {}
+        self._clean = clean_name or clean
+
+    def plan(self, record: Record) -> Plan:
+        """The tags for a record; the same plan as long as the parameters are the same."""
+        parameters = tuple(record.tables["parameter"]["parameter"].tolist())
+        plan = self.plans.get(record.optimizer)
+        if plan is not None and plan.parameters == parameters:
+            return plan
+        several = max(len(record.run.get("optimizers", ())), len({*self.plans, record.optimizer}))
+        owner = self._owner(record.optimizer) if several > 1 else ""
+        others = sum(len(p.names) for name, p in self.plans.items() if name != record.optimizer)
+        level, keys = roll_up(parameters, max(MAX_NAMES // several, MAX_NAMES - others))
+        rows: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            rows.setdefault(key, []).append(row)
+        if level == "parameter":  # two of one name are two parameters all the same
+            pairs = [
+                (f"{key}#{i}" if i else key, row) for key in rows for i, row in enumerate(rows[key])
+            ]
+            rows = {key: [row] for key, row in pairs}
+        plan = Plan(
+            optimizer=record.optimizer,
+            parameters=parameters,
+            level=level,
+            names=tuple(self._name(record.optimizer, level, key, several > 1) for key in rows),
+            rows=tuple(rows.values()),
+            owner=owner,
+            prefix=self.prefix,
+            style=self.style,
+        )
+        groups = record.tables["parameter"]["group"].tolist()
+        for name, members in zip(plan.names, plan.rows, strict=True):
+            if len({groups[row] for row in members}) == 1:
+                self.group_of[name] = groups[members[0]]
+        for group in record.tables["group"]["group"].tolist():
+            self.groups[plan.lr(group)] = (record.optimizer, group)
+        self.plans[record.optimizer] = plan
+        return plan
+
+    def values(self, record: Record) -> dict[str, float]:
+        """Tag to value; without what is NaN, of which trackers make different things."""
+        plan = self.plan(record)
+        pairs = plan.scalars(record, plan.merged(record))
+        return {tag: value for tag, value in pairs if not np.isnan(value)}
+
+    def _owner(self, optimizer: str) -> str:
+        if optimizer not in self._owners:
+            taken = set(self._owners.values())
+            self._owners[optimizer] = _unique(f"{self._clean(optimizer)}.", taken)
+        return self._owners[optimizer]
+
+    def _name(self, optimizer: str, level: str, key: str, several: bool) -> str:
+        entry = (optimizer, level, key)
+        if entry not in self.names:
+            taken = set(self.names.values())
+            name = self._clean(key)
+            if several and name in taken:
+                name = f"{self._clean(optimizer)}.{name}"
+            self.names[entry] = _unique(name, taken)
+        return self.names[entry]
+
+
+def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:
+    """What the tags are per, and for each parameter the key of its tag.
+
+    Args:
+        parameters: dotted names.
+        limit: how many tags there may be.
+
+    Returns:
+        ``"parameter"`` and the names themselves where they fit; else ``"module"`` and the names of
+        the modules at the greatest depth that fits (``""``, the whole network, fits always).
+    """
+    if len(parameters) <= limit:
+        return "parameter", list(parameters)
+    modules = [name.split(".")[:-1] for name in parameters]
+    for depth in range(max(map(len, modules)), 0, -1):
+        keys = [".".join(module[:depth]) for module in modules]
+        if len(set(keys)) <= limit:
+            return "module", keys
+    return "module", [""] * len(parameters)
+
+
+def clean(name: str, empty: str = "_") -> str:
+    """The name in the characters ``A-Za-z0-9_./-``, not too long."""
+    result = re.sub(r"[^A-Za-z0-9_./-]", "_", name) or empty
+    if len(result) > _MAX_NAME:
+        digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+        result = f"{result[: _MAX_NAME - 60]}-{digest}-{result[-50:]}"
+    return result
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    stem, dot = (name[:-1], ".") if name.endswith(".") else (name, "")
+    candidates = (f"{stem}_{number}{dot}" for number in itertools.count(2))
+    return next(candidate for candidate in candidates if candidate not in taken)

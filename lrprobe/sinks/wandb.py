@@ -1,0 +1,63 @@
+"""Scalars for Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import wandb
+
+from lrprobe.record import Record
+from lrprobe.sinks.tags import Tags, TagStyle
+
+
+class WandB:
+    """Logs the scalars of each record to a run of Weights & Biases, which stays its owner's.
+
+    They are charted over ``step_metric``, which is logged beside them: so it does not matter what
+    else the run logs when, and no value is dropped for coming late. Close the probe before
+    ``run.finish()``.
+
+    Args:
+        run: what ``wandb.init`` returned; None takes the run that is active.
+        step_metric: the metric that has the optimizer step; charts of others may share it.
+        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        tag_style: as in ``Scalars``.
+
+    Raises:
+        RuntimeError: no run is active.
+        ValueError: ``prefix`` has other characters; there is no such style.
+    """
+
+    def __init__(
+        self,
+        run: Any = None,
+        *,
+        step_metric: str = "lrprobe/step",
+        prefix: str = "",
+        tag_style: TagStyle = "lrprobe",
+    ) -> None:
+        self._tags = Tags(prefix, tag_style)
+        self._step_metric = step_metric
+        self._run: Any = wandb.run if run is None else run
+        if self._run is None:
+            raise RuntimeError("no run of Weights & Biases is active; call wandb.init() first")
+        self._defined: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"WandB({self._run.id!r})"
+
+    @property
+    def destination(self) -> str:
+        """The run, and the prefix where there is one."""
+        return f"wandb:{self._run.id}:{self._tags.prefix}"
+
+    def write(self, record: Record) -> None:
+        """Log one record."""
+        values = self._tags.values(record)
+        for tag in values.keys() - self._defined:
+            self._run.define_metric(tag, step_metric=self._step_metric)
+            self._defined.add(tag)
+        self._run.log({self._step_metric: record.step, **values})
+
+    def close(self) -> None:
+        """Do nothing: the run is its owner's."""

@@ -1,0 +1,143 @@
+"""The wheel and the sdist install, and work, with the declared dependencies alone."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMOKE = """
+import torch, lrprobe
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+optimizer = torch.optim.AdamW(model.parameters())
+lines = lrprobe.sinks.JSONL("run.jsonl")
+with lrprobe.attach(optimizer, model, to=["run", "run.parquet", lines], every=1) as probe:
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        with lrprobe.inspect_step(optimizer, model) as step:
+            optimizer.step()
+lines.close()
+assert probe.frame().equals(lrprobe.read("run.parquet")), probe.frame()
+assert lrprobe.read("run")["step"].tolist() == lrprobe.read("run.parquet")["step"].tolist()
+assert step["0.weight"].effective_lr.shape == (3, 4)
+assert lrprobe.__file__.startswith({prefix!r}), lrprobe.__file__
+for module, package in {hosts!r}:
+    try:
+        __import__(module)
+    except ModuleNotFoundError as error:
+        assert error.name == package, error
+    else:
+        raise AssertionError(f"{{module}} needs {{package}}, which nobody has declared")
+"""
+HOSTS = [
+    ("lrprobe.integrations.lightning", "pytorch_lightning"),
+    ("lrprobe.integrations.transformers", "transformers"),
+    ("lrprobe.integrations.ignite", "ignite"),
+    ("lrprobe.sinks.wandb", "wandb"),
+    ("lrprobe.sinks.mlflow", "mlflow"),
+]
+
+
+def run(*command, **options):
+    """Run a command away from this environment and checkout; its output."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        env=environment,
+        **options,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT), cwd=folder)
+    (sdist,) = folder.glob("*.tar.gz")
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory, built):
+    """An environment with the wheel, what it declares, and nothing else."""
+    folder = tmp_path_factory.mktemp("empty")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    pins = str(ROOT / "constraints.txt")
+    run(python, "-m", "pip", "install", "--quiet", "--constraint", pins, built[1], cwd=folder)
+    return python
+
+
+def smoke(python, folder):
+    """What a user does first."""
+    code = SMOKE.format(prefix=str(python.parents[1]), hosts=HOSTS)
+    run(python, "-W", "error", "-c", code, cwd=folder)
+    command = python.parent / "lrprobe"
+    assert "step 3" in run(command, "show", "run.parquet", cwd=folder)
+    assert "No findings" in run(command, "diagnose", "run.parquet", cwd=folder)
+
+
+def test_the_archives_have_what_belongs_in_them(built):
+    """The wheel the package alone, with its types; the sdist tests, examples and docs too."""
+    sdist, wheel = built
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"lrprobe"}
+    assert {"lrprobe/py.typed", "lrprobe/integrations/lightning.py"} <= set(names)
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "tests/test_frame.py"}
+    wanted |= {"examples/with_lightning.py", "docs/policy.md", "conftest.py"}
+    assert wanted <= inside
+    assert not [name for name in inside if "__pycache__" in name or ".venv" in name]
+
+
+def test_the_wheel_works_in_an_empty_environment(empty, tmp_path):
+    """With warnings as errors; a host that is not installed is named when it is asked for."""
+    run(empty, "-m", "pip", "check", cwd=tmp_path)
+    smoke(empty, tmp_path)
+
+
+def test_the_sdist_works_in_an_empty_environment(empty, built, tmp_path):
+    """As the wheel does."""
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall")
+    run(empty, *install, built[0], cwd=tmp_path)
+    smoke(empty, tmp_path)
+
+
+def test_every_host_and_tracker_has_an_extra(built):
+    """The metadata names them, so that pip can install what an integration needs."""
+    metadata = zipfile.ZipFile(built[1])
+    (name,) = [name for name in metadata.namelist() if name.endswith("METADATA")]
+    extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata.read(name).decode(), re.MULTILINE))
+    assert {"accelerate", "ignite", "lightning", "mlflow", "transformers", "wandb"} <= extras
+
+
+def test_import_touches_no_optional_package():
+    """All of them are installed here, and none is imported."""
+    optional = [
+        "accelerate",
+        "ignite",
+        "lightning",
+        "mlflow",
+        "transformers",
+        "wandb",
+        "matplotlib",
+    ]
+    code = f"import sys, lrprobe, lrprobe.sinks; print(set({optional}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
