@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlflow
-from mlflow.entities import Metric
-
 from lrprobe.record import Record
 from lrprobe.sinks.tags import Tags, TagStyle, clean
 
@@ -26,6 +23,7 @@ class MLflow:
         tag_style: as in ``Scalars``.
 
     Raises:
+        ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[mlflow]'``).
         RuntimeError: no run is active.
         ValueError: ``prefix`` has other characters; there is no such style.
     """
@@ -38,6 +36,8 @@ class MLflow:
         prefix: str = "",
         tag_style: TagStyle = "lrprobe",
     ) -> None:
+        import mlflow
+
         self._tags = Tags(prefix, tag_style, _name)
         if run_id is None:
             run = mlflow.active_run()
@@ -58,6 +58,8 @@ class MLflow:
 
     def write(self, record: Record) -> None:
         """Log one record."""
+        from mlflow.entities import Metric
+
         time = round(record.time * 1000)
         values = self._tags.values(record)
         metrics = [Metric(tag, value, time, record.step) for tag, value in values.items()]

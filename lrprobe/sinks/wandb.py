@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import wandb
-
 from lrprobe.record import Record
 from lrprobe.sinks.tags import Tags, TagStyle
 
@@ -24,6 +22,7 @@ class WandB:
         tag_style: as in ``Scalars``.
 
     Raises:
+        ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[wandb]'``).
         RuntimeError: no run is active.
         ValueError: ``prefix`` has other characters; there is no such style.
     """
@@ -36,6 +35,8 @@ class WandB:
         prefix: str = "",
         tag_style: TagStyle = "lrprobe",
     ) -> None:
+        import wandb
+
         self._tags = Tags(prefix, tag_style)
         self._step_metric = step_metric
         self._run: Any = wandb.run if run is None else run
