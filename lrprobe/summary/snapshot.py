@@ -205,7 +205,7 @@ def before(
 def _gradient(grad: Tensor, tracked: Tensor | None) -> Gradient:
     return Gradient(
         positions(grad, _sample_of(grad)).clone(),
-        None if tracked is None else positions(grad, tracked.to(grad.device)),
+        None if tracked is None else positions(grad, tracked.to(grad.device, non_blocking=True)),
         torch.stack([figures.square_sum(grad), grad.numel() - torch.count_nonzero(grad)]),
     )
 
