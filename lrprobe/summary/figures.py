@@ -260,9 +260,8 @@ def plain_figures(entries: Sequence[Entry], *, counts: bool) -> dict[str, Tensor
     rows = []
     for entry in entries:
         grad = entry.grad.values if isinstance(entry.grad, SparseRows) else entry.grad
-        nonzero = torch.zeros((), dtype=torch.int64, device=entry.param.device)
-        for block in blocks(grad.shape) if counts else ():
-            nonzero = nonzero + torch.count_nonzero(grad[block])
+        missing = entry.param.numel() - grad.numel()  # a sparse gradient has no others
+        zero = zeros(grad) + missing if counts else torch.zeros((), device=grad.device)
         squares = [square_sum(entry.param), square_sum(grad)]
         tensors = [entry.param, grad]
         if counts:
@@ -270,11 +269,19 @@ def plain_figures(entries: Sequence[Entry], *, counts: bool) -> dict[str, Tensor
         sums = [*squares, *(tensor.sum(dtype=torch.float64) for tensor in tensors[2:])]
         # Their sums tell whether anything is not finite; a device is not asked, but counts.
         if grad.device.type == "cpu" and all(np.isfinite(each.numpy()) for each in sums):
-            bad = torch.zeros_like(nonzero)
+            bad = torch.zeros_like(zero)
         else:
             bad = _nonfinite_count(tensors)
-        rows.append(torch.stack([*squares, entry.param.numel() - nonzero, bad]))
+        rows.append(torch.stack([*squares, zero, bad]))
     return dict(zip(("pp", "gg", "zeros", "nonfinite"), torch.stack(rows).T, strict=True))
+
+
+def zeros(tensor: Tensor) -> Tensor:
+    """How many elements are 0, without a copy of the tensor's size: 0-dim, int64."""
+    count = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for block in blocks(tensor.shape):
+        count = count + torch.count_nonzero(tensor[block])
+    return tensor.numel() - count
 
 
 def _nonfinite_count(tensors: Sequence[Tensor]) -> Tensor:

@@ -206,7 +206,7 @@ def _gradient(grad: Tensor, tracked: Tensor | None) -> Gradient:
     return Gradient(
         positions(grad, _sample_of(grad)).clone(),
         None if tracked is None else positions(grad, tracked.to(grad.device, non_blocking=True)),
-        torch.stack([figures.square_sum(grad), grad.numel() - torch.count_nonzero(grad)]),
+        torch.stack([figures.square_sum(grad), figures.zeros(grad)]),
     )
 
 
@@ -380,15 +380,17 @@ def _measured(
     at = [i for i, _ in batch]
     s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
     grad = s.grad
-    if known := [kept.grads[i] for i in at if i in kept.grads]:
+    known = [kept.grads[i] for i in at] if all(i in kept.grads for i in at) else []
+    if known:
         grad = _signed(torch.stack([each.sample for each in known]), group)
     checks, rates = figures.measured_figures(s, grad, kept.sample(at))
     parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
     for name, values in figures.plain_figures(entries, counts=True).items():
         parts[:, figures.PARTS.index(name)] = values
     if known:
-        columns = [figures.PARTS.index(name) for name in ("gg", "zeros")]
-        parts[:, columns] = torch.stack([each.figures for each in known])
+        before_step = torch.stack([each.figures for each in known])
+        for name, values in zip(("gg", "zeros"), before_step.unbind(1), strict=True):
+            parts[:, figures.PARTS.index(name)] = values
     rows = Rows(at, parts=parts, checks=checks, rates=rates)
     return [rows, *_tracked(batch, group, None, watched, kept)]
 
