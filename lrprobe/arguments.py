@@ -80,9 +80,14 @@ class Filter:
         for name in names:
             self._unused = {p for p in self._unused if not p.search(name)}
 
-    def warn_unused(self) -> None:
-        """Warn of patterns that match no name."""
-        for pattern in sorted(p.pattern for p in self._unused):
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Patterns that matched no name so far."""
+        return tuple(sorted(p.pattern for p in self._unused))
+
+    def warn_unused(self, of: Iterable[str] | None = None) -> None:
+        """Warn of patterns that match no name (of these, where other ranks have names too)."""
+        for pattern in sorted(self.unused if of is None else of):
             warn(f"the pattern {pattern!r} matches no parameter's name")
 
 

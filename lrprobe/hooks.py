@@ -7,9 +7,9 @@ import math
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lrprobe.names import name_parameters
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
 from lrprobe.summary.pending import Pending, StepInfo
+from lrprobe.summary.shards import Kept
 from lrprobe.summary.snapshot import (
     Before,
     How,
@@ -29,22 +30,27 @@ from lrprobe.summary.snapshot import (
     at_rest,
     before,
     has_closure,
+    moves,
     resting,
     tolerance,
 )
 from lrprobe.text import listed, warn
+
+if TYPE_CHECKING:
+    from lrprobe.distributed import Exchange, Merging
 
 
 class Owner(Protocol):
     """What hooks know of the probe they belong to."""
 
     run: dict[str, Any]
+    rank: int
 
     @property
     def waiting(self) -> bool:
         """Whether figures are still on their way to the host."""
 
-    def add(self, hooks: Hooks, pending: Pending) -> None:
+    def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
         """Take the figures of a step."""
 
     def collect(self) -> None:
@@ -63,23 +69,26 @@ class Hooks:
         self.schedule = Schedule(options.every, options.step, optimizer)
         self.watched: list[Watched] = []
         self._owner = owner
-        self._options = options
+        self.options = options
         self._optimizer = weakref.ref(optimizer)
         self._passes = Passes(options.batch_size) if options.batch_size is not None else None
         self.recorded = -1
         """The last step recorded in this attempt."""
         self.failures = 0
         """Steps that could not be recorded."""
+        self.exchange: Exchange | None = None
+        """Where the parameters are spread over ranks."""
+        self._silent = False
         self._depth = 0
         self._number = self.schedule.step
-        self._kept: Before | None = None
+        self._kept: Before | Kept | None = None
         self._seen: list[weakref.ref[Tensor]] = []
         self._sizes: list[int] = []
         self._fixed: list[dict[str, Any]] = []
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
         self._refresh(optimizer)
-        if find_rule(type(optimizer)) is None:
+        if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
                 "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
@@ -91,6 +100,18 @@ class Hooks:
         # Before the user's own post-hooks, which may step a scheduler or drop the gradients.
         hooks: Any = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no `prepend`
         hooks.move_to_end(self._handles[1].id, last=False)
+
+    def join(self, data_parallel: int, flat: Sequence[Tensor], *, silent: bool) -> None:
+        """Take part among other ranks.
+
+        Args:
+            data_parallel: ranks, each with samples of its own.
+            flat: parameters that autograd sees instead of the optimizer's (FSDP1).
+            silent: whether rank 0 has all that is here.
+        """
+        self._silent = silent
+        if self._passes is not None:
+            self._passes.spread(data_parallel, flat)
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -143,14 +164,19 @@ class Hooks:
         except Exception as error:  # noqa: BLE001 - as in `_harmless`
             self.failed(error)
             return
-        if not due:
+        if not due or self._silent:
             return
         self._cuda = torch.cuda.is_available()  # asked seldom, since it costs a microsecond
         if self._cuda and self._in_capture():
             return
         with self._harmless():
             self._refresh(optimizer)
-            self._kept = before(self.watched, optimizer, closure=has_closure(args, kwargs))
+            closure = has_closure(args, kwargs)
+            if self.exchange is None:
+                self._kept = before(self.watched, optimizer, closure=closure)
+            else:
+                self._kept = Kept()  # the other ranks must not wait, whatever happens here
+                self._kept = self.exchange.before(self.watched, optimizer, closure=closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self._captured:
@@ -174,13 +200,26 @@ class Hooks:
                 run=self._owner.run,
                 recorded=kept is not None,
             )
-            if kept is None:  # nothing is to be known of it but whether it was a step
-                pending = Pending(resting(optimizer), (), info)
-            else:
-                how = How(self._options.sample, self._options.compile)
+            if self.exchange is not None:
+                self._exchanged(optimizer, kept, info, self.exchange)
+            elif kept is None:  # nothing is to be known of it but whether it was a step
+                self._owner.add(self, Pending(resting(optimizer), (), info))
+            elif isinstance(kept, Before):
+                how = How(self.options.sample, self.options.compile)
                 raw = after(self.watched, optimizer, kept, how)
-                pending = Pending(raw, self.watched, info)
-            self._owner.add(self, pending)
+                self._owner.add(self, Pending(raw, self.watched, info))
+
+    def _exchanged(
+        self, optimizer: Optimizer, kept: Any, info: StepInfo, exchange: Exchange
+    ) -> None:
+        # Whether it was a step must be known at once, so that all ranks go on with one count.
+        if at_rest(optimizer) and not moves(optimizer):
+            info.recorded = False
+            self.schedule.take_back()
+        if kept is not None:
+            merging = exchange.after(optimizer, kept, info)
+            if merging is not None:
+                self._owner.add(self, merging)
 
     def _in_capture(self) -> bool:
         """Whether a CUDA graph is being captured, which would replay what is done now."""
@@ -235,8 +274,8 @@ class Hooks:
         known = {(w.name, id(w.ref())): w for w in self.watched}
         rule = find_rule(type(optimizer))
         self.watched = []
-        for group, name, param in name_parameters(optimizer, self._options.names.now()):
-            if not self._options.chosen.takes(name):
+        for group, name, param in name_parameters(optimizer, self.options.names.now()):
+            if not self.options.chosen.takes(name):
                 continue
             watched = known.get((name, id(param)))
             if watched is None:
@@ -246,7 +285,7 @@ class Hooks:
                     group=group,
                     ref=weakref.ref(param),
                     rule=rule,
-                    tracked=_draw(name, numel, self._options.track),
+                    tracked=draw(name, numel, self.options.track),
                     numel=numel,
                     initial_lr=_initial_lr(optimizer.param_groups[group]),
                 )
@@ -256,8 +295,10 @@ class Hooks:
             self._passes.watch(params)
         self._seen = [weakref.ref(param) for param in params]
 
-    def judge(self, pending: Pending) -> None:
+    def judge(self, pending: Pending | Merging) -> None:
         """Parameters whose rule does not explain their steps become measured."""
+        if not isinstance(pending, Pending):
+            return  # all ranks do so together, at the next recorded step
         failed = {pending.watched[i]: why for i, why in pending.errors.items()}
         if not pending.skipped:
             errors = pending.reconstruction_errors()
@@ -272,13 +313,15 @@ class Hooks:
         for watched in failed:
             watched.rule = None
         if failed:
-            names = [w.name for w in failed]
-            reason = next(iter(failed.values()))
-            warn(
-                f"the rule does not explain the steps of {type(self._optimizer()).__name__}: "
-                f"{listed(names)} ({reason}). From now on the effective rate there is measured "
-                "as |Δθ|/|g| on a sample; lrprobe.register_rule teaches lrprobe an optimizer"
-            )
+            self.tell_unexplained([w.name for w in failed], next(iter(failed.values())))
+
+    def tell_unexplained(self, names: Sequence[str], reason: str) -> None:
+        """Warn of parameters that are measured from now on."""
+        warn(
+            f"the rule does not explain the steps of {type(self._optimizer()).__name__}: "
+            f"{listed(names)} ({reason}). From now on the effective rate there is measured "
+            "as |Δθ|/|g| on a sample; lrprobe.register_rule teaches lrprobe an optimizer"
+        )
 
 
 class Schedule:
@@ -331,7 +374,8 @@ def _initial_lr(group: Mapping[str, Any]) -> Any:
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
-def _draw(name: str, numel: int, count: int) -> Tensor | None:
+def draw(name: str, numel: int, count: int) -> Tensor | None:
+    """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
     if not count or not numel:
         return None
     generator = torch.Generator("cpu").manual_seed(

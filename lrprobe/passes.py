@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _WATCHED = 4
@@ -19,19 +18,33 @@ class Passes:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
+        self.ranks = 1
+        """Data-parallel ranks, each with samples of its own."""
+        self._instead: Sequence[Tensor] = ()
         self._params: list[weakref.ref[Tensor]] = []
         self._counters: list[_Counter] = []
 
     def watch(self, params: Sequence[Tensor]) -> None:
         """Choose among these parameters."""
+        params = self._instead or params
         self._params = [weakref.ref(p) for p in params]
         self._choose([p for p in params if _can_count(p)])
+
+    def spread(self, ranks: int, instead: Sequence[Tensor]) -> None:
+        """Over so many ranks; ``instead`` has the parameters that autograd sees, where others are.
+
+        (FSDP1 hands gradients on to the parameters that were given to the optimizer.)
+        """
+        self.ranks = ranks
+        if instead:
+            self._instead = instead
+            self.watch(instead)
 
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
         count = max((counter.take() for counter in self._counters), default=0)
         if count:
-            return float(count * self._batch_size * _world_size())
+            return float(count * self._batch_size * self.ranks)
         # These parameters take no part; others may.
         alive = (p for p in (ref() for ref in self._params) if p is not None)
         self._choose([p for p in alive if _can_count(p) and p.grad is not None])
@@ -89,6 +102,8 @@ class _Counter:
         only, and only where something changed the gradient: no device is asked for its values.
         """
         param = self.param()
+        if getattr(param, "_saved_grad_shard", None) is not None:
+            return  # FSDP1 keeps there the sum of the passes before, and begins anew in each
         grad = None if param is None else param.grad
         known = self._grad() if self._grad is not None else None
         if grad is None or grad is not known or (_version(grad) != self._version and _zero(grad)):
@@ -117,10 +132,3 @@ def _zero(grad: Tensor) -> bool:
 
 def _can_count(param: Tensor) -> bool:
     return param.requires_grad and param.is_leaf  # torch refuses the hook on others
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1

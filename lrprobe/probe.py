@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lrprobe.arguments import Every, Filter, Options, Step, check_counts
 from lrprobe.delivery import Delivery
+from lrprobe.distributed import Merging, join, world
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.record import SCHEMA_VERSION, Level
@@ -47,6 +48,7 @@ def attach(
     step: Step = None,
     sample: int | None = None,
     compile: bool = False,  # noqa: A002 - the field's word for it
+    process_group: Any = None,
 ) -> Probe:
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
 
@@ -72,6 +74,8 @@ def attach(
         sample: take the figures from this many elements of each parameter instead of all:
             cheaper, and then they are estimates.
         compile: fuse rule and summary with ``torch.compile``; the first recorded step is slow.
+        process_group: of ``torch.distributed``, where not all ranks attach. All of its ranks must
+            call ``attach``; the lowest writes, and its probe has the frame. By default all ranks.
 
     Returns:
         The probe. It lives as long as the optimizer, also where it is not kept.
@@ -79,17 +83,35 @@ def attach(
     Raises:
         TypeError: if an argument is of a kind that is not listed above.
         ValueError: if a value is out of range, a regular expression does not compile, or a
-            destination has an ending or scheme that no sink writes.
+            destination has an ending or scheme that no sink writes; on every rank, if the ranks'
+            parameters or arguments cannot be merged.
         OSError: if a destination cannot be written.
+        RuntimeError: if ``attach`` failed on another rank.
     """
-    optimizers = find_optimizers(optimizer)
-    names = Names(model)
-    now = names.now()
-    check_counts(every, track, batch_size, step, sample)
-    chosen = Filter(include, exclude)
+    ranks = world(process_group)
+    rank = 0 if ranks is None else ranks.rank
+    try:
+        names = Names(model)
+        check_counts(every, track, batch_size, step, sample)
+        chosen = Filter(include, exclude)
+        options = Options(names, chosen, every, step, track, batch_size, sample, compile)
+        probe = _attached(find_optimizers(optimizer), options, to, rank)
+    except Exception as error:  # so that the other ranks fail too, and do not wait
+        join(ranks, [], model, error)
+        raise
+    try:
+        join(ranks, probe.hooks, model)
+    except BaseException:
+        probe.close()
+        raise
+    return probe
+
+
+def _attached(optimizers: Mapping[str, Optimizer], options: Options, to: Any, rank: int) -> Probe:
+    chosen = options.chosen
+    now = options.names.now()
     for each in optimizers.values():
         chosen.see(name for _, name, _ in name_parameters(each, now))
-    chosen.warn_unused()
     params = {id(p) for each in optimizers.values() for g in each.param_groups for p in g["params"]}
     if now and not params & now.keys():
         warn("the model has none of the optimizer's parameters, so that it names none of them")
@@ -105,14 +127,17 @@ def attach(
     ]
     _close_older(places)
     optimizers = _apart(optimizers, shared)
-    sinks, owned = open_sinks(found)
-    memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
-    if memory is None:
-        memory = Memory()
-        sinks.insert(0, memory)
-    attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
-    options = Options(names, chosen, every, step, track, batch_size, sample, compile)
-    probe = Probe(memory, Delivery(sinks, owned), places, attempt)
+    if rank:  # which has nothing to write
+        probe = Probe(None, Delivery([]), places, rank=rank)
+    else:
+        sinks, owned = open_sinks(found)
+        memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
+        if memory is None:
+            memory = Memory()
+            sinks.insert(0, memory)
+        attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
+        probe = Probe(memory, Delivery(sinks, owned), places, attempt)
+    probe.shared = shared
     for name, each in optimizers.items():
         probe.hooks.append(Hooks(name, each, options, probe))
     probe.describe()
@@ -127,14 +152,22 @@ class Probe:
     """
 
     def __init__(
-        self, memory: Memory, delivery: Delivery, places: Sequence[str], attempt: int
+        self,
+        memory: Memory | None,
+        delivery: Delivery,
+        places: Sequence[str],
+        attempt: int = 0,
+        rank: int = 0,
     ) -> None:
-        self._memory = memory
+        self._in_memory = memory
+        self.rank = rank
         self._delivery = delivery
         self.places = places
+        self.shared: Sequence[Any] = ()
+        """Sinks of the user's, also on ranks that do not write to them."""
         self.attempt = attempt
         self.hooks: list[Hooks] = []
-        self._waiting: deque[tuple[Hooks, Pending]] = deque()
+        self._waiting: deque[tuple[Hooks, Pending | Merging]] = deque()
         self._lock = threading.RLock()  # a frame may be asked for beside the training
         self._closed = False
         self.run: dict[str, Any] = {}
@@ -152,7 +185,8 @@ class Probe:
 
         Raises:
             ValueError: for another ``by``.
-            RuntimeError: if memory was turned off (``max_bytes=0``).
+            RuntimeError: if memory was turned off (``max_bytes=0``), or if this is not rank 0 of
+                the probe's process group, which alone has the frame.
         """
         self._wait()
         return self._memory.frame(by)
@@ -181,7 +215,10 @@ class Probe:
         for hooks in self.hooks:
             hooks.remove()
         try:
-            self.collect(wait=True)
+            for hooks in self.hooks:
+                if hooks.exchange is not None:
+                    hooks.exchange.finish()
+            self.collect(wait=True, last=True)
         finally:
             _open_probes.discard(self)
             self._delivery.close()
@@ -231,6 +268,15 @@ class Probe:
         return f"<lrprobe.Probe of {names}: {watched} parameters, step {self.step}, {state}>"
 
     @property
+    def _memory(self) -> Memory:
+        if self._in_memory is None:
+            raise RuntimeError(
+                f"this is rank {self.rank} of the probe's process group, and rank 0 has what was "
+                "recorded: ask there (if rank == 0: ...), or lrprobe.read() what it writes"
+            )
+        return self._in_memory
+
+    @property
     def waiting(self) -> bool:
         """Whether figures are still on their way to the host."""
         return bool(self._waiting)
@@ -245,17 +291,25 @@ class Probe:
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
         }
 
-    def add(self, hooks: Hooks, pending: Pending) -> None:
+    def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
         """Take the figures of a step, still on the device."""
         with self._lock:
             self._waiting.append((hooks, pending))
         self.collect()
 
-    def collect(self, wait: bool = False) -> None:
-        """Pass on what has arrived on the host; the rest is asked again at a later hook."""
+    def collect(self, wait: bool = False, last: bool = False) -> None:
+        """Pass on what has arrived on the host; the rest is asked again at a later hook.
+
+        Args:
+            wait: for what is on its way. Other ranks are not waited for without end.
+            last: what has not arrived then never will.
+        """
         with self._lock:
-            while self._waiting and (wait or self._waiting[0][1].ready()):
-                hooks, pending = self._waiting.popleft()
+            while self._waiting:
+                hooks, pending = self._waiting[0]
+                if not (pending.ready() or (wait and (pending.wait() or last))):
+                    break
+                self._waiting.popleft()
                 try:
                     self._pass_on(hooks, pending)
                 except Warning:  # the user wants warnings to be errors
@@ -264,7 +318,7 @@ class Probe:
                     hooks.failed(error)
         self._tell()
 
-    def _pass_on(self, hooks: Hooks, pending: Pending) -> None:
+    def _pass_on(self, hooks: Hooks, pending: Pending | Merging) -> None:
         if pending.none_taken:
             less = hooks.schedule.take_back()
             for others, later in self._waiting:
@@ -303,13 +357,13 @@ _open_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
 def _at_exit() -> None:
     """Pass on what is still on its way from a device, before the delivery ends."""
     for probe in list(_open_probes):
-        probe.collect(wait=True)
+        probe.collect(wait=True, last=True)
 
 
 def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[str, Optimizer]:
     """Names that no other probe's optimizer has in a sink that both write to."""
     sinks = {id(sink) for sink in shared if sink is not None}
-    others = [p for p in list(_open_probes) if sinks & set(map(id, p._delivery.sinks))]  # noqa: SLF001 - of this module
+    others = [probe for probe in list(_open_probes) if sinks & set(map(id, probe.shared))]
     taken = {hooks.name for probe in others for hooks in probe.hooks}
     result: dict[str, Optimizer] = {}
     for name, optimizer in optimizers.items():

@@ -506,7 +506,7 @@ def arrival(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
             asked.append(1)
             return len(asked) % 4 == 0
 
-        monkeypatch.setattr(pending._Crossing, "ready", ready)
+        monkeypatch.setattr(pending.Crossing, "ready", ready)
     return str(request.param)
 
 
@@ -553,7 +553,7 @@ def test_steps_after_a_dummy_are_numbered_without_it(monkeypatch: pytest.MonkeyP
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with lrprobe.attach(optimizer, model, every=1) as probe:
-        monkeypatch.setattr(pending._Crossing, "ready", lambda self: False)
+        monkeypatch.setattr(pending.Crossing, "ready", lambda self: False)
         for _ in range(3):
             get_optimizer_state_dict(model, optimizer)
             model(torch.randn(4, 3)).sum().backward()
@@ -698,7 +698,7 @@ def test_a_rule_is_judged_by_its_own_step(monkeypatch: pytest.MonkeyPatch) -> No
     model = nn.ParameterDict({"two": torch.ones(2), "three": torch.ones(3), "four": torch.ones(4)})
     optimizer = Picky([model["two"], model["three"], model["four"]], lr=0.5)
     with lrprobe.attach(optimizer, model, every=1) as probe:
-        monkeypatch.setattr(pending._Crossing, "ready", lambda self: False)
+        monkeypatch.setattr(pending.Crossing, "ready", lambda self: False)
         for param in model.values():
             param.grad = torch.ones_like(param)
         optimizer.step()

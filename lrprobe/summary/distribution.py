@@ -178,7 +178,7 @@ def quantiles(
             continue
         elif len(at) == 1 and (only := rates[at[0]]) is not None and only.values is not None:
             exact[len(only.values)].append((row, only.values))
-        elif sum(sizes[i] for i in at) <= WHOLE:
+        elif sum(sizes[i] for i in at) <= WHOLE and all(_has_values(rates[i]) for i in at):
             pieces = [_all_values(rates[i], constants[i], sizes[i]) for i in at]
             values = np.concatenate(pieces) if pieces else np.zeros(0)
             exact[len(values)].append((row, values))
@@ -191,6 +191,10 @@ def quantiles(
         rows = np.unique(merged.owner)
         result[rows] = _bin_quantiles(merged, rows, low[rows], high[rows])
     return result
+
+
+def _has_values(rates: Rates | None) -> bool:
+    return rates is None or rates.values is not None
 
 
 def _all_values(rates: Rates | None, constant: float, numel: int) -> Floats:

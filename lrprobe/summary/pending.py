@@ -183,7 +183,7 @@ class Pending:
         numbers = [*raw.lr.values(), *self._initial]
         numbers += [raw.found_inf, raw.grad_scale, *(raw.resting or ())]
         self._tensors += [t for t in numbers if isinstance(t, Tensor)]
-        self._crossing = _Crossing(self._tensors)
+        self._crossing = Crossing(self._tensors)
         self._host: dict[int, NDArray[Any]] | None = None
 
     @property
@@ -194,6 +194,10 @@ class Pending:
     def ready(self) -> bool:
         """Whether the buffer has arrived."""
         return self._crossing.ready()
+
+    def wait(self) -> bool:
+        """True: what waits for a device waits where it is read."""
+        return True
 
     def _value(self, tensor: Any) -> Any:
         if not isinstance(tensor, Tensor):
@@ -303,7 +307,7 @@ class Pending:
         return found
 
 
-class _Crossing:
+class Crossing:
     """Tensors on their way to the host, those of one device in one buffer."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -324,6 +328,7 @@ class _Crossing:
             self._events.append(event)
 
     def ready(self) -> bool:
+        """Whether all have arrived."""
         return all(event.query() for event in self._events)
 
     def arrays(self) -> list[NDArray[Any]]:

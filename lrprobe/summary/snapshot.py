@@ -21,6 +21,7 @@ from lrprobe.summary import figures
 from lrprobe.summary.reading import (
     BLOCK,
     WHOLE,
+    Positions,
     Spread,
     entry_of,
     local,
@@ -181,7 +182,7 @@ def before(
             continue
         group = optimizer.param_groups[w.group]
         if "initial_lr" in group:  # a scheduler may be made after the probe
-            w.initial_lr = _copied(group["initial_lr"])
+            w.initial_lr = copied(group["initial_lr"])
         flat = real(param)
         shape = flat.shape if w.numel <= WHOLE else None
         alike[shape, flat.dtype, flat.device].append((i, flat))
@@ -192,9 +193,10 @@ def before(
             try:
                 kept.scalars[i] = w.rule.before(local(param).detach(), state, group)
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-                kept.errors[i] = _cause(error)
+                kept.errors[i] = cause(error)
         if w.rule is None and not closure and param.grad is not None and not param.grad.is_sparse:
-            kept.grads[i] = _gradient(real(param.grad), w.tracked)
+            grad = real(param.grad)
+            kept.grads[i] = gradient_before(grad, _sample_of(grad), w.tracked)
     for some in alike.values():
         tensors = [flat for _, flat in some]
         table = take_rows([_sample_of(flat) for flat in tensors], tensors[0].dtype)(tensors)
@@ -202,9 +204,10 @@ def before(
     return kept
 
 
-def _gradient(grad: Tensor, tracked: Tensor | None) -> Gradient:
+def gradient_before(grad: Tensor, sample: Positions, tracked: Tensor | None) -> Gradient:
+    """A gradient as it stands, of an optimizer that may overwrite it."""
     return Gradient(
-        positions(grad, _sample_of(grad)).clone(),
+        positions(grad, sample).clone(),
         None if tracked is None else positions(grad, tracked.to(grad.device, non_blocking=True)),
         torch.stack([figures.square_sum(grad), figures.zeros(grad)]),
     )
@@ -220,6 +223,15 @@ def at_rest(optimizer: torch.optim.Optimizer) -> bool | None:
         elif lr is None or lr != 0:
             return False
     return known
+
+
+def moves(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether some gradient has an element that is not 0, or none has elements; asks the device."""
+    grads = [
+        local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+    ]
+    values = [g._values() if g.is_sparse else g for g in grads if g.numel()]  # noqa: SLF001 - as below
+    return not values or any(bool(each.detach().any()) for each in values)
 
 
 def resting(optimizer: torch.optim.Optimizer) -> Raw:
@@ -239,7 +251,7 @@ def _with_resting(raw: Raw, optimizer: torch.optim.Optimizer, seen: set[int]) ->
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Scalar]:
     return {
-        index: _copied(torch.nan if group.get("lr") is None else group["lr"])
+        index: copied(torch.nan if group.get("lr") is None else group["lr"])
         for index, group in enumerate(optimizer.param_groups)
     }
 
@@ -260,8 +272,8 @@ def after(
     """
     raw = Raw(
         lr=_rates(optimizer),
-        found_inf=_copied(getattr(optimizer, "found_inf", None)),
-        grad_scale=_copied(getattr(optimizer, "grad_scale", None)),
+        found_inf=copied(getattr(optimizer, "found_inf", None)),
+        grad_scale=copied(getattr(optimizer, "grad_scale", None)),
     )
     raw.errors.update(kept.errors)
     batches: dict[Any, list[tuple[int, Entry]]] = defaultdict(list)
@@ -314,17 +326,17 @@ def _summarise(
     if rule is not None:
         try:
             if empty:
-                raw.rows.append(_empty(batch, group, rule))
+                raw.rows.append(empty_rows(batch, group, rule))
             else:
                 raw.rows += _reconstructed(batch, group, rule, watched, kept, how)
         except torch.OutOfMemoryError:  # which is no fault of the rule's
             raise
         except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-            raw.errors.update(dict.fromkeys(at, _cause(error)))
+            raw.errors.update(dict.fromkeys(at, cause(error)))
         else:
             return
     if empty:
-        raw.rows.append(_empty(batch, group, None))
+        raw.rows.append(empty_rows(batch, group, None))
         return
     raw.rows += _measured(batch, group, watched, kept)
 
@@ -382,7 +394,7 @@ def _measured(
     grad = s.grad
     known = [kept.grads[i] for i in at] if all(i in kept.grads for i in at) else []
     if known:
-        grad = _signed(torch.stack([each.sample for each in known]), group)
+        grad = signed(torch.stack([each.sample for each in known]), group)
     checks, rates = figures.measured_figures(s, grad, kept.sample(at))
     parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
     for name, values in figures.plain_figures(entries, counts=True).items():
@@ -418,7 +430,7 @@ def _tracked(
             grad = s.grad
             if all(i in kept.grads for i in at):
                 elements = [cast("Tensor", kept.grads[i].tracked) for i in at]
-                grad = _signed(torch.stack(elements), group)
+                grad = signed(torch.stack(elements), group)
             rate = figures.measured_rates(change, grad)
         else:
             update = rule.update(s)
@@ -426,11 +438,12 @@ def _tracked(
             rate = figures.scalar(update.effective_lr, s.param).expand(s.param.shape)
             grad = figures.gradient(s, update)
         # The sign of `maximize` is its own inverse.
-        result.append(Rows(at, tracked=torch.stack([rate, change, _signed(grad, group), s.param])))
+        result.append(Rows(at, tracked=torch.stack([rate, change, signed(grad, group), s.param])))
     return result
 
 
-def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+def signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """As rules see it, under ``maximize``; float64."""
     return -grad.double() if group.get("maximize", False) else grad.double()
 
 
@@ -441,7 +454,7 @@ def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> li
     ]
 
 
-def _empty(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule | None) -> Rows:
+def empty_rows(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule | None) -> Rows:
     """Parameters without elements: their sums are 0, and they have no rate."""
     like = batch[0][1].param
     parts = torch.zeros((len(batch), len(figures.PARTS)), dtype=torch.float64, device=like.device)
@@ -451,6 +464,9 @@ def _empty(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule 
         entries = [entry for _, entry in batch]
         update = rule.update(Slice(entries, group, take_rows([None] * len(batch), torch.float64)))
         parts[:, 0] = figures.column(update.decay, parts)
+        for name in ("rms_grad", "rms_update"):  # or they would hide those of other parameters
+            if getattr(update, name) is not None:
+                parts[:, figures.PARTS.index(name)] = 0.0
     checks = torch.zeros((len(batch), len(figures.CHECKS)), dtype=torch.float64)
     return Rows([i for i, _ in batch], parts=parts, checks=checks.to(like.device))
 
@@ -468,11 +484,13 @@ def _sample_of(param: Tensor) -> Spread | None:
     return spread(param.numel(), WHOLE, param.device)
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """What an error says, in one line."""
     return f"{type(error).__name__}: {error}"
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A hyperparameter as it stands now: a tensor's copy, anything else itself."""
     return local(value).detach().clone() if isinstance(value, Tensor) else value
 
 
