@@ -68,6 +68,22 @@ def test_demo_leaves_a_picture_and_says_where_everything_is(demo: tuple[Path, st
     assert (folder / "out" / "effective_lr.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sharded_training_has_one_record(tmp_path: Path) -> None:
+    """Two ranks hold half of the elements each; the dataset has whole parameters."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / "examples" / "fsdp2.py"), "out"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_parquet(tmp_path / "out" / "fsdp2.parquet")
+    assert frame["step"].unique().tolist() == [1, *range(10, 80, 10)]
+    assert frame.groupby("step")["numel"].sum().unique().tolist() == [185_810]
+    assert set(frame["samples"]) == {40.0}
+    assert frame["reconstruction_error"].max() < 1e-4
+    assert re.search(r"rank [01] of 2 held 92,905 of 185,810", done.stdout)
+
+
 def test_lost_updates_are_seen_in_bfloat16_only(tmp_path: Path) -> None:
     """And more of them at the lower rate."""
     rows = [line.split() for line in run("examples/lost_updates.py", cwd=tmp_path).splitlines()]
