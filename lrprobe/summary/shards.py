@@ -467,8 +467,11 @@ class Share:
                     kept.errors[piece.row] = cause(error)
             grad = param.grad
             partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
-            if w.rule is None and not closure and grad is not None and not (
-                grad.is_sparse or partial
+            if (
+                w.rule is None
+                and not closure
+                and grad is not None
+                and not (grad.is_sparse or partial)
             ):
                 where = None if piece.tracked is None else piece.tracked[0]
                 kept.grads[piece.row] = gradient_before(real(grad), piece.check, where)
