@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lrprobe
+from lrprobe import rules
+from lrprobe.rules import Rule, Slice, Update
 from lrprobe.testing import check_rule
 
 
@@ -106,15 +108,42 @@ def test_an_optimizer_without_lr_is_measured() -> None:
     np.testing.assert_allclose(frame["effective_lr_p50"], 0.1, rtol=1e-3)
 
 
-def test_a_rule_that_says_nan_is_found_out() -> None:
-    """SGD with lr·λ = 1 forgets its parameter: what nobody can tell becomes measured."""
+def test_a_rule_that_says_nan_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rule cannot tell of a step that was taken becomes measured."""
+
+    def undecided(s: Slice) -> Update:
+        return Update(s.lr * torch.nan, s.grad)
+
+    monkeypatch.setitem(rules._RULES, Stubborn, Rule("undecided", undecided))
     model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=10.0)
+    optimizer = Stubborn(model.parameters(), lr=0.1)
     with lrprobe.attach(optimizer, model, every=1) as probe:
-        with pytest.warns(UserWarning, match="does not explain the steps of SGD"):
+        with pytest.warns(UserWarning, match="does not explain the steps of Stubborn"):
             train(model, optimizer, 3)
         frame = probe.frame()
     assert set(frame.loc[frame["step"] == 3, "rule"]) == {"measured"}
+
+
+class Stubborn(torch.optim.SGD):
+    """SGD under another name."""
+
+
+@pytest.mark.parametrize(("numel", "known"), [(50, True), (9000, False)])
+def test_a_parameter_that_forgets_itself(numel: int, known: bool) -> None:
+    """With lr·λ = 1 nothing of θ is left: a sample from before tells its step, else it is NaN."""
+    param = nn.Parameter(torch.randn(numel))
+    optimizer = torch.optim.SGD([param], lr=0.1, weight_decay=10.0)
+    moved = []
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _ in range(3):
+            param.grad = torch.randn(numel)
+            old = param.detach().clone()
+            optimizer.step()
+            moved.append(float((param.detach() - old).double().norm()))
+        frame = probe.frame()
+    assert set(frame["rule"]) == {"sgd"}
+    assert frame["reconstruction_error"].max() < 1e-6
+    np.testing.assert_allclose(frame["update_norm"], moved if known else [np.nan] * 3, rtol=1e-6)
 
 
 def test_radam_without_any_rectification() -> None:

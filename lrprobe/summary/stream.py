@@ -157,7 +157,6 @@ def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
         found["rate_m2"], found["rate_log"] = nothing, n * pivot.log()
         found["ee"] = pivot * pivot * found["dd"]
         found["ep"], found["eg"] = pivot * found.get("dp", nothing), pivot * found["dg"]
-    found["zeros"] = n - found["nonzero"]
     for name in ("ep", "pg"):  # only a decay asks for them: zero times them
         found.setdefault(name, nothing)
     if not streams[0].exact:
@@ -275,9 +274,8 @@ class Stream:
                 found["ep"] = torch.dot(e, p)
         if decays:
             found["pg"] = torch.dot(p, g)
-        # A sum of ones is exact in any order, and takes half the time of ``count_nonzero``.
-        signs = torch.sign(g, out=self._room(g))
-        found["nonzero"] = torch.dot(signs, signs)
+        # A comparison into floats, and their sum, takes half the time of ``count_nonzero``.
+        found["zeros"] = torch.eq(g, 0, out=self._room(g)).sum()
         if update.rms_grad is not None:
             found["rms_grad"] = update.rms_grad.sum()
         if update.rms_update is not None:
