@@ -958,6 +958,7 @@ def attach_and_close(times: int, folder: Any) -> dict[str, list[float]]:
     tracemalloc.stop()
     hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     hooks += [param._post_accumulate_grad_hooks or {} for param in model.parameters()]
+    hooks += [param._backward_hooks or {} for param in model.parameters()]
     assert not any(hooks)
     return held
 
@@ -966,6 +967,6 @@ def test_attaching_again_and_again_leaks_nothing(tmp_path: Any) -> None:
     """attach → step → close, 300 times, leaves no memory, object, thread, handle or hook."""
     held = attach_and_close(300, tmp_path)
     # A probe that stayed would be kilobytes, 150 times; a table of Python's that grows is one step.
-    for what, allowed in (("bytes", 60_000), ("objects", 60), ("threads", 1), ("handles", 2)):
+    for what, allowed in (("bytes", 100_000), ("objects", 60), ("threads", 1), ("handles", 2)):
         grown = held[what][-1] - held[what][4]
         assert grown <= allowed, (what, held[what])
