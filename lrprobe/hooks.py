@@ -29,6 +29,7 @@ from lrprobe.summary.snapshot import (
     after,
     at_rest,
     before,
+    copied,
     has_closure,
     moves,
     resting,
@@ -371,7 +372,7 @@ def _steps_taken(optimizer: Optimizer) -> int:
 def _initial_lr(group: Mapping[str, Any]) -> Any:
     rate = group.get("initial_lr", group.get("lr"))
     rate = math.nan if rate is None else rate  # Transformers' Adafactor finds its own
-    return rate.detach().clone() if isinstance(rate, Tensor) else rate
+    return copied(rate)
 
 
 def draw(name: str, numel: int, count: int) -> Tensor | None:

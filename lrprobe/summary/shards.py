@@ -23,7 +23,7 @@ from torch import Tensor
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows
 from lrprobe.summary import figures, finish
 from lrprobe.summary.distribution import Rates
-from lrprobe.summary.figures import BINS, CHECKS, PARTS, SHIFT
+from lrprobe.summary.figures import CHECKS, PARTS
 from lrprobe.summary.pending import Arrived
 from lrprobe.summary.reading import (
     BLOCK,
@@ -43,9 +43,11 @@ from lrprobe.summary.snapshot import (
     copied,
     empty_rows,
     gradient_before,
-    signed,
+    measured_rows,
+    remember,
+    tracked_figures,
 )
-from lrprobe.summary.stream import large_figures, stride_for, whole_of
+from lrprobe.summary.stream import fine_bins, large_figures, stride_for, whole_of
 
 Floats = NDArray[np.float64]
 Cuts: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
@@ -451,20 +453,11 @@ class Share:
             param = w.ref()
             if param is None or not (param.requires_grad or param.grad is not None):
                 continue
-            group = optimizer.param_groups[w.group]
-            if "initial_lr" in group:  # a scheduler may be made after the probe
-                w.initial_lr = copied(group["initial_lr"])
+            remember(w, param, optimizer, piece.row, kept.scalars, kept.errors)
             flat = real(param)
             kept.samples[piece.row] = positions(flat, piece.check).clone()
             if piece.tracked is not None:
                 kept.tracked[piece.row] = positions(flat, piece.tracked[0])
-            if w.rule is not None and w.rule.before is not None:
-                try:
-                    kept.scalars[piece.row] = w.rule.before(
-                        flat, optimizer.state.get(param, {}), group
-                    )
-                except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-                    kept.errors[piece.row] = cause(error)
             grad = param.grad
             partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
             if (
@@ -662,24 +655,13 @@ class _Taken:
         entries = [entry for _, entry in batch]
         old = torch.stack([self.kept.samples[piece.row] for piece in pieces])
         s = Slice(entries, group, take_rows([p.check for p in pieces], torch.float64))
-        grad = s.grad
-        grads = self.kept.grads
-        known = [grads[p.row] for p in pieces] if all(p.row in grads for p in pieces) else []
-        if known:
-            grad = signed(torch.stack([each.sample for each in known]), group)
-        checks, rates = figures.measured_figures(s, grad, old)
+        known = [self.kept.grads.get(piece.row) for piece in pieces]
+        parts, checks, rates = measured_rows(s, entries, old, known)
         for piece, row in zip(pieces, rates, strict=True):
             if piece.slots is not None:
                 self._put(piece.slots, row)
             elif len(row):
                 self.counted.append((self.table.binned[piece.row], row.to(self.device)))
-        parts = checks.new_full((len(batch), len(PARTS)), torch.nan)
-        for name, values in figures.plain_figures(entries, counts=True).items():
-            parts[:, PARTS.index(name)] = values
-        if known:
-            before_step = torch.stack([each.figures for each in known])
-            for name, values in zip(("gg", "zeros"), before_step.unbind(1), strict=True):
-                parts[:, PARTS.index(name)] = values
         self._tracked(batch, group, None)
         self._add(pieces, parts, checks)
 
@@ -703,19 +685,7 @@ class _Taken:
             where, first, count = piece.tracked
             old = self.kept.tracked[piece.row].double().unsqueeze(0)
             s = Slice([entry], group, take_rows([where], torch.float64), old)
-            if rule is None:
-                change, grad = s.param - old, s.grad
-                known = self.kept.grads.get(piece.row)
-                if known is not None and known.tracked is not None:
-                    grad = signed(known.tracked.unsqueeze(0), group)
-                rate = figures.measured_rates(change, grad)
-            else:
-                update = rule.update(s)
-                change = figures.intended(update, s)
-                rate = figures.scalar(update.effective_lr, s.param)
-                grad = figures.gradient(s, update)
-            # The sign of `maximize` is its own inverse.
-            found = (rate.expand(s.param.shape), change, signed(grad, group), s.param)
+            found = tracked_figures(s, rule, old, [self.kept.grads.get(piece.row)])
             for at, values in enumerate(found):
                 self._put(first + at * count, values.reshape(-1))
 
@@ -825,12 +795,6 @@ def _moments(n: Tensor, mean: Tensor, m2: Tensor) -> dict[str, Tensor]:
         "n_ad": a * n_d,
         "m2": m2 + n * (mean - a).square(),
     }
-
-
-def fine_bins(rates: Tensor) -> Tensor:
-    """Fine bin of each rate, by the bits of a float32: (as ``rates``), int32."""
-    bits = rates.float().contiguous().view(torch.int32) >> SHIFT
-    return bits.clamp_(0, BINS - 1)
 
 
 def _few_bits(values: Floats) -> Floats:

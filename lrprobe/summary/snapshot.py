@@ -180,20 +180,12 @@ def before(
         # What is frozen is stepped all the same where an old gradient was left.
         if param is None or not (param.requires_grad or param.grad is not None):
             continue
-        group = optimizer.param_groups[w.group]
-        if "initial_lr" in group:  # a scheduler may be made after the probe
-            w.initial_lr = copied(group["initial_lr"])
+        remember(w, param, optimizer, i, kept.scalars, kept.errors)
         flat = real(param)
         shape = flat.shape if w.numel <= WHOLE else None
         alike[shape, flat.dtype, flat.device].append((i, flat))
         if w.tracked is not None:
             kept.tracked[i] = positions(flat, w.tracked.to(flat.device, non_blocking=True))
-        if w.rule is not None and w.rule.before is not None:
-            state = optimizer.state.get(param, {})
-            try:
-                kept.scalars[i] = w.rule.before(local(param).detach(), state, group)
-            except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-                kept.errors[i] = cause(error)
         if w.rule is None and not closure and param.grad is not None and not param.grad.is_sparse:
             grad = real(param.grad)
             kept.grads[i] = gradient_before(grad, _sample_of(grad), w.tracked)
@@ -202,6 +194,26 @@ def before(
         table = take_rows([_sample_of(flat) for flat in tensors], tensors[0].dtype)(tensors)
         kept.samples.update((i, (table, row)) for row, (i, _) in enumerate(some))
     return kept
+
+
+def remember(
+    w: Watched,
+    param: Tensor,
+    optimizer: torch.optim.Optimizer,
+    at: int,
+    scalars: dict[int, Mapping[str, Scalar]],
+    errors: dict[int, str],
+) -> None:
+    """Keep at ``at`` what the rule asks for from before the step, and the group's initial rate."""
+    group = optimizer.param_groups[w.group]
+    if "initial_lr" in group:  # a scheduler may be made after the probe
+        w.initial_lr = copied(group["initial_lr"])
+    if w.rule is not None and w.rule.before is not None:
+        state = optimizer.state.get(param, {})
+        try:
+            scalars[at] = w.rule.before(local(param).detach(), state, group)
+        except Exception as error:  # noqa: BLE001 - a rule must never stop a training
+            errors[at] = cause(error)
 
 
 def gradient_before(grad: Tensor, sample: Positions, tracked: Tensor | None) -> Gradient:
@@ -391,20 +403,37 @@ def _measured(
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
     s = Slice(entries, group, take_rows([_sample_of(e.param) for e in entries], torch.float64))
-    grad = s.grad
-    known = [kept.grads[i] for i in at] if all(i in kept.grads for i in at) else []
-    if known:
-        grad = signed(torch.stack([each.sample for each in known]), group)
-    checks, rates = figures.measured_figures(s, grad, kept.sample(at))
-    parts = checks.new_full((len(at), len(figures.PARTS)), torch.nan)
+    parts, checks, rates = measured_rows(
+        s, entries, kept.sample(at), [kept.grads.get(i) for i in at]
+    )
+    rows = Rows(at, parts=parts, checks=checks, rates=rates)
+    return [rows, *_tracked(batch, group, None, watched, kept)]
+
+
+def measured_rows(
+    s: Slice, entries: Sequence[Entry], old: Tensor, grads: Sequence[Gradient | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PARTS, CHECKS and measured rates of parameters without a rule: (parameters, ·).
+
+    Args:
+        s: their check samples after the step.
+        entries: the parameters.
+        old: the samples before it.
+        grads: their gradients before it; those after it count where one is None.
+    """
+    known = [each for each in grads if each is not None]
+    if len(known) < len(grads):
+        known = []
+    grad = signed(torch.stack([each.sample for each in known]), s.group) if known else s.grad
+    checks, rates = figures.measured_figures(s, grad, old)
+    parts = checks.new_full((len(entries), len(figures.PARTS)), torch.nan)
     for name, values in figures.plain_figures(entries, counts=True).items():
         parts[:, figures.PARTS.index(name)] = values
     if known:
         before_step = torch.stack([each.figures for each in known])
         for name, values in zip(("gg", "zeros"), before_step.unbind(1), strict=True):
             parts[:, figures.PARTS.index(name)] = values
-    rows = Rows(at, parts=parts, checks=checks, rates=rates)
-    return [rows, *_tracked(batch, group, None, watched, kept)]
+    return parts, checks, rates
 
 
 def _tracked(
@@ -425,21 +454,35 @@ def _tracked(
         entries = [entry for _, entry in some]
         old = torch.stack([kept.tracked[i] for i in at]).double()
         s = Slice(entries, group, take_rows(_tracked_at(some, watched), torch.float64), old)
-        if rule is None:
-            change = s.param - old
-            grad = s.grad
-            if all(i in kept.grads for i in at):
-                elements = [cast("Tensor", kept.grads[i].tracked) for i in at]
-                grad = signed(torch.stack(elements), group)
-            rate = figures.measured_rates(change, grad)
-        else:
-            update = rule.update(s)
-            change = figures.intended(update, s)
-            rate = figures.scalar(update.effective_lr, s.param).expand(s.param.shape)
-            grad = figures.gradient(s, update)
-        # The sign of `maximize` is its own inverse.
-        result.append(Rows(at, tracked=torch.stack([rate, change, signed(grad, group), s.param])))
+        found = tracked_figures(s, rule, old, [kept.grads.get(i) for i in at])
+        result.append(Rows(at, tracked=found))
     return result
+
+
+def tracked_figures(
+    s: Slice, rule: Rule | None, old: Tensor, grads: Sequence[Gradient | None]
+) -> Tensor:
+    """Rate, update, gradient and parameter of tracked elements: (4, parameters, elements).
+
+    Args:
+        s: the elements after the step.
+        rule: theirs; None where the rate is measured.
+        old: the elements before it, float64.
+        grads: as for ``measured_rows``.
+    """
+    if rule is None:
+        change, grad = s.param - old, s.grad
+        elements = [each.tracked for each in grads if each is not None and each.tracked is not None]
+        if len(elements) == len(grads):
+            grad = signed(torch.stack(elements), s.group)
+        rate = figures.measured_rates(change, grad)
+    else:
+        update = rule.update(s)
+        change = figures.intended(update, s)
+        rate = figures.scalar(update.effective_lr, s.param).expand(s.param.shape)
+        grad = figures.gradient(s, update)
+    # The sign of `maximize` is its own inverse.
+    return torch.stack([rate, change, signed(grad, s.group), s.param])
 
 
 def signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:

@@ -429,10 +429,15 @@ def histograms(rate: Scalar, like: Tensor) -> Tensor:
     return counts_of(cast("Tensor", rate))
 
 
+def fine_bins(rates: Tensor) -> Tensor:
+    """Fine bin of each rate, by the bits of a float32: (as ``rates``), int32."""
+    bits = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
+    return bits.clamp_(0, BINS - 1)
+
+
 def counts_of(rates: Tensor) -> Tensor:
     """Counts in fine bins of each row: (rows, BINS), int32."""
-    bits = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
-    at = bits.clamp_(0, BINS - 1)
+    at = fine_bins(rates)
     rows, size = len(at), len(at) * BINS
     at = (at + torch.arange(0, size, BINS, dtype=torch.int32, device=at.device)[:, None]).view(-1)
     if at.device.type == "cpu":
