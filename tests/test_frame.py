@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lrprobe
+from lrprobe.summary import snapshot
+from lrprobe.summary.figures import PARTS
 
 FLOAT32_SCALARS = 3e-4  # 1 − 0.999 in float32, at the first step
+AMSGRAD = [case for case in CASES if case.kwargs.get("amsgrad")][:1]  # a state nobody reads
 RTOL = {EXACT: 1e-9, FLOAT32: FLOAT32_SCALARS, MUON: 5e-2}
 
 SPREAD = {"effective_lr_std": (1e-9, 1e-12)}
@@ -337,6 +340,35 @@ def test_nonfinite_is_counted(where: str, bad: float, size: int) -> None:
         target[[3, size // 2, size - 1]] = bad
         optimizer.step()
     assert probe.frame()["nonfinite"].tolist() == [0.0, 3.0]
+
+
+LARGE = [case for case in one_per_class() + AMSGRAD if not case.measured and not case.sparse]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
+def test_a_state_that_is_not_finite_shows(case: Case) -> None:
+    """One NaN or inf in any state of a large parameter is counted, whatever the rule reads."""
+    param = nn.Parameter(torch.randn(130, 50))
+    optimizer = case.make([param])
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _ in range(3):
+            param.grad = torch.randn_like(param)
+            optimizer.step()
+        watched = probe.hooks[0].watched
+        kept = snapshot.before(watched, optimizer)
+        optimizer.step()
+        states = {k: v for k, v in optimizer.state[param].items() if v.shape == param.shape}
+        for name, state in states.items():
+            for bad in (math.nan, math.inf, -math.inf):
+                good = state[7, 3].item()
+                state[7, 3] = bad
+                with torch.no_grad():
+                    raw = snapshot.after(watched, optimizer, kept)
+                state[7, 3] = good
+                rows = [r.parts for r in raw.rows if r.parts is not None]
+                counts = [part[0, PARTS.index("nonfinite")].item() for part in rows]
+                right = 6500.0 if case.cls is torch.optim.Muon else 1.0  # which mixes them all
+                assert counts == [right], f"{case.id} {name}={bad}: {counts}, not [{right}]"
 
 
 def test_twenty_million_elements() -> None:

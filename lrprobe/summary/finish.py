@@ -114,12 +114,7 @@ def _terms(summary: Summary, order: Ints) -> dict[str, Floats]:
     measured = summary.measured[order]
     n = (summary.numel if summary.counted is None else summary.counted)[order].astype(np.float64)
     scale = n / check["checked"]
-    decay = part["decay"]
     observed = check["observed"] * scale
-    # ‖Δθ‖² and −Δθ·g, where Δθ = −(e⊙d + decay·θ_after)/(1 − decay).
-    update = part["ee"] + 2 * decay * part["ep"] + decay**2 * part["pp"]
-    update = (update / (1 - decay) ** 2).clip(min=0)
-    descent = (part["eg"] + decay * part["pg"]) / (1 - decay)
     sampled = check["sample_gg"] * scale
     return {
         "mean": part["rate_mean"],
@@ -131,8 +126,8 @@ def _terms(summary: Summary, order: Ints) -> dict[str, Floats]:
         "log": part["rate_log"],
         "ee": np.where(measured, observed, part["ee"]),
         "dd": np.where(measured, sampled, part["dd"]),
-        "update": np.where(measured, observed, update),
-        "descent": np.where(measured, -check["sample_og"] * scale, descent),
+        "update": np.where(measured, observed, part["uu"]),
+        "descent": np.where(measured, -check["sample_og"] * scale, part["ug"]),
         "gg": part["gg"],
         "seen_gg": np.where(measured, sampled, part["gg"]),
         "zeros": part["zeros"],

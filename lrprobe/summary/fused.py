@@ -28,16 +28,15 @@ SUMS = (
     "rate_log",
     "dd",
     "ee",
-    "ep",
-    "eg",
+    "uu",
+    "ug",
     "pp",
-    "pg",
     "gg",
     "zeros",
     "rms_grad",
     "rms_update",
     "below_eps",
-    "sum of states",
+    "states",
 )
 """What the first output of a kernel has the sums of."""
 
@@ -63,8 +62,8 @@ class Kernel:
 
     Attributes:
         prelude: 0-dim inputs to the scalars that the body needs, float64, and the decay.
-        run: (parameter, gradient, states, scalars, pivot) to sums (figures, ROWS), the least and
-            the largest rate of each row, and the rates.
+        run: (parameter, gradient, states, scalars, pivot, decay) to sums (figures, ROWS), the least
+            and the largest rate of each row, and the rates.
         states, scalars: names of the state entries that it reads.
     """
 
@@ -128,7 +127,7 @@ def _built(
         numbers, _ = kernel.scalars_of(entry, group["lr"])
         like = [blank.to(t.dtype, copy=True) for t in (entry.param, cast("Tensor", entry.grad))]
         pieces = [blank.to(entry.state[k].dtype, copy=True) for k in states]
-        inputs = (*like, pieces, numbers, blank.new_zeros(()))
+        inputs = (*like, pieces, numbers, blank.new_zeros(()), blank.new_zeros(()))
         # Traced once more, so that each kernel is a module of its own for the compiler's caches.
         graph = make_fx(plain, tracing_mode="symbolic")(*inputs)
         options = _OPTIONS if _inlined(body) <= _MOST_INLINED else {}
@@ -232,7 +231,12 @@ def _kernel(
     eps = present["eps"]
 
     def kernel(
-        param: Tensor, grad: Tensor, states: list[Tensor], scalars: list[Tensor], pivot: Tensor
+        param: Tensor,
+        grad: Tensor,
+        states: list[Tensor],
+        scalars: list[Tensor],
+        pivot: Tensor,
+        decay: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         p = param.view(-1, COLUMNS).float()
         g = grad.view(-1, COLUMNS).float()
@@ -241,6 +245,7 @@ def _kernel(
         rate, d = found["rate"], found["direction"]
         g = -g if maximize else g  # as rules see it, which the body did by itself
         e = rate * d
+        u = e + decay * p
         deviation = rate - pivot
         nothing = torch.full_like(p, torch.nan)
         below = nothing if eps is None else (found["statistic"] <= eps).float()
@@ -250,10 +255,9 @@ def _kernel(
             rate.view(torch.int32).float(),
             d * d,
             e * e,
-            e * p,
-            e * g,
+            u * u,
+            u * g,
             p * p,
-            p * g,
             g * g,
             (g == 0).float(),
             found.get("rms_grad", nothing),

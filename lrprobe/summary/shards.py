@@ -48,6 +48,7 @@ from lrprobe.summary.snapshot import (
     tracked_figures,
 )
 from lrprobe.summary.stream import fine_bins, large_figures, stride_for, whole_of
+from lrprobe.summary.sums import column, row_figures
 
 Floats = NDArray[np.float64]
 Cuts: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
@@ -613,8 +614,7 @@ class _Taken:
             if checks is None or sampled[0] is not None:
                 s = Slice(entries, group, take_rows([None] * len(batch), torch.float64))
                 update = rule.update(s)
-            states = [s[name] for name in figures.state_like(entries[0])]
-            parts = figures.row_figures(s, update, states)
+            parts = row_figures(s, update, list(figures.state_like(entries[0])))
             if pieces[0].slots is not None:
                 rates = _expanded(update.effective_lr, s.param)
                 for piece, row in zip(pieces, rates, strict=True):
@@ -809,7 +809,7 @@ def _expanded(rate: Scalar, like: Tensor) -> Tensor:
     """The rate of every element: (rows, n)."""
     if isinstance(rate, Tensor) and rate.shape == like.shape:
         return rate
-    return figures.column(rate, like).unsqueeze(1).expand(like.shape)
+    return column(rate, like).unsqueeze(1).expand(like.shape)
 
 
 def _quantile_positions(shape: Sequence[int], sample: int | None) -> Positions:

@@ -31,6 +31,7 @@ from lrprobe.summary.reading import (
     take_rows,
 )
 from lrprobe.summary.stream import large_figures, whole_of
+from lrprobe.summary.sums import column, pivots, row_figures
 
 
 @dataclass(slots=True, eq=False)
@@ -374,14 +375,13 @@ def _reconstructed(
     rows = Rows(at, checks=figures.check_figures(s, update, old, new, old.dtype))
     result = [rows]
     if entries[0].param.numel() <= WHOLE:
-        states = [s[name] for name in figures.state_like(entries[0])]
-        rows.parts = figures.row_figures(s, update, states)
+        rows.parts = row_figures(s, update, list(figures.state_like(entries[0])))
         rows.rates = _all_rates(update, s.param)
     else:
         rates = _all_rates(update, s.param)
-        pivots = None if rates is None else rates.mean(1).unbind()
+        middle = None if rates is None else pivots(rates).unbind()
         rows.parts, rows.bins = large_figures(
-            entries, group, rule, pivots, sample=how.sample, compile=how.compile
+            entries, group, rule, middle, sample=how.sample, compile=how.compile
         )
     result += _tracked(batch, group, rule, watched, kept)
     return result
@@ -506,7 +506,7 @@ def empty_rows(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: R
     if rule is not None and rule.whole is None:
         entries = [entry for _, entry in batch]
         update = rule.update(Slice(entries, group, take_rows([None] * len(batch), torch.float64)))
-        parts[:, 0] = figures.column(update.decay, parts)
+        parts[:, 0] = column(update.decay, parts)
         for name in ("rms_grad", "rms_update"):  # or they would hide those of other parameters
             if getattr(update, name) is not None:
                 parts[:, figures.PARTS.index(name)] = 0.0

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import Entry, Rule, Scalar, Slice, Update, Whole
+from lrprobe.rules.base import Entry, Rule, Scalar, Slice, Whole
 from lrprobe.summary.figures import (
     ADDITIVE,
     BINS,
     PARTS,
-    ROW,
     SHIFT,
-    gradient,
     is_scalar,
     plain_figures,
-    row_figures,
     scalar,
     state_like,
     suspicious,
@@ -37,12 +33,11 @@ from lrprobe.summary.reading import (
     take_block,
     take_rows,
 )
+from lrprobe.summary.shown import hidden_states
+from lrprobe.summary.sums import Sums, column, finished, together
 
 SAMPLE = 1 << 16
 """Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
-_PER_OCTAVE = 64
-_CHUNK = 256
-_STATE = "sum of "
 
 
 def large_figures(
@@ -68,15 +63,23 @@ def large_figures(
     large = [i for i, e in enumerate(entries) if sample is None or sample >= e.param.numel()]
     few = [i for i in range(len(entries)) if i not in large]
 
+    def states_of(entry: Entry, *, exact: bool) -> Sequence[str]:
+        return tuple(state_like(entry)) if exact else hidden_states(entry, group, rule)
+
     def figures(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
-        streams = [Stream(entries[i], group, rule, exact=exact) for i in some]
+        states = states_of(entries[some[0]], exact=exact)
+        streams = [Stream(entries[i], group, rule, states=states, exact=exact) for i in some]
         for i, stream in zip(some, streams, strict=True):
             stream.read(None if pivots is None else pivots[i], compile=compile)
         counts = torch.stack([stream.rates.histogram() for stream in streams])
         return _finished(streams, counts), counts
 
     def estimates(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
-        return _estimated([entries[i] for i in some], group, rule, cast("int", sample), exact=exact)
+        chosen = [entries[i] for i in some]
+        middle = None if pivots is None else [pivots[i] for i in some]
+        states = states_of(chosen[0], exact=exact)
+        size = cast("int", sample)
+        return _estimated(chosen, group, rule, middle, size, states=states, exact=exact)
 
     device = entries[0].param.device
     rows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -95,7 +98,14 @@ def large_figures(
 
 
 def _estimated(
-    entries: Sequence[Entry], group: Mapping[str, Any], rule: Rule, sample: int, *, exact: bool
+    entries: Sequence[Entry],
+    group: Mapping[str, Any],
+    rule: Rule,
+    pivots: Sequence[Tensor] | None,
+    sample: int,
+    *,
+    states: Sequence[str],
+    exact: bool,
 ) -> tuple[Tensor, Tensor]:
     """PARTS (entries, ·) and histograms (entries, BINS) from a sample of each."""
     dtype = torch.float64 if exact else precision(entries[0].param)
@@ -109,8 +119,16 @@ def _estimated(
         s = Slice(some, group, take_rows([at[i] for i in chosen], dtype))
         update = rule.update(s)
         found = histograms(update.effective_lr, s.param)
-        log = None if dtype is torch.float64 else partial(log_sums, counts=found)
-        parts = row_figures(s, update, [s[name] for name in state_like(some[0])], log)
+        if pivots is None:
+            pivot, center = None, column(update.effective_lr, s.param)
+        else:
+            pivot = torch.stack([pivots[i] for i in chosen]).to(dtype).unsqueeze(1)
+            center = pivot[:, 0].double()
+        sums = Sums(states, exact=exact, owners=len(some))
+        sums.add(s, update, pivot)
+        n = torch.full_like(center, s.param.shape[1])
+        decay = column(update.decay, s.param)
+        parts = finished(sums.totals(), n, decay, center, None if exact else found)
         numel = torch.tensor([entry.param.numel() for entry in some], dtype=torch.float64)
         numel = numel.to(device, non_blocking=True)
         for name in ADDITIVE:
@@ -141,29 +159,9 @@ def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
         for name in streams[0].total
         if all(name in stream.total for stream in streams)
     }
-    n = found["count"]
-    nothing, absent = torch.zeros_like(n), torch.full_like(n, torch.nan)
-    pivot = found["pivot"]
-    if "rate_min" in found:
-        # Σ(x−c) and Σ(x−c)² to mean and Σ(x−mean)².
-        low, high, away = found["rate_min"], found["rate_max"], found["rate_away"]
-        shift = away / n
-        found["rate_m2"] = (found["rate_m2"] - shift * away).clamp(min=0)
-        found["rate_mean"] = torch.where(high.isinf(), high, (pivot + shift).clamp(low, high))
-        if streams[0].dtype is not torch.float64:
-            found["rate_log"] = _logs(found["rate_log"], n, counts)
-    else:  # one rate for all
-        found |= dict.fromkeys(("rate_mean", "rate_min", "rate_max"), pivot)
-        found["rate_m2"], found["rate_log"] = nothing, n * pivot.log()
-        found["ee"] = pivot * pivot * found["dd"]
-        found["ep"], found["eg"] = pivot * found.get("dp", nothing), pivot * found["dg"]
-    for name in ("ep", "pg"):  # only a decay asks for them: zero times them
-        found.setdefault(name, nothing)
-    if not streams[0].exact:
-        # 0, or NaN where a state is not finite; the rest shows in its products.
-        states = [found[name] for name in found if name.startswith(_STATE)]
-        found["nonfinite"] = sum(states, nothing) * 0
-    return torch.stack([found.get(name, absent) for name in PARTS], dim=1)
+    n, decay, pivot = (found.pop(name) for name in ("count", "decay", "pivot"))
+    in_bits = streams[0].dtype is not torch.float64
+    return finished(found, n, decay, pivot, counts if in_bits else None)
 
 
 class Stream:
@@ -180,19 +178,21 @@ class Stream:
         group: Mapping[str, Any],
         rule: Rule,
         *,
+        states: Sequence[str],
         exact: bool,
     ) -> None:
         """``exact`` computes in float64 and counts what is not finite.
 
-        Else a row that float32 may have spoiled comes out ``suspicious``.
+        Else a row that float32 may have spoiled comes out ``suspicious``; ``states`` are looked
+        through for what is not finite.
         """
-        self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
+        self.entry, self.group, self.rule = entry, group, rule
+        self.states, self.exact = states, exact
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
         width = entry.param.shape[-1] if entry.param.dim() else 1
         self.rates = RateSample(stride_for(self.numel, width), entry.param.device)
         self.total: dict[str, Tensor] = {}
-        self._scratch: Tensor | None = None
 
     def slices(self, start: int = 0) -> Iterator[Slice]:
         """All of it in order, of a ``flat`` entry from a flat position on."""
@@ -210,22 +210,31 @@ class Stream:
         total: dict[str, Tensor] = {}
         start = 0
         decay: Scalar = 0.0
-        rows = _Rows()
+        pivot = None if pivot is None else pivot.to(self.dtype)
+        center: Scalar | None = pivot
         if compile and pivot is not None and not self.exact:
             total, start, decay = self._read_compiled(pivot)
-        names = list(state_like(self.entry))
+        sums = Sums(self.states, exact=self.exact)
         for s in self.slices(start):
-            update = self.rule.update(s)
-            decay = update.decay
-            if pivot is None:
-                pivot = scalar(update.effective_lr, s.param)
-            rows.add(self._block(s, update, pivot, names))
-            self.rates.add(update.effective_lr, start, s.param)
+            decay, rate = self._block(s, sums, pivot, start)
+            center = rate if pivot is None else pivot
             start += s.param.shape[0]
-        total = _together(total, rows.total())
-        for name, value in (("count", start), ("decay", decay), ("pivot", pivot)):
+        total = together(total, {name: each[0] for name, each in sums.totals().items()})
+        for name, value in (("count", start), ("decay", decay), ("pivot", center)):
             total[name] = scalar(cast("Scalar", value), self.entry.param).reshape(())
         self.total = total
+
+    def _block(
+        self, s: Slice, sums: Sums, pivot: Tensor | None, start: int
+    ) -> tuple[Scalar, Scalar | None]:
+        """Take a block: its decay, and the rate where it is one for all.
+
+        A method of its own, so that what the rule made is gone before the next block.
+        """
+        update = self.rule.update(s)
+        self.rates.add(update.effective_lr, start, s.param)  # while they are in cache
+        sums.add(s, update, pivot)
+        return update.decay, update.effective_lr if pivot is None else None
 
     def _read_compiled(self, pivot: Tensor) -> tuple[dict[str, Tensor], int, Scalar]:
         """Whole rows of a compiled kernel: totals, elements that they took, the decay."""
@@ -235,164 +244,21 @@ class Stream:
         if kernel is None or not whole:
             return {}, 0, 0.0
         scalars, decay = kernel.scalars_of(entry, self.group["lr"])
-        center = pivot.to(torch.float32)
+        factor = decay.to(pivot.device, pivot.dtype, non_blocking=True)
         tensors = [entry.param, cast("Tensor", entry.grad)]
         tensors += [entry.state[name] for name in kernel.states]
         flat = [torch.split(t.view(-1)[:whole], ROWS * COLUMNS) for t in tensors]
-        rows = _Rows()
+        rows: list[Tensor] = []
         start = 0
         for param, grad, *states in zip(*flat, strict=True):
-            sums, low, high, rate = kernel.run(param, grad, states, scalars, center)
-            found = [*sums.sum(1).unbind(), low.amin(), high.amax()]
-            rows.add(dict(zip((*SUMS, *_EXTREMES), found, strict=True)))
+            sums, low, high, rate = kernel.run(param, grad, states, scalars, pivot, factor)
+            rows.append(torch.stack([*sums.sum(1).unbind(), low.amin(), high.amax()]))
             self.rates.add(rate, start, rate)
             start += rate.shape[0]
-        return rows.total(), whole, decay
-
-    def _block(
-        self, s: Slice, update: Update, pivot: Scalar, names: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """The sums and extremes of one block."""
-        p, g, d = s.param, gradient(s, update), update.direction
-        rate: Any = update.effective_lr
-        decays = isinstance(update.decay, Tensor) or update.decay != 0
-        found = {"dd": self._square(d), "pp": self._square(p), "gg": self._square(g)}
-        if is_scalar(rate, p):
-            found["dg"] = self._dot(d, g)
-            if decays:
-                found["dp"] = torch.dot(d, p)
-        else:
-            found["rate_min"], found["rate_max"] = rate.amin(), rate.amax()
-            found["rate_log"] = self._log_sum(rate)
-            deviation = rate - pivot
-            found["rate_away"] = deviation.sum()
-            found["rate_m2"] = self._square(deviation)
-            e = torch.mul(rate, d, out=deviation)
-            found["ee"] = self._square(e)
-            found["eg"] = self._dot(e, g)
-            if decays:
-                found["ep"] = torch.dot(e, p)
-        if decays:
-            found["pg"] = torch.dot(p, g)
-        # A comparison into floats, and their sum, takes half the time of ``count_nonzero``.
-        found["zeros"] = torch.eq(g, 0, out=self._room(g)).sum()
-        if update.rms_grad is not None:
-            found["rms_grad"] = update.rms_grad.sum()
-        if update.rms_update is not None:
-            found["rms_update"] = update.rms_update.sum()
-        if update.eps is not None:
-            found["below_eps"] = self._count_below(*update.eps)
-        if self.exact:
-            bad = ~(torch.isfinite(p) & torch.isfinite(g))
-            for name in names:
-                bad |= ~torch.isfinite(s[name])
-            found["nonfinite"] = torch.count_nonzero(bad).double()
-        else:  # NaN where some state is not finite; parameter and gradient show in their products
-            found |= {_STATE + name: s[name].sum() for name in names}
-        return found
-
-    def _count_below(self, statistic: Tensor, eps: Scalar) -> Tensor:
-        low = statistic.amin()
-        # Mostly none is: on the host a look at the least saves the count.
-        if low.device.type == "cpu" and low.numpy() > eps:
-            return torch.zeros_like(low)
-        return torch.le(statistic, eps, out=self._room(statistic)).sum()
-
-    def _square(self, values: Tensor) -> Tensor:
-        """Σ x², by short rows: along long ones torch adds equal numbers up with errors of 1e-4."""
-        if values.shape[0] % ROW:
-            return self._dot(values, values)
-        norms = torch.linalg.vector_norm(values.view(-1, ROW), dim=1)
-        return torch.dot(norms, norms)
-
-    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Σ a·b where all of it may have one sign: ``torch.dot`` has that error too."""
-        return torch.mul(a, b, out=self._room(a)).sum()
-
-    def _room(self, like: Tensor) -> Tensor:
-        size = like.shape[0]
-        if self._scratch is None or self._scratch.shape[0] != size:
-            self._scratch = torch.empty_like(like)
-        return self._scratch
-
-    def _log_sum(self, rate: Tensor) -> Tensor:
-        if self.dtype is torch.float64:
-            return rate.log().sum()
-        return rate.view(torch.int32).to(torch.float32).sum()  # to be made logarithms by `_logs`
-
-
-class _Rows:
-    """Figures of the blocks of one parameter, by name.
-
-    They are copied together at once: small tensors that stay, between large ones that are freed,
-    would drive the allocator through ever new memory.
-    """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._rows: list[Tensor] = []
-        self._count = 0
-
-    def add(self, found: Mapping[str, Tensor]) -> None:
-        """Take the figures of a block: 0-dim, of one dtype, the same ones from each block."""
-        values = list(found.values())
-        at = self._count % _CHUNK
-        if at == 0:
-            self._names = list(found)
-            self._rows.append(values[0].new_empty((_CHUNK, len(values))))
-        torch.stack(values, out=self._rows[-1][at])
-        self._count += 1
-
-    def total(self) -> dict[str, Tensor]:
-        """Name to sum, or extreme: 0-dim, float64."""
-        if not self._rows:
-            return {}
-        rows = (torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0])[: self._count]
-        rows = rows.double()
-        total = dict(zip(self._names, rows.sum(0).unbind(), strict=True))
-        for name, extreme in _EXTREMES.items():
-            if name in total:
-                total[name] = extreme(rows[:, self._names.index(name)])
-        return total
-
-
-_EXTREMES: dict[str, Callable[[Tensor], Tensor]] = {
-    "rate_min": Tensor.amin,
-    "rate_max": Tensor.amax,
-}
-
-
-def _together(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Totals of two parts of a parameter to those of both."""
-    result = first | second
-    for name in first.keys() & second.keys():
-        result[name] = _EXTREMES.get(name, Tensor.sum)(torch.stack([first[name], second[name]]))
-    return result
-
-
-def log_sums(rates: Tensor, counts: Tensor) -> Tensor:
-    """Σ log of each row of positive float32 rates, to 0.3 %: (rows,), float64.
-
-    Args:
-        rates: (rows, n).
-        counts: their fine histograms: (rows, BINS).
-    """
-    bits = rates.contiguous().view(torch.int32).to(torch.float32).sum(1)
-    return _logs(bits.double(), rates.shape[1], counts)
-
-
-def _logs(bits: Tensor, n: Tensor | int, counts: Tensor) -> Tensor:
-    """Σ log of n float32 values, given the sum of their bits and a histogram: (rows,), float64.
-
-    The bits are 2²³ · (log₂ + 127), linear between powers of two: a logarithm for the price of a
-    conversion. Each is up to 0.086 octaves too small; how much on average, the histogram tells
-    to 0.0035.
-    """
-    within = counts.view(len(counts), -1, _PER_OCTAVE).sum(1).double()
-    share = torch.arange(_PER_OCTAVE, dtype=torch.float64, device=counts.device)
-    share = (share + 0.5) / _PER_OCTAVE
-    correction = within @ ((1 + share).log2() - share) / within.sum(1)
-    return (bits * 2.0**-23 + n * (correction - 127.0)) * math.log(2)
+        table = torch.stack(rows).double()
+        total = dict(zip(SUMS, table.sum(0).unbind(), strict=False))
+        total |= {"rate_min": table[:, -2].amin(), "rate_max": table[:, -1].amax()}
+        return total, whole, decay
 
 
 class RateSample:
@@ -457,5 +323,6 @@ def stride_for(numel: int, width: int) -> int:
 def whole_of(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
     """Add what the rule needs to know of the whole parameter to the entry's state."""
     if rule.whole is not None:
-        stream = Stream(entry, group, rule, exact=entry.param.numel() <= BLOCK)
+        exact = entry.param.numel() <= BLOCK
+        stream = Stream(entry, group, rule, states=(), exact=exact)
         entry.state.update(rule.whole(Whole(entry, group, stream.slices)))
