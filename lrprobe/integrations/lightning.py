@@ -41,10 +41,12 @@ class LRProbeCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; a checkpoint's optimizers are restored by now."""
         to = self._to
-        if to is None:
-            to = [_sink(logger, self._tag_style) for logger in trainer.loggers]
         if not trainer.is_global_zero:
-            to = None
+            to = None  # where the loggers are empty shells, too
+        elif to is None:
+            to = [_sink(logger, self._tag_style) for logger in trainer.loggers]
+        if trainer.global_step and not self._state:  # the trainer goes on from an earlier `fit`
+            self._state = self.state_dict()
         self.probe = lrprobe.attach(trainer.optimizers, pl_module, to=to, **self._options)
         if self._state:
             self.probe.load_state_dict(self._state)

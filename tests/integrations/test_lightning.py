@@ -160,6 +160,42 @@ def test_several_optimizers_and_manual_optimization():
     assert frame.groupby("optimizer")["step"].max().to_dict() == {"AdamW": 12, "SGD": 6}
 
 
+def test_a_second_fit_of_one_trainer_goes_on(tmp_path):
+    """Its global step does, so the dataset has the steps of both, and hides none of the first."""
+    path = str(tmp_path / "a.parquet")
+    callback = LRProbeCallback(path, every=1)
+    trainer = fit(Net(), callback)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, loader())
+    assert trainer.global_step == callback.probe.step == 2 * BATCHES
+    assert list(lrprobe.read(path)["step"].unique()) == list(range(1, 2 * BATCHES + 1))
+
+
+def test_a_dry_run_has_a_frame_and_leaves_nothing(tmp_path):
+    """fast_dev_run puts a logger without a place in the stead of the trainer's own."""
+    callback = LRProbeCallback(every=1)
+    fit(Net(), callback, fast_dev_run=3, logger=[TensorBoardLogger(tmp_path), CSVLogger(tmp_path)])
+    assert list(callback.probe.frame()["step"].unique()) == [1, 2, 3]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_training_is_written(tmp_path):
+    """Ctrl-C ends the process in Lightning; what was recorded until then is in the dataset."""
+
+    class Interrupted(Net):
+        def training_step(self, batch, number):
+            if number == 5:
+                raise KeyboardInterrupt
+            return super().training_step(batch, number)
+
+    path = str(tmp_path / "a.parquet")
+    callback = LRProbeCallback(path, every=1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(Interrupted(), callback)
+    assert "closed" in repr(callback.probe)
+    assert pd.read_parquet(path)["step"].max() == 5
+
+
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.1), (AdamW, 1e-2)])
 def test_a_resumed_training_goes_on(tmp_path, optimizer, lr):
     """Cut after two epochs and resumed, a run has the dataset of an uncut one, step for step."""
