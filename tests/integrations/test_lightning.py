@@ -171,6 +171,20 @@ def test_a_second_fit_of_one_trainer_goes_on(tmp_path):
     assert list(lrprobe.read(path)["step"].unique()) == list(range(1, 2 * BATCHES + 1))
 
 
+def test_a_checkpoint_of_another_optimizer_is_told_of(tmp_path):
+    """The training that Lightning resumes all the same goes on, and is counted from 0."""
+
+    class Other(SGD):
+        pass
+
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    fit(Net(SGD, lr=0.1), LRProbeCallback(), keep, enable_checkpointing=True)
+    callback = LRProbeCallback(every=1)
+    with pytest.warns(UserWarning, match=r"\['SGD'\]; the probe has \['Other'\]"):
+        fit(Net(Other, lr=0.1), callback, max_epochs=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert list(callback.probe.frame()["step"].unique()) == list(range(1, BATCHES + 1))
+
+
 def test_a_dry_run_has_a_frame_and_leaves_nothing(tmp_path):
     """fast_dev_run puts a logger without a place in the stead of the trainer's own."""
     callback = LRProbeCallback(every=1)
