@@ -160,6 +160,38 @@ def test_several_optimizers_and_manual_optimization():
     assert frame.groupby("optimizer")["step"].max().to_dict() == {"AdamW": 12, "SGD": 6}
 
 
+@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.1), (AdamW, 1e-2)])
+def test_a_training_that_broke_in_mid_epoch_is_resumed(tmp_path, optimizer, lr):
+    """The steps after the checkpoint are taken again, and those taken before count no more."""
+
+    class Broken(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 17:
+                raise RuntimeError("broken")
+
+    path = str(tmp_path / "a.parquet")
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(
+            Net(optimizer, lr=lr), LRProbeCallback(path, every=1), keep, Broken(),
+            max_epochs=2, enable_checkpointing=True,
+        )  # fmt: skip
+    assert lrprobe.read(path)["step"].max() == 17
+    last = str(tmp_path / "step=15.ckpt")
+    fit(Net(optimizer, lr=lr), LRProbeCallback(path, every=1), max_epochs=2, ckpt_path=last)
+    hand, batches = Net(optimizer, lr=lr), list(loader())
+    made = hand.make()
+    with lrprobe.attach(made, hand, every=1) as probe:
+        for x, y in batches + batches[:3] + batches[:9]:  # Lightning begins with the first again
+            hand.loss(x, y).backward()
+            made.step()
+            made.zero_grad()
+    frame = lrprobe.read(path)
+    assert list(frame.groupby("attempt")["step"].min()) == [1, 16]
+    columns = ["attempt", "initial_lr"]
+    assert_same(frame.drop(columns=columns), probe.frame().drop(columns=columns))
+
+
 def test_a_second_fit_of_one_trainer_goes_on(tmp_path):
     """Its global step does, so the dataset has the steps of both, and hides none of the first."""
     path = str(tmp_path / "a.parquet")

@@ -156,7 +156,7 @@ def accelerate(folder: Path) -> None:
 
 
 def ignite(folder: Path) -> None:
-    """An engine in each process; only the first has a destination."""
+    """An engine in each process; only the first writes."""
     import ignite.distributed as idist
     from test_ignite import engine
 
@@ -168,8 +168,7 @@ def ignite(folder: Path) -> None:
     wrapped = idist.auto_model(model)
     trainer = engine(wrapped, idist.auto_optim(optimizer))
     path = folder / "run.parquet"
-    to = path if RANK == 0 else None
-    with attach(trainer, optimizer, wrapped, to=to, every=1, batch_size=8) as probe:
+    with attach(trainer, optimizer, wrapped, to=path, every=1, batch_size=8) as probe:
         trainer.run(sampled())
     hand = by_hand(net(), sampled())
     if RANK == 0:
