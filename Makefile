@@ -19,9 +19,11 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # With the real packages of hosts, trackers and optimizers, in an environment of their own, which is
-# large; 30 minutes at most, the installation included. The time limit of a test is pytest's `timeout`.
+# large; 30 minutes at most, the installation included. The time limit of a test is pytest's
+# `timeout`. Warnings of theirs are not listed; those of lrprobe are errors.
 test-integrations: .venv-integrations/.done
-	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --session-timeout=1200
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --session-timeout=1200 \
+		--disable-warnings
 
 # What takes half an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
 soak: .venv/.dev
@@ -43,15 +45,17 @@ clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
 
+# -qq: what an index says in passing would hide the rest of the output.
 # timm only for its optimizers, which need none of what it asks for (torchvision).
 .venv-integrations/.done: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
+	.venv-integrations/bin/python -m pip install -qq --constraint constraints.txt \
 		--constraint constraints-integrations.txt --editable '.[integrations,optimizers]' einops
-	.venv-integrations/bin/python -m pip install --quiet --no-deps timm
+	.venv-integrations/bin/python -m pip install -qq --no-deps \
+		--constraint constraints-integrations.txt timm
 	@touch $@
 
 .venv/.demo .venv/.dev .venv/.bench: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),.venv/.demo)

@@ -147,10 +147,11 @@ def test_lr_is_the_one_of_the_step():
     assert [values[f"optim/learning_rate_group{i}"] for i in (0, 1)] == lrs
 
 
+@pytest.mark.parametrize("names", [("Adam", "SGD"), ("a b", "a_b")])
 @pytest.mark.parametrize("style", list(STYLES))
-def test_two_optimizers_share_no_tag(style):
-    """Whatever the style, no value overwrites another's."""
-    run = {"optimizers": {"Adam": {}, "SGD": {}}}
+def test_two_optimizers_share_no_tag(style, names):
+    """Whatever the style, no value overwrites another's, though their names are spelt the same."""
+    run = {"optimizers": {name: {} for name in names}}
     tags, taken = Tags("", style), set()
     for optimizer in run["optimizers"]:
         values = tags.values(make_record(1, optimizer=optimizer, run=run))
@@ -262,7 +263,10 @@ def test_json_lines_go_on_where_a_killed_process_stopped(tmp_path):
     sink.close()
 
 
-@pytest.mark.parametrize("content", ["a,b\n1,2\n", '{"a": 1}\n', "[1]\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["a,b\n1,2\n", "no end of line", '{"step":1}', '{"a": 1}\n', '{"attempt": 1}\n', "[1]\n"],
+)
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     """And left as it was."""
     path = tmp_path / "other.jsonl"
@@ -272,6 +276,16 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
     assert path.read_text() == content
     with pytest.raises(ValueError, match="by='layer'"):
         sinks.JSONL(path, by="layer")
+
+
+def test_a_file_with_other_rows_is_refused(tmp_path):
+    """Rows of modules do not go on after rows of parameters."""
+    path = tmp_path / "run.jsonl"
+    sink = sinks.JSONL(path)
+    sink.write(make_record(1))
+    sink.close()
+    with pytest.raises(ValueError, match="by='module'"):
+        sinks.JSONL(path, by="module")
 
 
 def test_a_full_disk_leaves_no_half_a_record(tmp_path):

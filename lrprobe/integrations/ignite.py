@@ -14,8 +14,9 @@ from lrprobe import Probe
 def attach(engine: Engine, optimizer: Any, model: nn.Module | None = None, **options: Any) -> Probe:
     """Record the optimizer that an engine's process function steps.
 
-    All that was recorded is written when a run of the engine ends. The probe stays open for the
-    next run of the engine; who attached it closes it. It counts steps of the optimizer; with
+    All that was recorded is written when a run of the engine ends or is interrupted; where an
+    exception ends it, a few seconds later. The probe stays open for the next run of the engine; who
+    attached it closes it. It counts steps of the optimizer; with
     ``step=lambda: engine.state.iteration`` iterations of the engine instead. It can be among the
     objects of an ``ignite.handlers.Checkpoint``.
 
@@ -31,5 +32,7 @@ def attach(engine: Engine, optimizer: Any, model: nn.Module | None = None, **opt
         OSError: the same.
     """
     probe = lrprobe.attach(optimizer, model, **options)
-    engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, probe.flush)
+    # Not EXCEPTION_RAISED: with a handler of it, the engine keeps the exception to itself.
+    ends = Events.COMPLETED | Events.TERMINATE | Events.INTERRUPT
+    engine.add_event_handler(ends, probe.flush)
     return probe

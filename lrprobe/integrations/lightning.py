@@ -13,13 +13,15 @@ except ImportError:  # the same under its older name
 import lrprobe
 from lrprobe import Probe, sinks
 from lrprobe.sinks.tags import TagStyle
+from lrprobe.text import warn
 
 
 class LRProbeCallback(Callback):
     """Records the optimizers of a ``Trainer``: ``Trainer(callbacks=[LRProbeCallback()])``.
 
     The frame is in ``callback.probe.frame()``, also after the training. A checkpoint of the
-    trainer's has the counts of steps, and a resumed training goes on from them.
+    trainer's has the counts of steps, and a resumed training goes on from them, as a second
+    ``fit`` of one trainer does.
 
     Args:
         to: as for ``lrprobe.attach``; None takes the trainer's own loggers: TensorBoard,
@@ -37,21 +39,28 @@ class LRProbeCallback(Callback):
         self._tag_style = tag_style
         self._options = options
         self._state: dict[str, Any] = {}
+        self._ended_at = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; a checkpoint's optimizers are restored by now."""
         to = self._to
-        if to is None:
-            to = [_sink(logger, self._tag_style) for logger in trainer.loggers]
         if not trainer.is_global_zero:
-            to = None
+            to = None  # where the loggers are empty shells, too
+        elif to is None:
+            to = [_sink(logger, self._tag_style) for logger in trainer.loggers]
+        if not self._state and 0 < trainer.global_step == self._ended_at:  # another `fit` of it
+            self._state = self.state_dict()
         self.probe = lrprobe.attach(trainer.optimizers, pl_module, to=to, **self._options)
-        if self._state:
-            self.probe.load_state_dict(self._state)
-            self._state = {}
+        state, self._state = self._state, {}
+        if state:
+            try:
+                self.probe.load_state_dict(state)
+            except ValueError as error:  # which is no reason not to train
+                warn(f"steps are not counted on from where they were: {error}")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach."""
+        self._ended_at = trainer.global_step
         if self.probe is not None:
             self.probe.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class LRProbeCallback(TrainerCallback):
         to: as for ``lrprobe.attach``; None takes what ``report_to`` names: for ``"tensorboard"``
             the logdir ``runs/lrprobe`` in ``output_dir`` (``lrprobe`` in
             ``$TENSORBOARD_LOGGING_DIR`` where that is set), for ``"wandb"`` and ``"mlflow"`` the
-            run that is active. Others that it names get nothing.
+            run that is active, if one is. Others that it names get nothing.
         tag_style: of the tags in what ``report_to`` names.
         options: more arguments of ``lrprobe.attach``.
     """
@@ -66,8 +67,10 @@ class LRProbeCallback(TrainerCallback):
             default = Path(args.output_dir, "runs")
             folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", default)).expanduser()
             found.append(sinks.TensorBoard(folder / "lrprobe", tag_style=style))
-        if "wandb" in args.report_to:
-            found.append(sinks.WandB(step_metric="train/global_step", tag_style=style))
-        if "mlflow" in args.report_to:
-            found.append(sinks.MLflow(tag_style=style))
+        with suppress(RuntimeError):  # no run is active: its own callback was taken out, or is off
+            if "wandb" in args.report_to:
+                found.append(sinks.WandB(step_metric="train/global_step", tag_style=style))
+        with suppress(RuntimeError):
+            if "mlflow" in args.report_to:
+                found.append(sinks.MLflow(tag_style=style))
         return found

@@ -24,7 +24,7 @@ class JSONL:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: another ``by``; the file holds something else.
+        ValueError: another ``by``; the file holds something else, which stays as it is.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, by: Level = "parameter") -> None:
@@ -81,18 +81,32 @@ class JSONL:
         self._file.seek(0)
         size, last = 0, -1
         for line in self._file:
-            if not line.endswith(b"\n"):
+            torn = not line.endswith(b"\n")
+            row = None if torn else self._row(line)
+            if not (_BEGIN.startswith(line[: len(_BEGIN)]) if torn else row):
+                raise ValueError(
+                    f"{self._path!r} exists and is no file of lrprobe's with by={self._by!r}: "
+                    f"{line[:60]!r}"
+                )
+            if row is None:
                 self._file.truncate(size)
                 break
             size += len(line)
-            try:
-                last = max(last, json.loads(line)["attempt"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self._path!r} exists and is no file of lrprobe's: {line[:60]!r}"
-                ) from error
+            last = max(last, row["attempt"])
         self.attempt = last + 1
         return size
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        """A line that this sink has written; None for another one."""
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return None
+        return row if isinstance(row, dict) and list(row) == list(self._columns) else None
+
+
+_BEGIN = b'{"step": '
+"""Of each line."""
 
 
 def _float(value: float) -> str:

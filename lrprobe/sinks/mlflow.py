@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from typing import Any
 
 from lrprobe.record import Record
@@ -25,7 +26,8 @@ class MLflow:
     Raises:
         ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[mlflow]'``).
         RuntimeError: no run is active.
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or makes no path in a folder; there is no such
+            style.
     """
 
     def __init__(
@@ -39,6 +41,10 @@ class MLflow:
         import mlflow
 
         self._tags = Tags(prefix, tag_style, _name)
+        if posixpath.normpath(f"_/{prefix}_") != f"_/{prefix}_" or prefix.startswith(".."):
+            raise ValueError(
+                f"prefix={prefix!r}: MLflow takes a metric's name for a path in a folder"
+            )
         if run_id is None:
             run = mlflow.active_run()
             if run is None:

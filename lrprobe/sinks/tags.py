@@ -119,7 +119,8 @@ class Plan:
 
     def lr(self, group: int) -> str:
         """The tag of a group's learning rate."""
-        tag = self.style.lr.format(owner=self.owner, optimizer=clean(self.optimizer), group=group)
+        name = self.owner.removesuffix(".") or clean(self.optimizer)
+        tag = self.style.lr.format(owner=self.owner, optimizer=name, group=group)
         return self.prefix + tag
 
     @property

@@ -1,14 +1,19 @@
 """Ignite: the frame of an engine's run is that of the same loop by hand."""
 
+import time
+from contextlib import nullcontext
+
 import pytest
 import torch
-from hosts import assert_same, by_hand, loader, net
+from hosts import BATCHES, assert_same, by_hand, loader, net
 from ignite.engine import Events, create_supervised_trainer
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+import lrprobe
+from lrprobe import sinks
 from lrprobe.integrations.ignite import attach
 
 
@@ -80,6 +85,43 @@ def test_all_is_written_when_the_run_ends():
     assert len(written) == 2
     assert probe.step == 15
     probe.close()
+
+
+def test_an_interrupted_run_is_written_and_goes_on(tmp_path):
+    """What was recorded can be read while the engine stands still."""
+    model = net()
+    optimizer = AdamW(model.parameters())
+    trainer = engine(model, optimizer)
+    path = tmp_path / "a.parquet"
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), trainer.interrupt)
+    with attach(trainer, optimizer, model, to=path, every=1):
+        trainer.run(loader())
+        assert lrprobe.read(path)["step"].max() == 5
+        trainer.run(loader())
+        assert lrprobe.read(path)["step"].max() == BATCHES
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_an_exception_is_its_owners(tmp_path, handled):
+    """It comes out of the run, or goes to the user's handler, and what was recorded is written."""
+    model = net()
+    optimizer = AdamW(model.parameters())
+    trainer = engine(model, optimizer)
+    sink = sinks.Parquet(tmp_path / "a.parquet", flush_secs=0.1)
+    probe = attach(trainer, optimizer, model, to=sink, every=1)
+    seen = []
+    if handled:
+        trainer.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: seen.append(error))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda _: 1 / 0)
+    with nullcontext() if handled else pytest.raises(ZeroDivisionError):
+        trainer.run(loader())
+    assert len(seen) == handled
+    until = time.monotonic() + 30
+    while lrprobe.read(sink.destination)["step"].max() != 5:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    probe.close()
+    sink.close()
 
 
 def test_a_checkpoint_has_the_counts(tmp_path):

@@ -161,6 +161,88 @@ def test_several_optimizers_and_manual_optimization():
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.1), (AdamW, 1e-2)])
+def test_a_training_that_broke_in_mid_epoch_is_resumed(tmp_path, optimizer, lr):
+    """The steps after the checkpoint are taken again, and those taken before count no more."""
+
+    class Broken(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 17:
+                raise RuntimeError("broken")
+
+    path = str(tmp_path / "a.parquet")
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(
+            Net(optimizer, lr=lr), LRProbeCallback(path, every=1), keep, Broken(),
+            max_epochs=2, enable_checkpointing=True,
+        )  # fmt: skip
+    assert lrprobe.read(path)["step"].max() == 17
+    last = str(tmp_path / "step=15.ckpt")
+    fit(Net(optimizer, lr=lr), LRProbeCallback(path, every=1), max_epochs=2, ckpt_path=last)
+    hand, batches = Net(optimizer, lr=lr), list(loader())
+    made = hand.make()
+    with lrprobe.attach(made, hand, every=1) as probe:
+        for x, y in batches + batches[:3] + batches[:9]:  # Lightning begins with the first again
+            hand.loss(x, y).backward()
+            made.step()
+            made.zero_grad()
+    frame = lrprobe.read(path)
+    assert list(frame.groupby("attempt")["step"].min()) == [1, 16]
+    columns = ["attempt", "initial_lr"]
+    assert_same(frame.drop(columns=columns), probe.frame().drop(columns=columns))
+
+
+def test_a_second_fit_of_one_trainer_goes_on(tmp_path):
+    """Its global step does, so the dataset has the steps of both, and hides none of the first."""
+    path = str(tmp_path / "a.parquet")
+    callback = LRProbeCallback(path, every=1)
+    trainer = fit(Net(), callback)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, loader())
+    assert trainer.global_step == callback.probe.step == 2 * BATCHES
+    assert list(lrprobe.read(path)["step"].unique()) == list(range(1, 2 * BATCHES + 1))
+
+
+def test_a_checkpoint_of_another_optimizer_is_told_of(tmp_path):
+    """The training that Lightning resumes all the same goes on, and is counted from 0."""
+
+    class Other(SGD):
+        pass
+
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    fit(Net(SGD, lr=0.1), LRProbeCallback(), keep, enable_checkpointing=True)
+    callback = LRProbeCallback(every=1)
+    with pytest.warns(UserWarning, match=r"\['SGD'\]; the probe has \['Other'\]"):
+        fit(Net(Other, lr=0.1), callback, max_epochs=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert list(callback.probe.frame()["step"].unique()) == list(range(1, BATCHES + 1))
+
+
+def test_a_dry_run_has_a_frame_and_leaves_nothing(tmp_path):
+    """fast_dev_run puts a logger without a place in the stead of the trainer's own."""
+    callback = LRProbeCallback(every=1)
+    fit(Net(), callback, fast_dev_run=3, logger=[TensorBoardLogger(tmp_path), CSVLogger(tmp_path)])
+    assert list(callback.probe.frame()["step"].unique()) == [1, 2, 3]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_training_is_written(tmp_path):
+    """Ctrl-C ends the process in Lightning; what was recorded until then is in the dataset."""
+
+    class Interrupted(Net):
+        def training_step(self, batch, number):
+            if number == 5:
+                raise KeyboardInterrupt
+            return super().training_step(batch, number)
+
+    path = str(tmp_path / "a.parquet")
+    callback = LRProbeCallback(path, every=1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(Interrupted(), callback)
+    assert "closed" in repr(callback.probe)
+    assert pd.read_parquet(path)["step"].max() == 5
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 0.1), (AdamW, 1e-2)])
 def test_a_resumed_training_goes_on(tmp_path, optimizer, lr):
     """Cut after two epochs and resumed, a run has the dataset of an uncut one, step for step."""
     cut = str(tmp_path / "cut.parquet")

@@ -112,6 +112,17 @@ def test_mlflow_gets_names_that_it_allows(tmp_path, store, monkeypatch):
     np.testing.assert_allclose(sorted(norms), sorted(probe.frame()["grad_norm"]), rtol=0)
 
 
+@pytest.mark.parametrize("prefix", ["/a/", "../a/", "..", "a//", "a/../", "./", "a/./b"])
+def test_mlflow_refuses_a_prefix_that_it_would_not_take(tmp_path, prefix):
+    """At once, and not at every step of the training; MLflow itself says no to these names."""
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/m.db")
+    run = client.create_run("0").info.run_id
+    with pytest.raises(mlflow.MlflowException):
+        client.log_metric(run, f"{prefix}lr/group0", 1.0)
+    with pytest.raises(ValueError, match="prefix="):
+        sinks.MLflow(run, client=client, prefix=prefix)
+
+
 def test_mlflow_takes_more_metrics_than_fit_in_a_batch(tmp_path):
     """MLflow refuses more than 1,000 at once; 180 parameters have more than that."""
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/m.db")

@@ -11,6 +11,7 @@ from hosts import assert_same, wandb_history
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import WandbCallback
 
 import lrprobe
 from lrprobe.integrations.transformers import LRProbeCallback
@@ -143,6 +144,16 @@ def test_report_to_names_the_sinks(tmp_path, monkeypatch):
     assert {m.step: m.value for m in history} == norms.to_dict()
     while mlflow.active_run():
         mlflow.end_run()
+
+
+def test_a_tracker_that_is_off_stays_off(tmp_path):
+    """With Trainer's own callback taken out no run is active, and the training goes on."""
+    callback = LRProbeCallback(every=4)
+    host = trainer(tmp_path, callback, report_to=["wandb"])
+    host.remove_callback(WandbCallback)
+    host.train()
+    assert callback.probe.step == STEPS
+    assert wandb.run is None
 
 
 def test_the_training_is_unchanged(tmp_path):
