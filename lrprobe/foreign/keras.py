@@ -222,8 +222,10 @@ class Steps:
     def next(self) -> None:
         """Look at the next call of the model's ``train_function``, which is put back by it."""
         model = self._model
+        if model.train_function is None:  # in a loop of the user's own
+            model.make_train_function()
         plain = model.train_function
-        if plain is self._once and plain is not None:  # it was not called
+        if plain is self._once:  # it was not called
             return
 
         def once(data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A network in Keras, its training by hand, and the oracle of its steps, in NumPy from Keras's text.
+"""A network in Keras, its training by hand, and the oracle of its steps, in NumPy.
 
 For one process, whose backend ``KERAS_BACKEND`` names.
 """

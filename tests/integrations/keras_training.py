@@ -1,5 +1,6 @@
 """What happens in a training with Keras, on the backend of this process."""
 
+import subprocess
 import sys
 import warnings
 
@@ -150,7 +151,7 @@ def test_an_error_in_the_training_is_the_users():
     assert "_backend_update_step" not in vars(model.optimizer)
 
 
-@pytest.mark.parametrize("what", ["show_step", "show_params", "steps", "tap", "__init__"])
+@pytest.mark.parametrize("what", ["show_step", "show_params", "steps", "__init__"])
 def test_an_error_of_ours_stops_no_training(what, monkeypatch):
     """It is told once, and the training ends as it does alone."""
 
@@ -206,7 +207,7 @@ def skips(scale):
 
 def test_steps_that_a_loss_scaler_skips_have_no_row():
     """They are not counted either; the gradient of the others is unscaled."""
-    frame, model = recorded(skips(2.0**127))
+    frame, model = recorded(skips(3e38))
     taken = int(model.optimizer.inner_optimizer.iterations.numpy())
     assert 0 < taken < BATCHES
     assert frame["step"].unique().tolist() == list(range(1, taken + 1))
@@ -328,7 +329,7 @@ def test_options_and_all_that_comes_after(tmp_path):
     pd.testing.assert_frame_equal(lrprobe.read(tmp_path / "run.parquet"), frame)
     assert "effective_lr_p50" in lrprobe.read(tmp_path / "logs")
     lrprobe.diagnose(frame)
-    report.write(tmp_path / "run.parquet", tmp_path / "report.html")
+    report.write(tmp_path / "report.html", tmp_path / "run.parquet")
     assert (tmp_path / "report.html").stat().st_size > 1000
 
 
@@ -436,7 +437,12 @@ def test_arguments_are_checked_as_attach_checks_them():
 
 def test_the_other_backend_is_not_imported():
     """On torch nothing of ours imports TensorFlow."""
-    assert TENSORFLOW or "tensorflow" not in sys.modules
+    code = (
+        "import os; os.environ['KERAS_BACKEND'] = 'torch'\n"
+        "import sys, lrprobe.integrations.keras; print('tensorflow' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
 
 
 def test_weights_are_views():
