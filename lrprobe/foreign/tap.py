@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
+import keras
 import torch
 from torch import Tensor
 
@@ -207,7 +208,8 @@ class GraphTap:
 
 def tensor(value: Any) -> Tensor:
     """A variable or tensor of Keras's backend as one of torch's, in the same memory."""
-    value = getattr(value, "value", value)  # of a keras.Variable
+    if isinstance(value, keras.Variable):
+        value = value.value
     if isinstance(value, Tensor):
         return value.detach()
     import tensorflow as tf
