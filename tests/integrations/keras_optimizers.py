@@ -123,8 +123,8 @@ JIT = [False, True] if TENSORFLOW else [False]
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_training_is_the_same_bit_for_bit(case, jit):
     """Weights and the optimizer's variables; and in float32 too each step is explained."""
-    if jit and CASES.index(case) % 3:
-        pytest.skip("compiling takes long: one in three")
+    if jit and CASES.index(case) % 4:
+        pytest.skip("compiling takes long: one in four")
     callback = LRProbeCallback(every=2)
     probed = fit(net(made(case), jit_compile=jit), callback, epochs=2)
     alone = fit(net(made(case), jit_compile=jit), epochs=2)
