@@ -94,6 +94,15 @@ def test_the_rate_is_the_one_of_the_step():
     np.testing.assert_allclose(frame["effective_lr_p50"], frame["lr"])
 
 
+def test_a_rate_that_is_a_function():
+    """Keras calls it for each step; so does the frame."""
+    probe = LRProbeCallback(every=1)
+    fit(net(optimizers.SGD(lambda: 0.05)), probe)
+    frame = probe.probe.frame()
+    np.testing.assert_allclose(frame[["lr", "initial_lr", "effective_lr_max"]], 0.05, rtol=1e-6)
+    assert frame["reconstruction_error"].max() < 1e-4
+
+
 def test_a_warm_up_from_0():
     """A first step without a rate moves nothing, and is no error."""
     schedule = optimizers.schedules.CosineDecay(0.0, 20, warmup_target=0.1, warmup_steps=4)
@@ -381,9 +390,7 @@ def test_a_model_that_its_first_step_builds():
     ids=str,
 )
 def test_ways_to_run(compiled):
-    """Eagerly, with XLA; on torch with torch.compile."""
-    if "jit_compile" in compiled and not TENSORFLOW:
-        pytest.skip("Keras's train step does not compile with torch.compile and this torch")
+    """Eagerly; compiled, by XLA or by torch.compile."""
     frame, _ = recorded(optimizers.Adam(0.01, global_clipnorm=0.1), compiled=compiled)
     assert len(frame) == 4 * BATCHES
     assert frame["reconstruction_error"].max() < 1e-4
