@@ -23,7 +23,7 @@ myst_heading_anchors = 3
 myst_update_mathjax = False
 
 # Not there where the documentation is built.
-autodoc_mock_imports = ["ignite", "lightning", "transformers"]
+autodoc_mock_imports = ["ignite", "keras", "lightning", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 import numpy as np
 
 from lrprobe.series import Bools, Floats, Ints, Series, first, last, peak, quantile, series_of
-from lrprobe.text import shown
+from lrprobe.text import parts_of, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -741,11 +741,11 @@ def matrices(series: Series) -> Bools:
     numel = dict(zip(series.names, series.numel, strict=True))
     result = np.zeros(len(series.names), dtype=bool)
     for at, (name, size) in enumerate(numel.items()):
-        path, _, own = name.rpartition(".")
+        path, separator, own = parts_of(name)
         if re.fullmatch(r"group\d+\.param\d+", name):
             result[at] = size >= 1024
         else:
-            beside = numel.get(f"{path}.bias" if path else "bias", 0.0)
+            beside = numel.get(f"{path}{separator}bias", 0.0)
             result[at] = not own.endswith("bias") and not size <= beside
     return result
 

@@ -114,6 +114,11 @@ class Hooks:
         if self._passes is not None:
             self._passes.spread(data_parallel, flat)
 
+    def passed(self, passes: int) -> None:
+        """Tell of backward passes that are not torch's."""
+        if self._passes is not None:
+            self._passes.tell(passes)
+
     def remove(self) -> None:
         """Leave the optimizer as it was."""
         for handle in self._handles:

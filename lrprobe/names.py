@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrprobe.text import parts_of
+
 _WRAPPERS = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
@@ -108,7 +110,7 @@ def name_parameters(
 
 def module_of(name: str) -> str:
     """The module that holds a parameter: its name without the last part ("" for the root)."""
-    return name.rpartition(".")[0]
+    return parts_of(name)[0]
 
 
 def find_optimizers(given: Any) -> dict[str, Optimizer]:

@@ -20,6 +20,7 @@ class Passes:
         self._batch_size = batch_size
         self.ranks = 1
         """Data-parallel ranks, each with samples of its own."""
+        self._told = 0
         self._instead: Sequence[Tensor] = ()
         self._params: list[weakref.ref[Tensor]] = []
         self._counters: list[_Counter] = []
@@ -40,9 +41,14 @@ class Passes:
             self._instead = instead
             self.watch(instead)
 
+    def tell(self, passes: int) -> None:
+        """Of passes that are not torch's, which nobody here can count."""
+        self._told += passes
+
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
-        count = max((counter.take() for counter in self._counters), default=0)
+        told, self._told = self._told, 0
+        count = told or max((counter.take() for counter in self._counters), default=0)
         if count:
             return float(count * self._batch_size * self.ranks)
         # These parameters take no part; others may.

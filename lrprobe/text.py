@@ -29,3 +29,12 @@ def warn(message: str) -> None:
     ):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"lrprobe: {message}", stacklevel=level)
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The module that holds a parameter, what separates, and its own name.
+
+    Parts are separated by dots, in Keras by slashes.
+    """
+    separator = "/" if name.rfind("/") > name.rfind(".") else "."
+    return name.rpartition(separator)

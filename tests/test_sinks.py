@@ -860,6 +860,7 @@ def test_two_large_optimizers_share_the_limit(tmp_path):
         (["a.b.w", "a.c.w", "d.w"], 2, ("module", ["a", "a", "d"])),
         (["a.w", "b.w", "c.w"], 2, ("module", ["", "", ""])),
         (["u", "v", "w"], 2, ("module", ["", "", ""])),
+        (["a/b/w", "a/b/v", "a/c.0/w"], 2, ("module", ["a/b", "a/b", "a/c.0"])),
     ],
 )
 def test_tags_are_rolled_up_to_the_depth_that_fits(names, limit, expected):

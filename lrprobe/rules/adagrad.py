@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from lrprobe.rules.base import Rule, Slice, Update
+from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
 
 
-def _adagrad(s: Slice) -> Update:
-    """lr/(1+(t−1)·lr_decay) / (√sum+ε) ⊙ g (Duchi et al. 2011; ``torch/optim/adagrad.py``)."""
+def _root(square: Tensor, eps: float, *, inside: bool) -> tuple[Tensor, tuple[Tensor, Scalar]]:
+    """√x+ε, or √(x+ε) with ε ``inside`` the root; and what ε is added to, with ε."""
+    if inside:
+        return (square + eps).sqrt(), (square, eps)
+    root = square.sqrt()
+    return root + eps, (root, eps)
+
+
+def _adagrad(s: Slice, *, inside: bool = False) -> Update:
+    """lr/(1+(t−1)·lr_decay) / (√sum+ε) ⊙ g (Duchi et al. 2011; ``torch/optim/adagrad.py``).
+
+    ε may be ``inside`` the root (``keras/src/optimizers/adagrad.py``).
+    """
     t = s.t()
-    eps = s.group["eps"]
-    root = s["sum"].sqrt()
-    effective_lr = s.lr / (1 + (t - 1) * s.group["lr_decay"]) / (root + eps)
+    denominator, eps = _root(s["sum"], s.group["eps"], inside=inside)
+    effective_lr = s.lr / (1 + (t - 1) * s.group["lr_decay"]) / denominator
     return Update(
         effective_lr,
         s.solve_decay(s.grad, effective_lr),
-        rms_grad=root / t.sqrt(),
-        eps=(root, eps),
+        s.decay,
+        rms_grad=s["sum"].sqrt() / t.sqrt(),
+        eps=eps,
     )
 
 
@@ -32,10 +45,10 @@ def _adadelta(s: Slice) -> Update:
     mean_square, after = s["square_avg"], s["acc_delta"]
     rms = (mean_square + eps).sqrt()
     scaled = after + rho * eps
-    if s.group["weight_decay"] == 0:
+    if s.coupled == 0:
         grad = s.grad
     elif s.before is not None:
-        grad = s.grad + s.group["weight_decay"] * s.before
+        grad = s.grad + s.coupled * s.before
     else:
         grad = _grad_with_decay(s, rms, scaled)
     r = (grad / rms).square()
@@ -43,6 +56,7 @@ def _adadelta(s: Slice) -> Update:
     return Update(
         effective_lr=s.lr * before.sqrt() / rms,
         direction=grad,
+        decay=s.decay,
         rms_grad=mean_square.sqrt(),
         # E[Δx²] starts at 0: rounding must not make something of it in the first step.
         rms_update=((before - eps).clamp(min=0) * (s.t() > 1)).sqrt(),
@@ -52,7 +66,7 @@ def _adadelta(s: Slice) -> Update:
 
 def _grad_with_decay(s: Slice, rms: Tensor, scaled: Tensor) -> Tensor:
     """Solve g = grad + λ·θ_before for g, where θ_before = θ_after + lr·δ(g), by Newton's method."""
-    rho, decay = s.group["rho"], s.group["weight_decay"]
+    rho, decay = s.group["rho"], s.coupled
     known = s.grad + decay * s.param
     pull = decay * s.lr * scaled.sqrt()
     x: Tensor = known / rms  # δ(g) = √scaled · x/√(ρ + (1−ρ)x²), with x = g/RMS[g]
@@ -62,27 +76,32 @@ def _grad_with_decay(s: Slice, rms: Tensor, scaled: Tensor) -> Tensor:
     return x * rms
 
 
-def _rmsprop(s: Slice) -> Update:
+def _rmsprop(s: Slice, *, inside: bool = False) -> Update:
     """lr/(√avg+ε) ⊙ g (Hinton 2012, lecture 6; centered: Graves 2013; ``torch/optim/rmsprop.py``).
 
     The momentum buffer holds gradients that are already divided, so its direction is multiplied
-    back by this step's denominator.
+    back by this step's denominator; and by 1/lr where it is a ``velocity``, which has the rates of
+    its steps in it. ε may be ``inside`` the root (``keras/src/optimizers/rmsprop.py``).
     """
-    eps = s.group["eps"]
     average = s["square_avg"]
     if s.group["centered"]:
         # A difference of nearly equal numbers, which torch takes in the parameter's own dtype.
         own, mean = average.to(s.dtype), s["grad_avg"].to(s.dtype)
         average = own.addcmul(mean, mean, value=-1).to(average.dtype)
-    root = average.sqrt()
-    effective_lr = s.lr / (root + eps)
-    if s.group["momentum"] > 0:
-        direction = s["momentum_buffer"] * (root + eps)
+    denominator, eps = _root(average, s.group["eps"], inside=inside)
+    effective_lr = s.lr / denominator
+    if "velocity" in s:
+        direction = s["velocity"] * (denominator / nonzero(s.lr))
+    elif s.group["momentum"] > 0:
+        direction = s["momentum_buffer"] * denominator
     else:
         direction = s.solve_decay(s.grad, effective_lr)
-    return Update(effective_lr, direction, rms_grad=root, eps=(root, eps))
+    root = (average.clamp(min=0) if inside else average).sqrt()  # ε may make up for rounding
+    return Update(effective_lr, direction, s.decay, rms_grad=root, eps=eps)
 
 
 ADAGRAD = Rule("adagrad", _adagrad)
+ADAGRAD_INSIDE = Rule("adagrad", partial(_adagrad, inside=True))
 ADADELTA = Rule("adadelta", _adadelta, needs_grad=True)
 RMSPROP = Rule("rmsprop", _rmsprop)
+RMSPROP_INSIDE = Rule("rmsprop", partial(_rmsprop, inside=True))

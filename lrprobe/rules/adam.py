@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,27 +10,31 @@ import torch
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, power
 
 
-def _decoupled(s: Slice) -> Scalar:
-    return s.lr * s.group["weight_decay"] if s.group.get("decoupled_weight_decay") else 0.0
-
-
-def _adam(s: Slice) -> Update:
+def _adam(s: Slice, *, outside: bool = False) -> Update:
     """lr/(√v̂+ε) ⊙ m̂ (Kingma and Ba 2015, algorithm 1; ``torch/optim/adam.py``).
 
     amsgrad (Reddi et al. 2018): v is its own running maximum. AdamW (Loshchilov and Hutter 2019)
-    decouples the decay.
+    decouples the decay. With ε ``outside`` the bias correction, as at the end of the paper's
+    section 2, it is lr·√(1−β₂ᵗ)/(√v+ε) (``keras/src/optimizers/adam.py``).
     """
     beta1, beta2 = s.group["betas"]
     flags = "capturable", "differentiable"
     v = s["max_exp_avg_sq"] if s.group["amsgrad"] else s["exp_avg_sq"]
-    rms = (v / s.correction(beta2, *flags)).sqrt()
+    correction = s.correction(beta2, *flags)
     eps = s.group["eps"]
+    if outside:
+        root = v.sqrt()
+        rms = root / correction.sqrt()
+        effective_lr = s.lr * correction.sqrt() / (root + eps)
+    else:
+        root = rms = (v / correction).sqrt()
+        effective_lr = s.lr / (rms + eps)
     return Update(
-        effective_lr=s.lr / (rms + eps),
+        effective_lr=effective_lr,
         direction=s["exp_avg"] / s.correction(beta1, *flags),
-        decay=_decoupled(s),
+        decay=s.decay,
         rms_grad=rms,
-        eps=(rms, eps),
+        eps=(root, eps),
     )
 
 
@@ -48,9 +53,8 @@ def _nadam(s: Slice) -> Update:
     effective_lr = s.lr / (rms + eps)
     share = (1 - mu(t)) / (1 - product)
     direction = share * s.grad + mu(t + 1) / (1 - product * mu(t + 1)) * s["exp_avg"]
-    if not s.group.get("decoupled_weight_decay"):
-        direction = s.solve_decay(direction, effective_lr, share=share)
-    return Update(effective_lr, direction, _decoupled(s), rms_grad=rms, eps=(rms, eps))
+    direction = s.solve_decay(direction, effective_lr, share=share)
+    return Update(effective_lr, direction, s.decay, rms_grad=rms, eps=(rms, eps))
 
 
 def _radam(s: Slice) -> Update:
@@ -72,20 +76,24 @@ def _radam(s: Slice) -> Update:
     return Update(
         effective_lr=s.lr * (adaptive / (root + eps) + (1 - tractable)),
         direction=s["exp_avg"] / s.correction(beta1, "capturable"),
-        decay=_decoupled(s),
+        decay=s.decay,
         rms_grad=root / correction.sqrt(),
         eps=(root, eps),
     )
 
 
-def _adamax(s: Slice) -> Update:
+def _adamax(s: Slice, *, outside: bool = False) -> Update:
     """lr/u ⊙ m̂, u the decaying maximum of |g|+ε.
 
-    Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``.
+    Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``. With ε ``outside`` the maximum, of
+    |g|, it is lr/(u+ε) (``keras/src/optimizers/adamax.py``).
     """
     beta1, _ = s.group["betas"]
-    effective_lr = s.lr / s["exp_inf"]
     direction = s["exp_avg"] / s.correction(beta1, "capturable")
+    if outside:
+        u, eps = s["exp_inf"], s.group["eps"]
+        return Update(s.lr / (u + eps), direction, s.decay, eps=(u, eps))
+    effective_lr = s.lr / s["exp_inf"]
     # The direction does not depend on θ_before, so that θ_before follows from it at once.
     grad = s.grad + s.group["weight_decay"] * (s.param + effective_lr * direction)
     return Update(effective_lr, direction, eps=(grad.abs(), s.group["eps"]))
@@ -109,7 +117,9 @@ def _sparse_adam(s: Slice) -> Update:
 
 
 ADAM = Rule("adam", _adam)
+ADAM_OUTSIDE = Rule("adam", partial(_adam, outside=True))
 NADAM = Rule("nadam", _nadam)
 RADAM = Rule("radam", _radam)
 ADAMAX = Rule("adamax", _adamax)
+ADAMAX_OUTSIDE = Rule("adamax", partial(_adamax, outside=True))
 SPARSE_ADAM = Rule("sparse_adam", _sparse_adam)

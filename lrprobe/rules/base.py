@@ -229,6 +229,20 @@ class Slice:
             )
         return cast("Tensor", self._memo["lr"])
 
+    @property
+    def decay(self) -> Scalar:
+        """The decoupled decay of this step, lr·λ; 0 where the group's decay is coupled."""
+        return 0.0 if self._is_coupled else self.lr * self.group["weight_decay"]
+
+    @property
+    def coupled(self) -> Scalar:
+        """The λ of θ_before in the gradient; 0 where the group's decay is decoupled."""
+        return cast("Scalar", self.group.get("weight_decay", 0.0) if self._is_coupled else 0.0)
+
+    @property
+    def _is_coupled(self) -> bool:
+        return not self.group.get("decoupled_weight_decay")
+
     def solve_decay(
         self, direction: Tensor, effective_lr: Scalar, *, share: Scalar = 1.0, decay: Scalar = 0.0
     ) -> Tensor:
@@ -237,7 +251,7 @@ class Slice:
         θ_before is gone after the step, but follows from θ_after, since the direction is affine
         in it: θ_before = (θ_after + e·d₀) / (1 − decay − e·share·λ).
         """
-        weight_decay = self.group.get("weight_decay", 0.0)
+        weight_decay = self.coupled
         if not isinstance(weight_decay, Tensor) and weight_decay == 0:
             return direction
         before = self.before
@@ -311,6 +325,12 @@ def power(base: Scalar, exponent: Tensor) -> Tensor:
         base = base.detach().squeeze().to(exponent.device)
         return base ** exponent.to(base.dtype)
     return base**exponent
+
+
+def nonzero(value: Any) -> Tensor:
+    """What can be divided by: 1 instead of 0."""
+    value = torch.as_tensor(value)
+    return torch.where(value == 0, torch.ones_like(value), value)
 
 
 def _touched(grad: Tensor | SparseRows) -> Tensor | SparseRows:

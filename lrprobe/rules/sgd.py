@@ -8,22 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import Rule, Scalar, Slice, Update
+from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
 
 
 def _sgd(s: Slice) -> Update:
     """θ ← θ − lr·d with d = g, the buffer b, or g + μ·b.
 
-    Sutskever et al. 2013; ``torch/optim/sgd.py``.
+    Sutskever et al. 2013; ``torch/optim/sgd.py``. Where the state has their ``velocity`` v instead
+    of b, which has the rates of its steps in it, b is −v/lr (``keras/src/optimizers/sgd.py``).
     """
     momentum = s.group["momentum"]
-    if momentum == 0 or "momentum_buffer" not in s:
+    buffer = None
+    if momentum != 0 and "momentum_buffer" in s:
+        buffer = s["momentum_buffer"]
+    elif "velocity" in s:
+        buffer = s["velocity"] / -nonzero(s.lr)
+    if buffer is None:
         direction = s.solve_decay(s.grad, s.lr)
     elif s.group["nesterov"]:
-        direction = s.solve_decay(s.grad + momentum * s["momentum_buffer"], s.lr)
+        direction = s.solve_decay(s.grad + momentum * buffer, s.lr)
     else:
-        direction = s["momentum_buffer"]
-    return Update(s.lr, direction)
+        direction = buffer
+    return Update(s.lr, direction, s.decay)
 
 
 def _asgd_before(

@@ -13,6 +13,7 @@ import numpy as np
 
 from lrprobe.record import Record
 from lrprobe.sinks.merge import MergedRows, merge_rows
+from lrprobe.text import parts_of
 
 MAX_NAMES = 200
 """Above so many parameters the tags are per module: TensorBoard takes minutes with more."""
@@ -268,7 +269,7 @@ def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:
     """What the tags are per, and for each parameter the key of its tag.
 
     Args:
-        parameters: dotted names.
+        parameters: names, their parts separated by dots or slashes.
         limit: how many tags there may be.
 
     Returns:
@@ -277,9 +278,10 @@ def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:
     """
     if len(parameters) <= limit:
         return "parameter", list(parameters)
-    modules = [name.split(".")[:-1] for name in parameters]
-    for depth in range(max(map(len, modules)), 0, -1):
-        keys = [".".join(module[:depth]) for module in modules]
+    # Parts and what stands between them, so that what is left of a name is as it was.
+    modules = [re.split(r"([./])", parts_of(name)[0]) for name in parameters]
+    for depth in range(max(map(len, modules)), 0, -2):
+        keys = ["".join(module[:depth]) for module in modules]
         if len(set(keys)) <= limit:
             return "module", keys
     return "module", [""] * len(parameters)

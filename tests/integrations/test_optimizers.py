@@ -41,6 +41,8 @@ def test_every_known_class_is_proved_or_shares_its_proof() -> None:
     module_of = {case.module.partition(".")[0]: case.module for case in CASES}
     proved = {find_rule(type(_made(case))) for case in one_per_class()}
     for name, cls, rule in known():
+        if name == "keras":  # which is proved in test_keras.py
+            continue
         assert rule in proved, f"{name}.{cls}"
         if name != "timm":  # of which only those in the table are loaded
             assert hasattr(package(module_of[name]), cls), f"{name} has no {cls} any more"

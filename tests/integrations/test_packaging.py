@@ -125,7 +125,8 @@ def test_every_host_and_tracker_has_an_extra(built):
     metadata = zipfile.ZipFile(built[1])
     (name,) = [name for name in metadata.namelist() if name.endswith("METADATA")]
     extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata.read(name).decode(), re.MULTILINE))
-    assert {"accelerate", "ignite", "lightning", "mlflow", "transformers", "wandb"} <= extras
+    named = {"accelerate", "ignite", "keras", "lightning", "mlflow", "tensorflow", "transformers"}
+    assert {*named, "wandb"} <= extras
 
 
 def test_import_touches_no_optional_package():
@@ -133,8 +134,10 @@ def test_import_touches_no_optional_package():
     optional = [
         "accelerate",
         "ignite",
+        "keras",
         "lightning",
         "mlflow",
+        "tensorflow",
         "transformers",
         "wandb",
         "matplotlib",

@@ -1,13 +1,14 @@
 """Optimizers of other packages: which equation belongs to which class.
 
 They are known by name, so that none of these packages is imported. Adding one is one function and
-one name in the table.
+one name in the table. (Keras's are here by what stands in for them: ``lrprobe.foreign``.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lrprobe.rules import adagrad, adam, sgd
 from lrprobe.rules.base import Rule
 from lrprobe.rules.external import (
     adafactor,
@@ -48,6 +49,16 @@ _TABLE: dict[str, dict[Rule, tuple[str, ...]]] = {
         ),
     },
     "dadaptation": {adapted.DADAPT_ADAM: ("DAdaptAdam",)},
+    "keras": {
+        adagrad.ADADELTA: ("Adadelta",),
+        adagrad.ADAGRAD_INSIDE: ("Adagrad",),
+        adagrad.RMSPROP_INSIDE: ("RMSprop",),
+        adam.ADAM_OUTSIDE: ("Adam", "AdamW"),
+        adam.ADAMAX_OUTSIDE: ("Adamax",),
+        adam.NADAM: ("Nadam",),
+        lion.LION: ("Lion",),
+        sgd.SGD: ("SGD",),
+    },
     "lion_pytorch": {lion.LION: ("Lion",)},
     "prodigyopt": {adapted.PRODIGY: ("Prodigy",)},
     "pytorch_optimizer": {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import Rule, Scalar, Slice, Update
-from lrprobe.rules.external.common import decoupled, nonzero, undecayed
+from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
+from lrprobe.rules.external.common import decoupled, undecayed
 
 
 def _before(_: Tensor, __: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Scalar]:

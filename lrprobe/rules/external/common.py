@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -53,9 +51,3 @@ def without_decay(s: Slice, total: Tensor, after: Tensor, moved: Tensor) -> Tens
     rounding = 4 * torch.finfo(s.dtype).eps * weight_decay * (after.abs() + moved.abs())
     kept: Tensor = rest * (rest.abs() > rounding)
     return kept
-
-
-def nonzero(value: Any) -> Tensor:
-    """What can be divided by: 1 instead of 0."""
-    value = torch.as_tensor(value)
-    return torch.where(value == 0, torch.ones_like(value), value)

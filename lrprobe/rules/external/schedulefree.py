@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import Rule, Scalar, Slice, Update
-from lrprobe.rules.external.common import nonzero, refuse, without_decay
+from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
+from lrprobe.rules.external.common import refuse, without_decay
 
 
 def _average_weight(s: Slice) -> Tensor:

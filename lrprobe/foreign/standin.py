@@ -1,0 +1,83 @@
+"""Stands in for an optimizer of another framework: what hooks need of one of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of another framework.
+
+    Attributes:
+        name: what the frame calls it.
+        value: it as it is now, which need not be kept.
+        group: hyperparameters that it shares with others; equal ones make a group.
+    """
+
+    name: str
+    value: Tensor
+    group: Mapping[str, Any] = field(default_factory=dict)
+
+
+class StandIn(Optimizer):
+    """Has groups and state like one of torch's, and takes no step: others do.
+
+    Around each of theirs, ``show`` what is there, then ``before``; ``show`` again, then ``after``.
+    In between it holds nothing. A step that was none in the end has no ``after``.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], lr: float) -> None:
+        """In groups, in order of appearance; ``lr`` is that of the first step."""
+        groups: list[dict[str, Any]] = []
+        self.shown: list[nn.Parameter] = []
+        for each in parameters:
+            group = next((g for g in groups if g["shared"] == each.group), None)
+            if group is None:
+                group = {"shared": each.group, "params": [], "param_names": []}
+                groups.append(group)
+            self.shown.append(nn.Parameter(_blank(each.value)))
+            group["params"].append(self.shown[-1])
+            group["param_names"].append(each.name)
+        for group in groups:
+            group.update(group.pop("shared"))
+        super().__init__(groups, {"lr": lr})
+
+    def show(
+        self,
+        at: int,
+        value: Tensor,
+        grad: Tensor | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """What the parameter at this position is now; nothing is copied."""
+        param = self.shown[at]
+        param.data = value
+        param.grad = None if grad is None else grad.to(param.dtype)
+        self.state[param] = state or {}
+
+    def before(self) -> None:
+        """A step is about to be taken."""
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            hook(self, (self,), {})
+
+    def after(self) -> None:
+        """It was taken."""
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self, (self,), {})
+
+    def forget(self, positions: Iterable[int]) -> None:
+        """Keep nothing alive of what was shown."""
+        for at in positions:
+            self.show(at, _blank(self.shown[at]))
+
+
+def _blank(like: Tensor) -> Tensor:
+    """Of its shape, without its memory."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
