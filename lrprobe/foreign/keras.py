@@ -206,6 +206,11 @@ class Steps:
         optimizers = optimizers_in(model.optimizer)
         if self._calls > 1 and any(o.gradient_accumulation_steps for o in optimizers):
             raise NotImplementedError("steps_per_execution with gradient_accumulation_steps")
+        self._counts = (  # each call is one of each optimizer: no variable need be read to know
+            type(model).train_step is keras.Model.train_step
+            and self._calls == 1
+            and not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        )
         self.stand_ins = [stand_in(optimizer) for optimizer in optimizers]
         self.number = 0
         """Of the step that is about to be taken."""
@@ -255,7 +260,8 @@ class Steps:
     def _begin(self, seat: _Seat) -> None:
         one, hooks = seat.stand_in, seat.hooks
         seat.due = False
-        seat.until = one.iterations + self._calls
+        done = one.iterations if seat.done is None or not self._counts else seat.done
+        seat.until = done + self._calls
         seat.step = one.steps(seat.until)
         if seat.step == one.steps(seat.until - self._calls):  # a gradient is added to others
             seat.step = 0
@@ -269,7 +275,8 @@ class Steps:
 
     def _end(self, seat: _Seat) -> None:
         one, tap = seat.stand_in, seat.tap
-        if not seat.step or one.iterations != seat.until:  # skipped, for a gradient not finite
+        seat.done = seat.until if self._counts and not seat.due else one.iterations
+        if not seat.step or seat.done != seat.until:  # skipped, for a gradient that is not finite
             return
         if seat.due:
             tap.collect()
@@ -306,7 +313,7 @@ class Steps:
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             for seat in self._seats:
                 seat.hooks.failed(error)
-                seat.step, seat.due = 0, False
+                seat.step, seat.due, seat.done = 0, False, None
 
 
 @dataclass(slots=True)
@@ -317,7 +324,7 @@ class _Seat:
         stand_in, hooks: of the same optimizer.
         at: positions of the parameters that are looked at.
         tap: on its gradients.
-        until: its calls when this one is over.
+        done, until: its calls so far, and when this one is over.
         step: number of its step in this call; 0 for none.
         due: whether that is recorded.
     """
@@ -326,6 +333,7 @@ class _Seat:
     hooks: Hooks
     at: Sequence[int]
     tap: Tap
+    done: int | None = None
     until: int = 0
     step: int = 0
     due: bool = False
