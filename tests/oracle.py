@@ -449,6 +449,8 @@ def muon(o: Given) -> dict[str, Any]:
     factor = math.sqrt(max(1, rows / columns))
     if how == "match_rms_adamw":
         factor = 0.2 * math.sqrt(max(rows, columns))
+    elif how == "spectral_unclamped":  # torch 2.14
+        factor = math.sqrt(rows / columns)
     return {"rate": lr * factor, "direction": x, "decay": lr * o.option("weight_decay")}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lrprobe
+from lrprobe.rules.muon import _adjustment
 from lrprobe.testing import check_rule
 
 STEPS = 10
@@ -263,3 +265,21 @@ def test_the_probe_reports_pytorch_191763(size: int) -> None:
     row = probe.frame().iloc[0]
     assert row["reconstruction_error"] > 0.5
     np.testing.assert_allclose(row["lost_fraction"], still[0], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("how", "wide", "tall"),
+    [
+        (None, 1.0, 2.0),
+        ("original", 1.0, 2.0),
+        ("match_rms_adamw", 0.8, 0.8),
+        ("spectral_unclamped", 0.5, 2.0),
+    ],
+)
+def test_muons_rate_depends_on_the_shape(how: str | None, wide: float, tall: float) -> None:
+    """As each `adjust_lr_fn` says, that of a later torch too; `optim_db` has those of this one."""
+    for shape, wanted in (((4, 16), wide), ((16, 4), tall)):
+        whole: Any = SimpleNamespace(
+            entry=SimpleNamespace(param=torch.zeros(shape)), group={"adjust_lr_fn": how}
+        )
+        assert _adjustment(whole) == pytest.approx(wanted)

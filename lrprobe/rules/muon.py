@@ -39,6 +39,8 @@ def _adjustment(whole: Whole) -> float:
         return math.sqrt(max(1.0, rows / columns))
     if how == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
+    if how == "spectral_unclamped":  # from torch 2.14
+        return math.sqrt(rows / columns)
     return 1.0
 
 
