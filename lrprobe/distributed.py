@@ -780,7 +780,10 @@ def data_parallel(model: nn.Module | None) -> int | None:
             between = getattr(each, "_inter_node_pg", None)
             return int(each.process_group.size()) * (1 if between is None else between.size())
         if fsdp2 is not None and isinstance(each, fsdp2.FSDPModule):
-            groups = each._get_fsdp_state()._fsdp_param_groups  # noqa: SLF001 - torch tells it nowhere else
+            state = each._get_fsdp_state()  # noqa: SLF001 - torch tells it nowhere else
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # in older ones there is at most one
+                groups = [one] if (one := getattr(state, "_fsdp_param_group", None)) else []
             if groups:
                 mesh = groups[0].mesh_info
                 sizes = (getattr(mesh, f"{part}_mesh_size", 1) for part in ("shard", "replicate"))

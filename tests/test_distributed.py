@@ -10,6 +10,7 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
+from torch.distributed.fsdp import _fully_shard
 
 import lrprobe
-from lrprobe.distributed import Holding, Kind, Layouts, Spec, _chunks, check_alike, union
+from lrprobe.distributed import (
+    Holding,
+    Kind,
+    Layouts,
+    Spec,
+    _chunks,
+    check_alike,
+    data_parallel,
+    union,
+)
 from lrprobe.rules import find_rule
 from lrprobe.summary import shards
 from lrprobe.summary.pending import StepInfo
@@ -541,3 +552,26 @@ def test_alone_a_process_group_is_no_matter() -> None:
         probe = lrprobe.attach(optim.SGD(model.parameters(), lr=0.1), model, process_group=None)
     assert probe.hooks[0].exchange is None
     probe.close()
+
+
+_GROUP = SimpleNamespace(mesh_info=SimpleNamespace(shard_mesh_size=2, replicate_mesh_size=3))
+
+
+@pytest.mark.parametrize(
+    ("state", "ranks"),
+    [
+        ({"_fsdp_param_groups": [_GROUP]}, 6),
+        ({"_fsdp_param_groups": []}, None),
+        ({"_fsdp_param_group": _GROUP}, 6),
+        ({"_fsdp_param_group": None}, None),
+    ],
+)
+def test_data_parallel_ranks_are_told_by_every_torch(monkeypatch, state, ranks):
+    """FSDP2 has a list of groups, in torch 2.9 only one; here 2 shards times 3 replicas."""
+
+    class Sharded(nn.Module):
+        def _get_fsdp_state(self):
+            return SimpleNamespace(**state)
+
+    monkeypatch.setattr(_fully_shard, "FSDPModule", Sharded)
+    assert data_parallel(Sharded()) == ranks
