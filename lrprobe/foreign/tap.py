@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import torch
 from torch import Tensor
 
 
-class Tap(Protocol):
+class Tap(ABC):
     """What one step of one optimizer was given. Keys are its indices of variables.
 
     Attributes:
@@ -21,10 +22,12 @@ class Tap(Protocol):
             the average of ``ema_overwrite_frequency``.
     """
 
-    grads: dict[int, Tensor]
-    before: dict[int, Tensor]
-    after: dict[int, Tensor]
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._error: Exception | None = None
+        self.clear()
 
+    @abstractmethod
     def open(self) -> AbstractContextManager[None]:
         """Look on while a step is taken, or traced."""
 
@@ -34,25 +37,28 @@ class Tap(Protocol):
         Raises:
             Exception: what went wrong while looking on.
         """
+        if self._error is not None:
+            raise self._error
 
     def clear(self) -> None:
-        """Keep nothing alive."""
-
-
-class EagerTap:
-    """Where every step runs in Python: the gradients are there, and are not copied."""
-
-    def __init__(self, optimizer: Any, followed: Collection[int]) -> None:
-        self._optimizer = optimizer
-        self._followed = followed
-        self._error: Exception | None = None
-        self.clear()
-
-    def clear(self) -> None:
-        """Keep nothing alive."""
+        """Keep nothing alive of a step."""
         self.grads: dict[int, Tensor] = {}
         self.before: dict[int, Tensor] = {}
         self.after: dict[int, Tensor] = {}
+
+    def _try(self, look: Callable[..., None], *args: Any) -> None:
+        try:
+            look(*args)
+        except Exception as error:  # noqa: BLE001 - the training goes on
+            self._error = error
+
+
+class EagerTap(Tap):
+    """Where every step runs in Python: the gradients are there, and are not copied."""
+
+    def __init__(self, optimizer: Any, followed: Collection[int]) -> None:
+        super().__init__(optimizer)
+        self._followed = followed
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -68,17 +74,6 @@ class EagerTap:
         with _replaced(self._optimizer, "_backend_update_step", looked_at):
             yield
 
-    def collect(self) -> None:
-        """Raise what went wrong."""
-        if self._error is not None:
-            raise self._error
-
-    def _try(self, look: Callable[..., None], *args: Any) -> None:
-        try:
-            look(*args)
-        except Exception as error:  # noqa: BLE001 - the training goes on
-            self._error = error
-
     def _gradients(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         for grad, variable in zip(grads, variables, strict=True):
             self.grads[self._optimizer._get_variable_index(variable)] = tensor(grad)  # noqa: SLF001
@@ -90,7 +85,7 @@ class EagerTap:
                 self.after[index] = tensor(variable).clone()
 
 
-class GraphTap:
+class GraphTap(Tap):
     """Where TensorFlow traces the step once: variables of our own take what the graph has.
 
     They take the gradients as they come in, and what the optimizer makes of them before it uses
@@ -114,7 +109,7 @@ class GraphTap:
             followed: those whose parameters are taken right after the update.
             starts: whether parameters are taken right before it.
         """
-        self._optimizer = optimizer
+        super().__init__(optimizer)
         variables = optimizer._trainable_variables  # noqa: SLF001 - it has no public name
         if optimizer.global_clipnorm:  # a norm over all of them
             wanted = range(len(variables))
@@ -122,16 +117,11 @@ class GraphTap:
         self._befores = {i: _room(variables[i]) for i in wanted} if starts else {}
         self._afters = {i: _room(variables[i]) for i in followed}
         self._present: set[int] = set()
-        self._accumulated: dict[int, Any] = {}
-        self._error: Exception | None = None
-        self.clear()
 
     def clear(self) -> None:
         """Keep nothing alive but the variables."""
-        self.grads: dict[int, Tensor] = {}
-        self.before: dict[int, Tensor] = {}
-        self.after: dict[int, Tensor] = {}
-        self._accumulated = {}
+        super().clear()
+        self._accumulated: dict[int, Any] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -162,8 +152,7 @@ class GraphTap:
         Raises:
             Exception: what went wrong while the step was traced.
         """
-        if self._error is not None:
-            raise self._error
+        super().collect()
         optimizer, at = self._optimizer, sorted(self._present)
         grads = [_value(self._grads[i]) for i in at]
         scale, steps = optimizer.loss_scale_factor, optimizer.gradient_accumulation_steps
@@ -177,12 +166,6 @@ class GraphTap:
         self.grads = {i: tensor(grad) for i, grad in zip(at, grads, strict=True)}
         self.before = {i: tensor(room) for i, room in self._befores.items()}
         self.after = {i: tensor(room) for i, room in self._afters.items()}
-
-    def _try(self, look: Callable[..., None], *args: Any) -> None:
-        try:
-            look(*args)
-        except Exception as error:  # noqa: BLE001 - the training goes on
-            self._error = error
 
     def _given(self, grads: Sequence[Any], variables: Any) -> None:
         import tensorflow as tf

@@ -22,6 +22,7 @@ from lrprobe.summary.figures import (
     suspicious,
 )
 from lrprobe.summary.fused import COLUMNS, ROWS, SUMS, kernel_for
+from lrprobe.summary.nonfinite import hidden_states
 from lrprobe.summary.reading import (
     BLOCK,
     blocks,
@@ -33,7 +34,6 @@ from lrprobe.summary.reading import (
     take_block,
     take_rows,
 )
-from lrprobe.summary.shown import hidden_states
 from lrprobe.summary.sums import Sums, column, finished, together
 
 SAMPLE = 1 << 16

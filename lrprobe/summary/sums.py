@@ -171,7 +171,7 @@ class _Block:
         """How many of each row are at most ε."""
         # Mostly none is: on the host a look at the least saves the count.
         if self._on_host and not isinstance(eps, Tensor):
-            low = torch.amin(statistic.view(self._shape), 1)
+            low = torch.amin(statistic.reshape(self._shape), 1)
             if low.numpy().min() > eps:
                 self._used.add(name)
                 self._slots[name].zero_()
