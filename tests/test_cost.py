@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lrprobe
+from lrprobe.hooks import Hooks
 
 MIB = 2**20
 
@@ -84,44 +85,62 @@ class Unknown(torch.optim.SGD):
         return closure
 
 
+def peak(optimizer: torch.optim.Optimizer, monkeypatch: Any, **options: Any) -> float:
+    """MiB that the probe's own hook holds at most, without what the step itself needs."""
+    optimizer.step()
+    with Watch(*tensors(optimizer)) as watch:
+        hook = Hooks._after_step
+
+        def alone(hooks: Hooks, stepped: torch.optim.Optimizer) -> None:
+            watch.peak = 0
+            hook(hooks, stepped)
+
+        monkeypatch.setattr(Hooks, "_after_step", alone)
+        with lrprobe.attach(optimizer, every=1, **options) as probe:
+            optimizer.step()
+            found = watch.peak / MIB
+            assert probe.frame()["stepped"].all()
+    return found
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (lambda p: torch.optim.AdamW(p, fused=True), {}),
         (lambda p: torch.optim.AdamW(p, fused=True), {"sample": 65_536}),
-        (lambda p: torch.optim.Adadelta(p, weight_decay=0.1, foreach=False), {"track": 10}),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False), {}),
-        (lambda p: torch.optim.Adafactor(p, foreach=False), {}),
+        (lambda p: torch.optim.Adam(p, amsgrad=True, weight_decay=0.1), {}),
+        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}),
+        (lambda p: torch.optim.RAdam(p, weight_decay=0.1), {}),
+        (lambda p: torch.optim.RMSprop(p, weight_decay=0.1, centered=True, momentum=0.9), {}),
+        (lambda p: torch.optim.Adadelta(p, weight_decay=0.1), {"track": 10}),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),
+        (torch.optim.Adafactor, {}),
     ],
-    ids=["AdamW", "AdamW-sample", "Adadelta", "SGD", "Adafactor"],
+    ids=["AdamW", "sample", "amsgrad", "NAdam", "RAdam", "RMSprop", "Adadelta", "SGD", "Adafactor"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extra_memory_is_bounded(make: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Of twelve million elements a recorded step holds at most 32 MiB + 64 KiB a tensor more."""
+@pytest.mark.parametrize("spoilt", [False, True], ids=["", "NaN"])
+def test_extra_memory_is_bounded(
+    make: Any, options: dict[str, Any], dtype: torch.dtype, spoilt: bool, monkeypatch: Any
+) -> None:
+    """Of eleven million elements a recorded step holds at most 32 MiB + 64 KiB a tensor more.
+
+    So also where a NaN makes the whole parameter be read again in float64.
+    """
     torch.manual_seed(0)
-    shapes = [(4000, 2800), (1000, 800), (7,)]
-    bare, recorded = watched(make(parameters(*shapes, dtype=dtype)), **options)
-    extra = recorded.peak - bare.peak
-    assert extra <= 32 * MIB + len(shapes) * 65_536, f"{extra / MIB:.1f} MiB"
-    assert recorded.peak > 0
-
-
-def test_what_is_recomputed_exactly_is_bounded_too() -> None:
-    """A NaN makes the whole parameter be read again in float64, block by block."""
-    params = parameters((4000, 2800))
-    assert params[0].grad is not None
-    params[0].grad[17, 5] = torch.nan
-    bare, recorded = watched(torch.optim.AdamW(params, fused=True))
-    extra = recorded.peak - bare.peak
-    assert extra <= 32 * MIB + 65_536, f"{extra / MIB:.1f} MiB"
+    params = parameters((4000, 2500), (1000, 800), *[(4096,)] * 100, dtype=dtype)
+    if spoilt:
+        assert params[0].grad is not None
+        params[0].grad[17, 5] = torch.nan
+    extra = peak(make(params), monkeypatch, **options)
+    assert 1 < extra <= 32 + len(params) / 16, f"{extra:.1f} MiB"
 
 
 @pytest.mark.filterwarnings("ignore:lrprobe. Unknown has no rule")
-def test_measuring_copies_no_parameter() -> None:
+def test_measuring_copies_no_parameter(monkeypatch: Any) -> None:
     """A rate that can only be measured is measured on a sample, not with a copy."""
-    bare, recorded = watched(Unknown(parameters((4000, 2800)), lr=0.1))
-    extra = recorded.peak - bare.peak
-    assert extra <= 2 * MIB, f"{extra / MIB:.1f} MiB"
+    extra = peak(Unknown(parameters((4000, 2800)), lr=0.1), monkeypatch)
+    assert extra <= 4, f"{extra:.1f} MiB"
 
 
 def test_a_step_that_is_not_due_does_nothing() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrprobe.rules.base import Entry, Scalar, Slice, SparseRows, Update
-from lrprobe.summary.reading import blocks, precision
+from lrprobe.summary.reading import block_size, blocks, precision
 
 PARTS = (
     "decay",
@@ -210,7 +210,7 @@ def plain_figures(entries: Sequence[Entry], *, counts: bool) -> dict[str, Tensor
 def zeros(tensor: Tensor) -> Tensor:
     """How many elements are 0, without a copy of the tensor's size: 0-dim, int64."""
     count = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for block in blocks(tensor.shape):
+    for block in blocks(tensor.shape, block_size(torch.float64)):
         count = count + torch.count_nonzero(tensor[block])
     return tensor.numel() - count
 
@@ -218,7 +218,7 @@ def zeros(tensor: Tensor) -> Tensor:
 def _nonfinite_count(tensors: Sequence[Tensor]) -> Tensor:
     same = [tensor for tensor in tensors if tensor.shape == tensors[0].shape]
     count = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
-    for block in blocks(tensors[0].shape):
+    for block in blocks(tensors[0].shape, block_size(torch.float64)):
         finite = torch.isfinite(tensors[0][block])
         for tensor in same[1:]:
             finite = finite & torch.isfinite(tensor[block])
@@ -244,9 +244,10 @@ def _square_sum(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         flat = tensor.view(-1)
         even = len(flat) // ROW * ROW
         norms = torch.linalg.vector_norm(flat[:even].view(-1, ROW), dim=1)
-        return _sum_of_squares(norms) + _sum_of_squares(flat[even:])
+        total = _sum_of_squares(norms)
+        return total if even == len(flat) else total + _sum_of_squares(flat[even:])
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for block in blocks(tensor.shape):
+    for block in blocks(tensor.shape, block_size(torch.float64)):
         total = total + _sum_of_squares(tensor[block].reshape(-1).to(dtype))
     return total
 

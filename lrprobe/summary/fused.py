@@ -22,7 +22,7 @@ from lrprobe.text import warn
 ROWS, COLUMNS = 256, 4096
 """A call takes ROWS · COLUMNS elements; sums are taken along COLUMNS, which keeps them accurate."""
 
-SUMS = (
+FIGURES = (
     "rate_away",  # Σ(rate − pivot)
     "rate_m2",
     "rate_log",
@@ -37,8 +37,10 @@ SUMS = (
     "rms_update",
     "below_eps",
     "states",
+    "rate_min",
+    "rate_max",
 )
-"""What the first output of a kernel has the sums of."""
+"""Rows of a kernel's first output: sums, and the extremes."""
 
 _OPTIONS: dict[str, Any] = {  # else the compiler reads the inputs once for each sum
     "realize_reads_threshold": 10_000,
@@ -62,13 +64,13 @@ class Kernel:
 
     Attributes:
         prelude: 0-dim inputs to the scalars that the body needs, float64, and the decay.
-        run: (parameter, gradient, states, scalars, pivot, decay) to sums (figures, ROWS), the least
-            and the largest rate of each row, and the rates.
+        run: (parameter, gradient, states, scalars, pivot, decay, positions) to ``FIGURES`` of each
+            row of COLUMNS elements, (figures, ROWS), and the rates at those positions.
         states, scalars: names of the state entries that it reads.
     """
 
     prelude: Callable[..., Any]
-    run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    run: Callable[..., tuple[Tensor, Tensor]]
     states: tuple[str, ...]
     scalars: tuple[str, ...]
 
@@ -127,7 +129,8 @@ def _built(
         numbers, _ = kernel.scalars_of(entry, group["lr"])
         like = [blank.to(t.dtype, copy=True) for t in (entry.param, cast("Tensor", entry.grad))]
         pieces = [blank.to(entry.state[k].dtype, copy=True) for k in states]
-        inputs = (*like, pieces, numbers, blank.new_zeros(()), blank.new_zeros(()))
+        at = torch.arange(0, len(blank), 50, device=entry.param.device)
+        inputs = (*like, pieces, numbers, blank.new_zeros(()), blank.new_zeros(()), at)
         # Traced once more, so that each kernel is a module of its own for the compiler's caches.
         graph = make_fx(plain, tracing_mode="symbolic")(*inputs)
         options = _OPTIONS if _inlined(body) <= _MOST_INLINED else {}
@@ -237,7 +240,8 @@ def _kernel(
         scalars: list[Tensor],
         pivot: Tensor,
         decay: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        at: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         p = param.view(-1, COLUMNS).float()
         g = grad.view(-1, COLUMNS).float()
         elements = [state.view(-1, COLUMNS).float() for state in states]
@@ -265,8 +269,8 @@ def _kernel(
             below,
             sum(elements[1:], elements[0]) if elements else torch.zeros_like(p),
         ]
-        rows = torch.stack([x.sum(1) for x in sums])
-        return rows, rate.amin(1), rate.amax(1), rate.view(-1)
+        rows = torch.stack([*(x.sum(1) for x in sums), rate.amin(1), rate.amax(1)])
+        return rows, rate.view(-1)[at]
 
     return kernel
 

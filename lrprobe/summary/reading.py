@@ -18,9 +18,7 @@ from lrprobe.rules.base import Coded, Entry, Readable, SparseRows, Take
 WHOLE = 4096
 """Parameters up to this size are read whole, in float64; of larger ones a sample is checked."""
 
-BLOCK = 1 << 18
-"""Elements of a large parameter read at once: few enough for temporaries to stay in cache, many
-enough for what Python does around them to be little."""
+_BLOCK_BYTES = 3 << 19
 
 Block = tuple[int | slice, ...]
 
@@ -68,7 +66,16 @@ def precision(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def blocks(shape: Sequence[int], limit: int = BLOCK) -> Iterator[Block]:
+def block_size(dtype: torch.dtype) -> int:
+    """Elements of a dtype that are read at once.
+
+    Few enough for what is made of them to stay in cache and within bounds, many enough for what
+    Python does around them to be little.
+    """
+    return _BLOCK_BYTES // dtype.itemsize
+
+
+def blocks(shape: Sequence[int], limit: int) -> Iterator[Block]:
     """Indices that cut a tensor into consecutive blocks of at most ``limit`` elements."""
     inner = math.prod(shape)
     if not shape:
@@ -94,13 +101,13 @@ def is_flat(entry: Entry) -> bool:
     )
 
 
-def pieces(entry: Entry, start: int) -> Iterator[Entry]:
-    """A flat entry from a flat position on, cut into entries of at most ``BLOCK`` elements."""
+def pieces(entry: Entry, start: int, limit: int) -> Iterator[Entry]:
+    """A flat entry from a flat position on, cut into entries of at most ``limit`` elements."""
     if start == entry.param.numel():
         return
     wide = _wide(entry.state)
     tensors = [entry.param, cast("Tensor", entry.grad), *wide.values()]
-    cut = [torch.split(t.view(-1)[start:], BLOCK) for t in tensors]
+    cut = [torch.split(t.view(-1)[start:], limit) for t in tensors]
     for param, grad, *states in zip(*cut, strict=True):
         yield Entry(param, grad, {**entry.state, **dict(zip(wide, states, strict=True))})
 

@@ -26,9 +26,9 @@ from lrprobe.summary.distribution import Rates
 from lrprobe.summary.figures import CHECKS, PARTS
 from lrprobe.summary.pending import Arrived
 from lrprobe.summary.reading import (
-    BLOCK,
     WHOLE,
     Positions,
+    block_size,
     entry_of,
     positions,
     precision,
@@ -525,8 +525,9 @@ class _Taken:
         for batch in batches.values():
             group = optimizer.param_groups[batch[0][0].watched.group]
             width = max(min(batch[0][0].region.numel, WHOLE), 1)
-            for start in range(0, len(batch), max(1, BLOCK // width)):
-                self._batch(batch[start : start + max(1, BLOCK // width)], group)
+            most = max(1, block_size(torch.float64) // width)
+            for start in range(0, len(batch), most):
+                self._batch(batch[start : start + most], group)
         if self.without:
             pieces, squares = zip(*self.without, strict=True)
             shape = (len(pieces), len(PARTS))

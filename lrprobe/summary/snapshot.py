@@ -19,10 +19,10 @@ from torch import Tensor
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update
 from lrprobe.summary import figures
 from lrprobe.summary.reading import (
-    BLOCK,
     WHOLE,
     Positions,
     Spread,
+    block_size,
     entry_of,
     local,
     positions,
@@ -318,7 +318,7 @@ def after(
     for (group_index, rule, *_), batch in batches.items():
         group = optimizer.param_groups[group_index]
         width = min(batch[0][1].param.numel(), WHOLE)
-        for part in _parted(batch, max(1, BLOCK // max(width, 1))):
+        for part in _parted(batch, max(1, block_size(torch.float64) // max(width, 1))):
             _summarise(part, group, rule, watched, kept, raw, how)
     if at_rest(optimizer) is not False:
         _with_resting(raw, optimizer, seen)

@@ -21,10 +21,10 @@ from lrprobe.summary.figures import (
     state_like,
     suspicious,
 )
-from lrprobe.summary.fused import COLUMNS, ROWS, SUMS, kernel_for
+from lrprobe.summary.fused import COLUMNS, FIGURES, ROWS, kernel_for
 from lrprobe.summary.nonfinite import hidden_states
 from lrprobe.summary.reading import (
-    BLOCK,
+    block_size,
     blocks,
     is_flat,
     pieces,
@@ -34,7 +34,7 @@ from lrprobe.summary.reading import (
     take_block,
     take_rows,
 )
-from lrprobe.summary.sums import Sums, column, finished, together
+from lrprobe.summary.sums import Sums, column, finished, together, unless_zero
 
 SAMPLE = 1 << 16
 """Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
@@ -68,9 +68,10 @@ def large_figures(
 
     def figures(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
         states = states_of(entries[some[0]], exact=exact)
-        streams = [Stream(entries[i], group, rule, states=states, exact=exact) for i in some]
+        streams = [Stream(entries[i], group, rule, exact=exact) for i in some]
+        sums = Sums(states, exact=exact)
         for i, stream in zip(some, streams, strict=True):
-            stream.read(None if pivots is None else pivots[i], compile=compile)
+            stream.read(sums, None if pivots is None else pivots[i], compile=compile)
         counts = torch.stack([stream.rates.histogram() for stream in streams])
         return _finished(streams, counts), counts
 
@@ -111,35 +112,36 @@ def _estimated(
     dtype = torch.float64 if exact else precision(entries[0].param)
     device = entries[0].param.device
     at = [spread(entry.param.numel(), sample, device) for entry in entries]
-    rows: list[Tensor] = []
+    plain = plain_figures(entries, counts=False)
+    sums = Sums(states, exact=exact)
+    found: list[dict[str, Tensor]] = []
     counts: list[Tensor] = []
-    for chosen in _alike([len(each) for each in at], max(1, BLOCK // sample)):
+    for chosen in _alike([len(each) for each in at], max(1, block_size(dtype) // sample)):
         some = [entries[i] for i in chosen]
-        plain = plain_figures(some, counts=False)
         s = Slice(some, group, take_rows([at[i] for i in chosen], dtype))
         update = rule.update(s)
-        found = histograms(update.effective_lr, s.param)
+        counts.append(histograms(update.effective_lr, s.param))
         if pivots is None:
             pivot, center = None, column(update.effective_lr, s.param)
         else:
             pivot = torch.stack([pivots[i] for i in chosen]).to(dtype).unsqueeze(1)
             center = pivot[:, 0].double()
-        sums = Sums(states, exact=exact, owners=len(some))
+            pivot = unless_zero(pivot)
         sums.add(s, update, pivot)
-        n = torch.full_like(center, s.param.shape[1])
-        decay = column(update.decay, s.param)
-        parts = finished(sums.totals(), n, decay, center, None if exact else found)
-        numel = torch.tensor([entry.param.numel() for entry in some], dtype=torch.float64)
-        numel = numel.to(device, non_blocking=True)
-        for name in ADDITIVE:
-            parts[:, PARTS.index(name)] *= numel / s.param.shape[1]
-        for name in ("pp",) if update.grad is not None else ("pp", "gg"):
-            parts[:, PARTS.index(name)] = plain[name]
-        bad = parts[:, PARTS.index("nonfinite")]
-        parts[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
-        rows.append(parts)
-        counts.append(found)
-    return torch.cat(rows), torch.cat(counts)
+        has_grad = update.grad is not None
+        found.append(sums.totals() | {"pivot": center, "decay": column(update.decay, s.param)})
+    total = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    decay, pivot, bins = total.pop("decay"), total.pop("pivot"), torch.cat(counts)
+    sizes = [[len(each) for each in at], [entry.param.numel() for entry in entries]]
+    n, numel = torch.tensor(sizes, dtype=torch.float64).to(device, non_blocking=True).unbind()
+    parts = finished(total, n, decay, pivot, None if exact else bins)
+    for name in ADDITIVE:
+        parts[:, PARTS.index(name)] *= numel / n
+    for name in ("pp",) if has_grad else ("pp", "gg"):
+        parts[:, PARTS.index(name)] = plain[name]
+    bad = parts[:, PARTS.index("nonfinite")]
+    parts[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
+    return parts, bins
 
 
 def _alike(lengths: Sequence[int], most: int) -> Iterator[range]:
@@ -178,35 +180,36 @@ class Stream:
         group: Mapping[str, Any],
         rule: Rule,
         *,
-        states: Sequence[str],
         exact: bool,
     ) -> None:
-        """``exact`` computes in float64 and counts what is not finite.
-
-        Else a row that float32 may have spoiled comes out ``suspicious``; ``states`` are looked
-        through for what is not finite.
-        """
-        self.entry, self.group, self.rule = entry, group, rule
-        self.states, self.exact = states, exact
+        """``exact``: in float64; else a row that float32 has spoilt comes out ``suspicious``."""
+        self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
         width = entry.param.shape[-1] if entry.param.dim() else 1
-        self.rates = RateSample(stride_for(self.numel, width), entry.param.device)
+        self.rates = RateSample(stride_for(self.numel, width), self.numel, entry.param.device)
         self.total: dict[str, Tensor] = {}
 
     def slices(self, start: int = 0) -> Iterator[Slice]:
         """All of it in order, of a ``flat`` entry from a flat position on."""
         memo: dict[Any, Any] = {}
+        limit = block_size(self.dtype)
         if is_flat(self.entry):
             take = take_all(self.dtype)
-            for piece in pieces(self.entry, start):
+            for piece in pieces(self.entry, start, limit):
                 yield Slice([piece], self.group, take, memo=memo)
         else:
-            for block in blocks(self.entry.param.shape):
+            for block in blocks(self.entry.param.shape, limit):
                 yield Slice([self.entry], self.group, take_block(block, self.dtype), memo=memo)
 
-    def read(self, pivot: Tensor | None, *, compile: bool = False) -> None:  # noqa: A002
-        """Fill ``total`` and ``rates``; ``pivot`` is any of the rates, None where there is one."""
+    def read(self, sums: Sums, pivot: Tensor | None, *, compile: bool = False) -> None:  # noqa: A002
+        """Fill ``total`` and ``rates``.
+
+        Args:
+            sums: what adds its blocks up.
+            pivot: any of the rates, or 0; None where there is one for all.
+            compile: with a compiled kernel where there can be one.
+        """
         total: dict[str, Tensor] = {}
         start = 0
         decay: Scalar = 0.0
@@ -214,9 +217,9 @@ class Stream:
         center: Scalar | None = pivot
         if compile and pivot is not None and not self.exact:
             total, start, decay = self._read_compiled(pivot)
-        sums = Sums(self.states, exact=self.exact)
+        away = None if pivot is None else unless_zero(pivot)
         for s in self.slices(start):
-            decay, rate = self._block(s, sums, pivot, start)
+            decay, rate = self._block(s, sums, away, start, one=pivot is None)
             center = rate if pivot is None else pivot
             start += s.param.shape[0]
         total = together(total, {name: each[0] for name, each in sums.totals().items()})
@@ -225,16 +228,16 @@ class Stream:
         self.total = total
 
     def _block(
-        self, s: Slice, sums: Sums, pivot: Tensor | None, start: int
+        self, s: Slice, sums: Sums, pivot: Tensor | None, start: int, *, one: bool
     ) -> tuple[Scalar, Scalar | None]:
-        """Take a block: its decay, and the rate where it is one for all.
+        """Take a block: its decay, and the rate where it is ``one`` for all.
 
         A method of its own, so that what the rule made is gone before the next block.
         """
         update = self.rule.update(s)
         self.rates.add(update.effective_lr, start, s.param)  # while they are in cache
         sums.add(s, update, pivot)
-        return update.decay, update.effective_lr if pivot is None else None
+        return update.decay, update.effective_lr if one else None
 
     def _read_compiled(self, pivot: Tensor) -> tuple[dict[str, Tensor], int, Scalar]:
         """Whole rows of a compiled kernel: totals, elements that they took, the decay."""
@@ -248,16 +251,17 @@ class Stream:
         tensors = [entry.param, cast("Tensor", entry.grad)]
         tensors += [entry.state[name] for name in kernel.states]
         flat = [torch.split(t.view(-1)[:whole], ROWS * COLUMNS) for t in tensors]
-        rows: list[Tensor] = []
+        tables: list[Tensor] = []
         start = 0
         for param, grad, *states in zip(*flat, strict=True):
-            sums, low, high, rate = kernel.run(param, grad, states, scalars, pivot, factor)
-            rows.append(torch.stack([*sums.sum(1).unbind(), low.amin(), high.amax()]))
-            self.rates.add(rate, start, rate)
-            start += rate.shape[0]
-        table = torch.stack(rows).double()
-        total = dict(zip(SUMS, table.sum(0).unbind(), strict=False))
-        total |= {"rate_min": table[:, -2].amin(), "rate_max": table[:, -1].amax()}
+            at = self.rates.positions(start, len(param))
+            rows, rates = kernel.run(param, grad, states, scalars, pivot, factor, at)
+            self.rates.keep(rates)
+            tables.append(rows)
+            start += len(param)
+        table = torch.cat(tables, 1).double()
+        total = dict(zip(FIGURES, table[:-2].sum(1).unbind(), strict=False))
+        total |= {"rate_min": table[-2].amin(), "rate_max": table[-1].amax()}
         return total, whole, decay
 
 
@@ -268,24 +272,34 @@ class RateSample:
         stride: every how many elements one is taken.
     """
 
-    def __init__(self, stride: int, device: torch.device) -> None:
+    def __init__(self, stride: int, numel: int, device: torch.device) -> None:
         self.stride = stride
+        self._count = -(-numel // stride)
         self._device = device
-        self._pieces: list[Tensor] = []
+        self._rates: Tensor | None = None
+        self._filled = 0
 
     def add(self, rate: Scalar, start: int, like: Tensor) -> None:
         """Take the rates of one block that starts at flat position ``start``."""
         if not is_scalar(rate, like):
-            flat = cast("Tensor", rate).reshape(-1)
-            some = flat[(-start) % self.stride :: self.stride]
-            # A copy, since a view would keep all of the rates in memory.
-            self._pieces.append(some.to(torch.float32, copy=True))
+            self.keep(cast("Tensor", rate).reshape(-1)[(-start) % self.stride :: self.stride])
+
+    def positions(self, start: int, length: int) -> Tensor:
+        """Which elements of such a block are in the sample: (·,), int64."""
+        return torch.arange((-start) % self.stride, length, self.stride, device=self._device)
+
+    def keep(self, rates: Tensor) -> None:
+        """Take the next rates of the sample, which are copied, not kept alive."""
+        if self._rates is None:
+            self._rates = torch.empty(self._count, dtype=torch.float32, device=self._device)
+        self._rates[self._filled : self._filled + len(rates)].copy_(rates)
+        self._filled += len(rates)
 
     def histogram(self) -> Tensor:
         """Counts in fine bins: (BINS,), int32; zeros where all elements share one rate."""
-        if not self._pieces:
+        if self._rates is None:
             return torch.zeros(BINS, dtype=torch.int32, device=self._device)
-        return counts_of(torch.cat(self._pieces).unsqueeze(0))[0]
+        return counts_of(self._rates.unsqueeze(0))[0]
 
 
 def histograms(rate: Scalar, like: Tensor) -> Tensor:
@@ -303,13 +317,13 @@ def fine_bins(rates: Tensor) -> Tensor:
 
 def counts_of(rates: Tensor) -> Tensor:
     """Counts in fine bins of each row: (rows, BINS), int32."""
-    at = fine_bins(rates)
+    at = fine_bins(rates).long()  # of which `bincount` takes half the time that it takes of int32
     rows, size = len(at), len(at) * BINS
-    at = (at + torch.arange(0, size, BINS, dtype=torch.int32, device=at.device)[:, None]).view(-1)
+    at = at.add_(torch.arange(0, size, BINS, device=at.device).unsqueeze(1)).view(-1)
     if at.device.type == "cpu":
         return torch.bincount(at, minlength=size).int().view(rows, BINS)
     counts = torch.zeros(size, dtype=torch.int32, device=at.device)  # `bincount` would wait
-    return counts.index_add_(0, at, torch.ones_like(at)).view(rows, BINS)
+    return counts.index_add_(0, at, torch.ones_like(at, dtype=torch.int32)).view(rows, BINS)
 
 
 def stride_for(numel: int, width: int) -> int:
@@ -323,6 +337,6 @@ def stride_for(numel: int, width: int) -> int:
 def whole_of(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
     """Add what the rule needs to know of the whole parameter to the entry's state."""
     if rule.whole is not None:
-        exact = entry.param.numel() <= BLOCK
-        stream = Stream(entry, group, rule, states=(), exact=exact)
+        exact = entry.param.numel() <= block_size(torch.float64)
+        stream = Stream(entry, group, rule, exact=exact)
         entry.state.update(rule.whole(Whole(entry, group, stream.slices)))

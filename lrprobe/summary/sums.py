@@ -21,134 +21,148 @@ _NORMS = ("dd", "ee", "uu", "pp", "gg", "rate_m2")
 _SUMS = ("ug", "rate_away", "rate_log", "zeros", "rms_grad", "rms_update", "below_eps", "nonfinite")
 _STATE = "sum of "
 _PER_OCTAVE = 64
+_DEPTH = 16
+"""Blocks whose rows are kept before they are added up, which takes as long for many as for one."""
 
 
 class Sums:
-    """Figures of blocks of one parameter, or of one block of several parameters."""
+    """Figures of blocks of one parameter, or of one block of several, then of the next."""
 
-    def __init__(self, states: Sequence[str], *, exact: bool, owners: int = 1) -> None:
+    def __init__(self, states: Sequence[str], *, exact: bool) -> None:
         """Set up for blocks that are to come.
 
         Args:
             states: names of the state entries that are looked through for what is not finite.
             exact: count what is not finite (which is for float64); else a sum that NaN or inf
                 spoils shows it.
-            owners: parameters in a block, each with as many elements of it.
         """
-        self._states, self._exact, self._owners = states, exact, owners
-        self._block: _Block | None = None
-        self._totals: list[dict[str, Tensor]] = []
+        self._states, self._exact = states, exact
+        self._tables: dict[torch.Size, _Table] = {}
         self._decay: Tensor | None = None
 
     def add(self, s: Slice, update: Update, pivot: Tensor | None) -> None:
-        """Take a block: (n,), or (owners, n).
+        """Take a block: (n,), or (owners, n) of as many parameters.
 
         Args:
             s: its elements.
             update: what the rule says of them; the decay is that of the first block.
-            pivot: in the elements' dtype, a value among the rates of each owner: 0-dim, or
-                (owners, 1); None where each owner's elements share a rate.
+            pivot: what is taken from rates that differ before they are squared, in the elements'
+                dtype: 0-dim, or (owners, 1); None for nothing.
         """
         p = s.param
-        block = self._block
-        if block is None or not block.fits(p):
-            self._finish_block()
-            block = self._block = _Block(p, self._owners, self._states, exact=self._exact)
+        if not any(each.used for each in self._tables.values()):
             self._decay = _decay_of(update, p)
+        table = self._tables.get(p.shape)
+        if table is None:
+            table = _Table(p, self._states, exact=self._exact)
+            self._tables[p.shape] = table
+        table.begin()
         g, d = cast_to(gradient(s, update), p), cast_to(update.direction, p)
         # What was written last is read next, while it is in cache.
         for name, values in (("rms_grad", update.rms_grad), ("rms_update", update.rms_update)):
             if values is not None:
-                block.sum(name, cast_to(values, p))
+                table.sum(name, cast_to(values, p))
         if update.eps is not None:
-            block.count_below("below_eps", *update.eps)
+            table.count_below("below_eps", *update.eps)
         rate: Any = update.effective_lr
-        if pivot is None:
+        if is_scalar(rate, p):
             rate = scalar(rate, p).to(p.dtype)
         else:
             rate = cast_to(rate, p)
-            block.rates(rate, pivot)
-        block.norm("dd", d)
-        u = block.step(rate, d, p, self._decay)
-        block.sum("ug", torch.mul(u, g, out=block.room))
-        block.norm("pp", p)
-        block.norm("gg", g)
+            table.rates(rate, pivot)
+        table.norm("dd", d)
+        u = table.step(rate, d, p, self._decay)
+        table.sum("ug", torch.mul(u, g, out=table.room))
+        table.norm("pp", p)
+        table.norm("gg", g)
         # A comparison into floats, and their sum, takes half the time of ``count_nonzero``.
-        block.sum("zeros", torch.eq(g, 0, out=block.room))
+        table.sum("zeros", torch.eq(g, 0, out=table.room))
         if self._exact:
-            bad = ~(torch.isfinite(p) & torch.isfinite(g))
-            for name in self._states:
-                bad |= ~torch.isfinite(s[name])
-            block.sum("nonfinite", bad.to(p.dtype))
+            table.count_nonfinite("nonfinite", [p, g, *(s[name] for name in self._states)])
         else:
             for name in self._states:
-                block.sum(_STATE + name, cast_to(s[name], p))
-        block.collect()
+                table.sum(_STATE + name, cast_to(s[name], p))
 
     def totals(self) -> dict[str, Tensor]:
-        """Name of each figure to its sum, or extreme: (owners,), float64; empty without blocks."""
-        self._finish_block()
-        found = self._totals[0] if self._totals else {}
-        for other in self._totals[1:]:
-            found = together(found, other)
+        """Name of each figure to its sum, or extreme: (owners,), float64; empty without blocks.
+
+        What is added later is another parameter's.
+        """
+        found: dict[str, Tensor] = {}
+        for table in self._tables.values():
+            if table.used:
+                found = together(found, table.totals())
+        # The one of the largest blocks serves the next parameter too.
+        self._tables = dict(sorted(self._tables.items(), key=lambda item: item[0].numel())[-1:])
+        if not found:
+            return found
+        looked = [found.pop(_STATE + name) for name in self._states if _STATE + name in found]
+        if "nonfinite" not in found:
+            found["states"] = sum(looked, torch.zeros_like(found["pp"]))
+        if "ee" in found:  # without a decay they are the same
+            found.setdefault("uu", found["ee"])
         return found
 
-    def _finish_block(self) -> None:
-        if self._block is not None:
-            self._totals.append(self._block.totals())
-            self._block = None
 
+class _Table:
+    """Figures of blocks of one size, seen as rows: of the newest blocks, and their total.
 
-class _Block:
-    """Blocks of one size, seen as rows: figures of the newest, and what they add up to."""
+    Attributes:
+        room: for results that are no longer needed when their figure is taken: (as a block).
+        used: names of the figures that were asked for since the last ``totals``.
+    """
 
-    def __init__(self, like: Tensor, owners: int, states: Sequence[str], *, exact: bool) -> None:
-        self._like = like.shape
-        self._owners = owners
+    def __init__(self, like: Tensor, states: Sequence[str], *, exact: bool) -> None:
+        self._owners = len(like) if like.dim() > 1 else 1
         self._short = like.shape[-1] % ROW == 0
-        self._shape = (-1, ROW) if self._short else (owners, -1)
+        self._shape = (-1, ROW) if self._short else (self._owners, -1)
         self._on_host = like.device.type == "cpu"
-        self._states = [] if exact else [_STATE + name for name in states]
-        self._layout = (*_NORMS, *_SUMS, *self._states, "rate_min", "rate_max")
-        rows = like.numel() // ROW if self._short else owners
+        looked = () if exact else [_STATE + name for name in states]
+        self._layout = (*_NORMS, *_SUMS, *looked, "rate_min", "rate_max")
+        self._rows = like.numel() // ROW if self._short else self._owners
         self.room = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self._newest = like.new_zeros((len(self._layout), rows))
-        self._slots = dict(zip(self._layout, self._newest.unbind(), strict=True))
-        self._total = torch.zeros_like(self._newest[:-2], dtype=torch.float64)
-        self._extremes: tuple[Tensor, Tensor] | None = None
-        self._used: set[str] = set()
+        self.used: set[str] = set()
+        self._newest: list[Tensor] = []
+        self._slots: list[dict[str, Tensor]] = []
+        self._filled = 0
+        self._total: list[Tensor] = []
 
-    def fits(self, like: Tensor) -> bool:
-        """Whether a block has the size of these."""
-        return like.shape == self._like
+    def begin(self) -> None:
+        """Go on to the next block."""
+        if self._filled == _DEPTH:
+            self._collect()
+        if self._filled == len(self._newest):
+            figures = self.room.new_zeros((len(self._layout), self._rows))
+            self._newest.append(figures)
+            self._slots.append(dict(zip(self._layout, figures.unbind(), strict=True)))
+        self._now = self._slots[self._filled]
+        self._filled += 1
 
     def sum(self, name: str, values: Tensor) -> None:
         """Σ x of each row."""
-        self._used.add(name)
-        torch.sum(values.view(self._shape), 1, out=self._slots[name])
+        self.used.add(name)
+        torch.sum(values.view(self._shape), 1, out=self._now[name])
 
     def norm(self, name: str, values: Tensor) -> None:
         """√Σ x² of each row."""
-        self._used.add(name)
-        slot = self._slots[name]
+        self.used.add(name)
+        slot = self._now[name]
         if self._short:
             torch.linalg.vector_norm(values.view(self._shape), dim=1, out=slot)
         else:
             torch.sum(values.square().view(self._shape), 1, out=slot).sqrt_()
 
-    def rates(self, rate: Tensor, pivot: Tensor) -> None:
+    def rates(self, rate: Tensor, pivot: Tensor | None) -> None:
         """Figures of rates that differ."""
         rows = rate.view(self._shape)
-        self._used |= {"rate_min", "rate_max"}
-        torch.amin(rows, 1, out=self._slots["rate_min"])
-        torch.amax(rows, 1, out=self._slots["rate_max"])
+        self.used |= {"rate_min", "rate_max"}
+        torch.amin(rows, 1, out=self._now["rate_min"])
+        torch.amax(rows, 1, out=self._now["rate_max"])
         if rate.dtype == torch.float64:
             self.sum("rate_log", rate.log())
         else:  # the sum of their bits, of which ``logs`` makes that of their logarithms
             self.sum("rate_log", self.room.copy_(rate.view(torch.int32)))
-        # A pivot of 0 stands for rates that differ enough to do without one.
-        centered = self._on_host and not pivot.numpy().any()
-        deviation = rate if centered else torch.sub(rate, pivot, out=self.room)
+        deviation = rate if pivot is None else torch.sub(rate, pivot, out=self.room)
         self.sum("rate_away", deviation)
         self.norm("rate_m2", deviation)
 
@@ -173,36 +187,42 @@ class _Block:
         if self._on_host and not isinstance(eps, Tensor):
             low = torch.amin(statistic.reshape(self._shape), 1)
             if low.numpy().min() > eps:
-                self._used.add(name)
-                self._slots[name].zero_()
+                self.used.add(name)
+                self._now[name].zero_()
                 return
         self.sum(name, torch.le(statistic, eps, out=self.room))
 
-    def collect(self) -> None:
-        """Add the figures of the newest block to those before it."""
-        self._newest[: len(_NORMS)].square_()
-        self._total += self._newest[:-2]
-        low, high = self._slots["rate_min"], self._slots["rate_max"]
-        if self._extremes is None:
-            self._extremes = low.clone(), high.clone()
-        else:
-            torch.minimum(self._extremes[0], low, out=self._extremes[0])
-            torch.maximum(self._extremes[1], high, out=self._extremes[1])
+    def count_nonfinite(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """How many elements of each row are not finite in one of the tensors."""
+        if self._on_host and all(math.isfinite(each.sum().numpy()) for each in tensors):
+            self.used.add(name)
+            self._now[name].zero_()
+            return
+        finite = torch.isfinite(tensors[0])
+        for each in tensors[1:]:
+            finite &= torch.isfinite(each)
+        self.sum(name, finite.logical_not().to(self.room.dtype))
 
     def totals(self) -> dict[str, Tensor]:
-        """As ``Sums.totals``."""
-        table = self._total.view(len(self._total), self._owners, -1).sum(2)
-        named = dict(zip(self._layout, table.unbind(), strict=False))
-        if self._extremes is not None:
-            low, high = (each.double().view(self._owners, -1) for each in self._extremes)
-            named |= {"rate_min": low.amin(1), "rate_max": high.amax(1)}
-        found = {name: named[name] for name in self._layout if name in self._used}
-        looked = [found.pop(name) for name in self._states]
-        if "nonfinite" not in found:
-            found["states"] = sum(looked, torch.zeros_like(table[0]))
-        if "ee" in found:  # without a decay they are the same
-            found.setdefault("uu", found["ee"])
+        """Name of each figure to its sum, or extreme: (owners,), float64."""
+        self._collect()
+        table = torch.stack(self._total)
+        self._total = []
+        sums = table[:, :-2].sum(0).unbind()
+        found = dict(zip(self._layout, sums, strict=False))
+        found |= {"rate_min": table[:, -2].amin(0), "rate_max": table[:, -1].amax(0)}
+        found = {name: found[name] for name in self._layout if name in self.used}
+        self.used = set()
         return found
+
+    def _collect(self) -> None:
+        """Add up the figures of the newest blocks: (figures, owners), float64."""
+        newest = torch.stack(self._newest[: self._filled])
+        self._filled = 0
+        newest[:, : len(_NORMS)].square_()
+        newest = newest.double().view(*newest.shape[:2], self._owners, -1)
+        low, high = newest[:, -2].amin((0, 2)), newest[:, -1].amax((0, 2))
+        self._total.append(torch.cat([newest[:, :-2].sum((0, 3)), torch.stack([low, high])]))
 
 
 def pivots(rates: Tensor) -> Tensor:
@@ -213,6 +233,11 @@ def pivots(rates: Tensor) -> Tensor:
     """
     mean = rates.mean(1)
     return torch.where(rates.std(1) > 0.25 * mean, 0.0, mean)
+
+
+def unless_zero(pivot: Tensor) -> Tensor | None:
+    """A pivot; None where it takes nothing away (a device is not asked)."""
+    return pivot if pivot.device.type != "cpu" or pivot.numpy().any() else None
 
 
 def together(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -302,7 +327,7 @@ def row_figures(s: Slice, update: Update, states: Sequence[str]) -> Tensor:
     rate: Any = update.effective_lr
     one = is_scalar(rate, p)
     pivot = None if one else rate.mean(1, keepdim=True)
-    sums = Sums(states, exact=True, owners=owners)
+    sums = Sums(states, exact=True)
     sums.add(s, update, pivot)
     numel = p.new_full((owners,), n)
     center = column(rate, p) if pivot is None else pivot[:, 0]
