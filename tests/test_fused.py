@@ -81,3 +81,21 @@ def test_a_rate_shared_by_all_elements_is_not_compiled() -> None:
     """SGD's rate is one number: nothing is gained, so nothing is compiled, and all is the same."""
     eager, other = frames(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9), compile=True)
     pd.testing.assert_frame_equal(eager, other)
+
+
+def test_a_kernel_is_compiled_once_whatever_the_sizes() -> None:
+    """Large parameters of any size run the one kernel of their kind: nothing is compiled later."""
+    shapes = [(256, 4096), (257, 4096), (600, 4096), (1, 8192), (2, 4096), (5000,), (3, 1667)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = torch.optim.Adam(params, lr=0.0123)
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        lrprobe.attach(optimizer, every=1, compile=True) as probe,
+    ):
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        frame = probe.frame()
+    assert frame["rule"].eq("adam").all()
+    assert frame["reconstruction_error"].max() < 1e-4

@@ -34,7 +34,7 @@ from lrprobe.summary.reading import (
     take_block,
     take_rows,
 )
-from lrprobe.summary.sums import Sums, column, finished, together, unless_zero
+from lrprobe.summary.sums import DEPTH, Sums, column, finished, together, unless_zero
 
 SAMPLE = 1 << 16
 """Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
@@ -244,13 +244,17 @@ class Stream:
         entry = self.entry
         kernel = kernel_for(entry, self.group, self.rule)
         whole = self.numel // COLUMNS * COLUMNS
+        rest = whole % (ROWS * COLUMNS)
+        if rest < 2 * max(COLUMNS, self.rates.stride):
+            whole -= rest  # one row, or one rate, would have to be compiled for itself
         if kernel is None or not whole:
             return {}, 0, 0.0
         scalars, decay = kernel.scalars_of(entry, self.group["lr"])
         factor = decay.to(pivot.device, pivot.dtype, non_blocking=True)
         tensors = [entry.param, cast("Tensor", entry.grad)]
         tensors += [entry.state[name] for name in kernel.states]
-        flat = [torch.split(t.view(-1)[:whole], ROWS * COLUMNS) for t in tensors]
+        flat = [torch.split(t.detach().view(-1)[:whole], ROWS * COLUMNS) for t in tensors]
+        total: dict[str, Tensor] = {}
         tables: list[Tensor] = []
         start = 0
         for param, grad, *states in zip(*flat, strict=True):
@@ -259,9 +263,12 @@ class Stream:
             self.rates.keep(rates)
             tables.append(rows)
             start += len(param)
-        table = torch.cat(tables, 1).double()
-        total = dict(zip(FIGURES, table[:-2].sum(1).unbind(), strict=False))
-        total |= {"rate_min": table[-2].amin(), "rate_max": table[-1].amax()}
+            if len(tables) == DEPTH or start == whole:
+                newest = torch.cat(tables, 1).double()
+                sums, low, high = newest[:-2].sum(1), newest[-2].amin(), newest[-1].amax()
+                found = dict(zip(FIGURES, (*sums.unbind(), low, high), strict=True))
+                total = together(total, found)
+                tables = []
         return total, whole, decay
 
 

@@ -21,7 +21,7 @@ _NORMS = ("dd", "ee", "uu", "pp", "gg", "rate_m2")
 _SUMS = ("ug", "rate_away", "rate_log", "zeros", "rms_grad", "rms_update", "below_eps", "nonfinite")
 _STATE = "sum of "
 _PER_OCTAVE = 64
-_DEPTH = 16
+DEPTH = 16
 """Blocks whose rows are kept before they are added up, which takes as long for many as for one."""
 
 
@@ -129,7 +129,7 @@ class _Table:
 
     def begin(self) -> None:
         """Go on to the next block."""
-        if self._filled == _DEPTH:
+        if self._filled == DEPTH:
             self._collect()
         if self._filled == len(self._newest):
             figures = self.room.new_zeros((len(self._layout), self._rows))
