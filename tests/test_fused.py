@@ -13,7 +13,10 @@ from torch import nn
 
 import lrprobe
 from lrprobe.record import FIGURES
-from lrprobe.summary import fused
+from lrprobe.rules import find_rule
+from lrprobe.summary import fused, stream
+from lrprobe.summary.reading import entry_of
+from lrprobe.summary.sums import Sums
 
 
 def frames(optimizer: torch.optim.Optimizer, **options: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -56,6 +59,45 @@ def test_compiled_figures_are_the_eager_ones(cls: Any, options: dict[str, Any]) 
         np.testing.assert_allclose(
             compiled[name], eager[name], rtol=rtol, atol=1e-12, equal_nan=True, err_msg=name
         )
+
+
+@pytest.mark.parametrize("spoilt", [False, True], ids=["tiny", "NaN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kernel_for_devices_is_exact(dtype: Any, spoilt: bool, monkeypatch: Any) -> None:
+    """Where nothing can be computed again, squares do not underflow and NaN is counted.
+
+    The kernel is the one that a GPU gets, compiled for the CPU.
+    """
+    monkeypatch.setattr(fused, "is_exact", lambda _: True)
+    monkeypatch.setattr(stream, "is_exact", lambda _: True)
+    monkeypatch.setattr(fused, "_kernels", {})
+    param = nn.Parameter(torch.randn(700, 1000).to(dtype))
+    optimizer = torch.optim.AdamW([param], lr=0.01, maximize=True)
+    for scale in (1e-3, 1e-24):
+        param.grad = (scale * torch.randn(param.shape)).to(dtype)
+        param.grad[::7] = 0
+        optimizer.step()
+    assert param.grad is not None
+    if spoilt:
+        param.grad[3, :5] = torch.nan
+        optimizer.state[param]["exp_avg"][9, 4] = torch.inf
+        param.data[9, :2] = torch.nan
+    entry = entry_of(param.detach(), optimizer.state[param], {}, param.grad)
+    group, rule = optimizer.param_groups[0], find_rule(torch.optim.AdamW)
+    assert rule is not None
+    found = {}
+    for compiled in (False, True):
+        one = stream.Stream(entry, group, rule, exact=True)
+        sums = Sums(["exp_avg", "exp_avg_sq"], exact=True)
+        one.read(sums, torch.tensor(0.1, dtype=torch.float64), compile=compiled)
+        found[compiled] = one.total, one.rates.histogram()
+    assert len(fused._kernels) == 1
+    eager, kernel = found[False][0], found[True][0]
+    assert kernel["nonfinite"] == (8 if spoilt else 0)
+    assert set(eager) <= set(kernel)
+    for name in eager:
+        np.testing.assert_allclose(kernel[name], eager[name], rtol=1e-6, err_msg=name)
+    assert (found[False][1] - found[True][1]).abs().sum() <= 4  # on the edge of a bin
 
 
 def test_without_a_compiler_it_records_eagerly_and_says_so_once(

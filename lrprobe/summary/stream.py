@@ -21,7 +21,7 @@ from lrprobe.summary.figures import (
     state_like,
     suspicious,
 )
-from lrprobe.summary.fused import COLUMNS, FIGURES, ROWS, kernel_for
+from lrprobe.summary.fused import COLUMNS, FIGURES, ROWS, is_exact, kernel_for
 from lrprobe.summary.nonfinite import hidden_states
 from lrprobe.summary.reading import (
     block_size,
@@ -128,7 +128,7 @@ def _estimated(
             center = pivot[:, 0].double()
             pivot = unless_zero(pivot)
         sums.add(s, update, pivot)
-        has_grad = update.grad is not None
+        overwritten = update.grad is not None
         found.append(sums.totals() | {"pivot": center, "decay": column(update.decay, s.param)})
     total = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     decay, pivot, bins = total.pop("decay"), total.pop("pivot"), torch.cat(counts)
@@ -137,7 +137,7 @@ def _estimated(
     parts = finished(total, n, decay, pivot, None if exact else bins)
     for name in ADDITIVE:
         parts[:, PARTS.index(name)] *= numel / n
-    for name in ("pp",) if has_grad else ("pp", "gg"):
+    for name in ("pp",) if overwritten else ("pp", "gg"):
         parts[:, PARTS.index(name)] = plain[name]
     bad = parts[:, PARTS.index("nonfinite")]
     parts[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
@@ -215,7 +215,8 @@ class Stream:
         decay: Scalar = 0.0
         pivot = None if pivot is None else pivot.to(self.dtype)
         center: Scalar | None = pivot
-        if compile and pivot is not None and not self.exact:
+        device = self.entry.param.device
+        if compile and pivot is not None and self.exact == is_exact(device):
             total, start, decay = self._read_compiled(pivot)
         away = None if pivot is None else unless_zero(pivot)
         for s in self.slices(start):
@@ -267,6 +268,7 @@ class Stream:
                 newest = torch.cat(tables, 1).double()
                 sums, low, high = newest[:-2].sum(1), newest[-2].amin(), newest[-1].amax()
                 found = dict(zip(FIGURES, (*sums.unbind(), low, high), strict=True))
+                found["nonfinite" if self.exact else "states"] = found.pop("unfit")
                 total = together(total, found)
                 tables = []
         return total, whole, decay
