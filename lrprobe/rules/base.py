@@ -194,7 +194,7 @@ class Slice:
         if not all(isinstance(value, Tensor) for value in values):
             column = torch.tensor(values, dtype=torch.float64)
         else:
-            column = torch.stack([v.detach().reshape(()) for v in values])
+            column = torch.stack([v.reshape(()) if v.dim() else v for v in values]).detach()
         if column.device.type == device.type == "cpu":
             numbers = column.double().numpy()
             if (numbers == numbers[0]).all():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -37,7 +38,7 @@ def local(tensor: Tensor) -> Tensor:
 def real(tensor: Tensor) -> Tensor:
     """Local, a complex tensor seen as pairs of reals."""
     tensor = local(tensor)
-    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.detach()) if tensor.dtype.is_complex else tensor
 
 
 def entry_of(
@@ -148,9 +149,7 @@ def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
     whole = all(each is None for each in at)
 
     def take(tensors: Sequence[Readable]) -> Tensor:
-        if whole and all(
-            type(t) not in (SparseRows, Coded) and t.shape == tensors[0].shape for t in tensors
-        ):
+        if whole and _alike(tensors):
             together = torch.stack(cast("list[Tensor]", list(tensors)))  # no object for each
             return together.reshape(len(tensors), -1).to(dtype)
         if len(tensors) > 1 and all(isinstance(each, Spread) for each in at):
@@ -158,6 +157,13 @@ def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
         return torch.stack(list(map(positions, tensors, at))).to(dtype)
 
     return take
+
+
+def _alike(tensors: Sequence[Readable]) -> bool:
+    """Whether these are plain tensors of one shape."""
+    if not {SparseRows, Coded}.isdisjoint(map(type, tensors)):
+        return False
+    return all(map(tensors[0].shape.__eq__, map(attrgetter("shape"), tensors)))
 
 
 def _gathered(tensors: Sequence[Readable], at: Sequence[Spread]) -> Tensor:
