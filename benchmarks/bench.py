@@ -212,24 +212,20 @@ def growth() -> None:
     """Growth with the number of tensors, and of elements."""
     rows = []
     for count in (10, 100, 1000, 5000):
-        optimizer = trained([(8,)] * count)
-        bare = [seconds(optimizer.step) for _ in range(200)]
+        optimizer, alone = (trained([(8,)] * count) for _ in range(2))
         with attached(optimizer) as (probe, due):
-            idle = [seconds(optimizer.step) for _ in range(200)]
+            idle = []
+            for _ in range(500):
+                bare = seconds(alone.step)
+                idle.append(1e6 * (seconds(optimizer.step) - bare))
             recorded = []
             for _ in range(ROUNDS):
+                bare = seconds(optimizer.step)
                 due.on = True
-                recorded.append(seconds(optimizer.step))
+                recorded.append(1e6 * (seconds(optimizer.step) - bare) / count)
                 due.on = False
                 probe.flush()
-        base = statistics.median(bare)
-        rows.append(
-            (
-                f"{count:,}",
-                f"{1e6 * (statistics.median(idle) - base):.1f}",
-                spread([1e6 * (each - base) / count for each in recorded]),
-            )
-        )
+        rows.append((f"{count:,}", spread(idle), spread(recorded)))
     head = ("tensors of 8 elements", "step that is not due, µs more", "recorded step, µs a tensor")
     table("Growth with tensors", head, rows)
     rows = []

@@ -1,13 +1,14 @@
 """Sums and extremes over elements, block by block: what the figures of a parameter are made of.
 
-A block is added up by rows of ``ROW`` elements, in its own precision; the rows of many blocks are
-added up in float64.
+A block is added up by rows of at most ``ROW`` elements, where its size can be cut into such, in its
+own precision; the rows of many blocks are added up in float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,8 +93,10 @@ class Sums:
         for table in self._tables.values():
             if table.used:
                 found = together(found, table.totals())
-        # The one of the largest blocks serves the next parameter too.
-        self._tables = dict(sorted(self._tables.items(), key=lambda item: item[0].numel())[-1:])
+        # That of the largest blocks serves the next parameter too; so may that of its remainder.
+        largest = max(self._tables, key=torch.Size.numel, default=None)
+        last = next(reversed(self._tables), None)
+        self._tables = {k: v for k, v in self._tables.items() if k in (largest, last)}
         if not found:
             return found
         looked = [found.pop(_STATE + name) for name in self._states if _STATE + name in found]
@@ -114,12 +117,13 @@ class _Table:
 
     def __init__(self, like: Tensor, states: Sequence[str], *, exact: bool) -> None:
         self._owners = len(like) if like.dim() > 1 else 1
-        self._short = like.shape[-1] % ROW == 0
-        self._shape = (-1, ROW) if self._short else (self._owners, -1)
+        row = _row_length(like.shape[-1])
+        self._short = row <= ROW
+        self._shape = (-1, row)
         self._on_host = like.device.type == "cpu"
         looked = () if exact else [_STATE + name for name in states]
         self._layout = (*_NORMS, *_SUMS, *looked, "rate_min", "rate_max")
-        self._rows = like.numel() // ROW if self._short else self._owners
+        self._rows = like.numel() // row
         self.room = torch.empty_like(like, memory_format=torch.contiguous_format)
         self.used: set[str] = set()
         self._newest: list[Tensor] = []
@@ -223,6 +227,14 @@ class _Table:
         newest = newest.double().view(*newest.shape[:2], self._owners, -1)
         low, high = newest[:, -2].amin((0, 2)), newest[:, -1].amax((0, 2))
         self._total.append(torch.cat([newest[:, :-2].sum((0, 3)), torch.stack([low, high])]))
+
+
+@lru_cache(maxsize=256)
+def _row_length(n: int) -> int:
+    """At most ``ROW``, and not much less, where n has such a divisor; else n."""
+    if n <= ROW:
+        return max(n, 1)
+    return next((length for length in range(ROW, ROW // 8, -1) if n % length == 0), n)
 
 
 def pivots(rates: Tensor) -> Tensor:
