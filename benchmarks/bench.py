@@ -212,12 +212,14 @@ def growth() -> None:
     """Growth with the number of tensors, and of elements."""
     rows = []
     for count in (10, 100, 1000, 5000):
-        optimizer, alone = (trained([(8,)] * count) for _ in range(2))
+        optimizer = trained([(8,)] * count)
+        idle = []
+        for _ in range(ROUNDS):
+            without = statistics.median(seconds(optimizer.step) for _ in range(100))
+            with attached(optimizer):
+                beside = statistics.median(seconds(optimizer.step) for _ in range(100))
+            idle.append(1e6 * (beside - without))
         with attached(optimizer) as (probe, due):
-            idle = []
-            for _ in range(500):
-                bare = seconds(alone.step)
-                idle.append(1e6 * (seconds(optimizer.step) - bare))
             recorded = []
             for _ in range(ROUNDS):
                 bare = seconds(optimizer.step)
