@@ -116,7 +116,7 @@ def _estimated(
     sums = Sums(states, exact=exact)
     found: list[dict[str, Tensor]] = []
     counts: list[Tensor] = []
-    for chosen in _alike([len(each) for each in at], max(1, block_size(dtype) // sample)):
+    for chosen in _of_one_length([len(each) for each in at], max(1, block_size(dtype) // sample)):
         some = [entries[i] for i in chosen]
         s = Slice(some, group, take_rows([at[i] for i in chosen], dtype))
         update = rule.update(s)
@@ -144,7 +144,7 @@ def _estimated(
     return parts, bins
 
 
-def _alike(lengths: Sequence[int], most: int) -> Iterator[range]:
+def _of_one_length(lengths: Sequence[int], most: int) -> Iterator[range]:
     """Neighbours of one length, at most so many together."""
     start = 0
     for end in range(1, len(lengths) + 1):
@@ -215,8 +215,7 @@ class Stream:
         decay: Scalar = 0.0
         pivot = None if pivot is None else pivot.to(self.dtype)
         center: Scalar | None = pivot
-        device = self.entry.param.device
-        if compile and pivot is not None and self.exact == is_exact(device):
+        if compile and pivot is not None and self.exact == is_exact(pivot.device):
             total, start, decay = self._read_compiled(pivot)
         away = None if pivot is None else unless_zero(pivot)
         for s in self.slices(start):
