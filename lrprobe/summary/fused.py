@@ -19,8 +19,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lrprobe.rules.base import Entry, Readable, Rule, Slice, SparseRows
 from lrprobe.text import warn
 
-ROWS, COLUMNS = 256, 4096
-"""A call takes ROWS · COLUMNS elements; sums are taken along COLUMNS, which keeps them accurate."""
+COLUMNS = 4096
+"""Sums are taken along so many elements, which keeps them accurate."""
+
+_MOST_ROWS = 1024
+_FEWER_ROWS = 256
+"""Rows in a call; the fewer where the compiler stores intermediate results of as many elements."""
 
 FIGURES = (
     "rate_away",  # Σ(rate − pivot)
@@ -69,14 +73,16 @@ class Kernel:
     Attributes:
         prelude: 0-dim inputs to the scalars that the body needs, float64, and the decay.
         run: (parameter, gradient, states, scalars, pivot, decay, positions) to ``FIGURES`` of each
-            row of COLUMNS elements, (figures, ROWS), and the rates at those positions.
+            row of COLUMNS elements, (figures, rows), and the rates at those positions.
         states, scalars: names of the state entries that it reads.
+        most: elements that it is given at once, a multiple of COLUMNS.
     """
 
     prelude: Callable[..., Any]
     run: Callable[..., tuple[Tensor, Tensor]]
     states: tuple[str, ...]
     scalars: tuple[str, ...]
+    most: int
 
     def scalars_of(self, entry: Entry, lr: Any) -> tuple[list[Tensor], Any]:
         """The scalars of this step, given the group's rate, and its decay."""
@@ -138,18 +144,20 @@ def _built(
             return None
         exact = is_exact(entry.param.device)
         plain = _kernel(body, present, maximize=bool(group.get("maximize")), exact=exact)
-        kernel = Kernel(prelude, plain, states, scalars)
-        blank = torch.ones(ROWS * COLUMNS, device=entry.param.device)
+        inlines = _inlined(body) <= _MOST_INLINED
+        most = COLUMNS * (_MOST_ROWS if inlines else _FEWER_ROWS)
+        kernel = Kernel(prelude, plain, states, scalars, most)
+        blank = torch.ones(COLUMNS * _FEWER_ROWS, device=entry.param.device)
         numbers, _ = kernel.scalars_of(entry, group["lr"])
         like = [blank.to(t.dtype, copy=True) for t in (entry.param, cast("Tensor", entry.grad))]
         pieces = [blank.to(entry.state[k].dtype, copy=True) for k in states]
         at = torch.arange(0, len(blank), 50, device=entry.param.device)
         zero = blank.new_zeros((), dtype=torch.float64 if exact else torch.float32)
         inputs = (*like, pieces, numbers, zero, zero.clone(), at)
-        # Traced once more, so that each kernel is a module of its own for the compiler's caches.
-        graph = make_fx(plain, tracing_mode="symbolic")(*inputs)
-        options = _OPTIONS if _inlined(body) <= _MOST_INLINED else {}
-        run = torch.compile(graph, fullgraph=True, dynamic=True, options=options)
+        # Traced once more, so that each kernel is code of its own for the compiler's caches.
+        code = make_fx(plain, tracing_mode="symbolic")(*inputs).forward
+        options = _OPTIONS if inlines else {}
+        run = torch.compile(code, fullgraph=True, dynamic=True, options=options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the compiler says to its own developers
             run(*inputs)  # compiled here: a machine without a compiler fails now
@@ -197,7 +205,20 @@ def _traced(
     outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
     if _flat(outputs[1]):
         return None, None, present  # one rate for all elements: cheap enough as it is
+    _multiply(graph.graph)
     return (*_split(graph, outputs), present)
+
+
+def _multiply(graph: fx.Graph) -> None:
+    """Instead of dividing elements by a scalar, which takes several times as long."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        divided, by = node.args
+        if isinstance(by, fx.Node) and _flat(by) and not _flat(node):
+            with graph.inserting_before(node):
+                inverse = graph.call_function(aten.reciprocal.default, (by,))
+            inverse.meta["val"] = by.meta["val"]
+            node.target, node.args = aten.mul.Tensor, (divided, inverse)
 
 
 def _inlined(graph: fx.GraphModule) -> int:
@@ -264,8 +285,7 @@ def _kernel(
         found = dict(zip(names, body(p, g, *elements, *scalars), strict=True))
         rate = found["rate"]
         g = -g if maximize else g  # as rules see it, which the body did by itself
-        nothing = torch.full_like(p, torch.nan)
-        below = nothing if eps is None else found["statistic"] <= eps
+        below = None if eps is None else found["statistic"] <= eps
         if exact:
             log = rate.log()
             finite = torch.isfinite(p) & torch.isfinite(g)
@@ -290,14 +310,15 @@ def _kernel(
             p * p,
             g * g,
             g == 0,
-            found.get("rms_grad", nothing),
-            found.get("rms_update", nothing),
+            found.get("rms_grad"),
+            found.get("rms_update"),
             below,
             unfit,
         ]
         extremes = rate.amin(1).to(dtype), rate.amax(1).to(dtype)
-        rows = torch.stack([*(x.to(dtype).sum(1) for x in sums), *extremes])
-        return rows, rate.view(-1)[at]
+        absent = torch.full_like(extremes[0], torch.nan)
+        added = (absent if x is None else x.to(dtype).sum(1) for x in sums)
+        return torch.stack([*added, *extremes]), rate.view(-1)[at]
 
     return kernel
 

@@ -265,7 +265,7 @@ def spread(numel: int, count: int, device: torch.device) -> Spread:
     One run is drawn from each stratum, the same in every program; drawn rather than strided, so
     that no row length can alias with it.
     """
-    run = 1 << min(5, max(numel // count, 1).bit_length() - 1)
+    run = next(n for n in (32, 16, 8, 4, 2, 1) if -(-count // n) <= numel // n)
     runs = -(-count // run)
     generator = torch.Generator("cpu").manual_seed(numel)
     edges = torch.arange(runs + 1, dtype=torch.int64, device="cpu") * (numel // run) // runs

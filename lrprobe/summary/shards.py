@@ -608,8 +608,7 @@ class _Taken:
         checks = None
         if old.shape[1]:
             update = rule.update(s)
-            new = take_rows(sampled, old.dtype)([e.param for e in entries])
-            checks = figures.check_figures(s, update, old, new, old.dtype)
+            checks = figures.check_figures(s, update, old)
         numel = pieces[0].region.numel
         if numel <= WHOLE:
             if checks is None or sampled[0] is not None:

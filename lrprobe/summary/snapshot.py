@@ -371,8 +371,7 @@ def _reconstructed(
     # What was kept for the check is at hand for a coupled decay, which else is solved for.
     s = Slice(entries, group, take_rows(sampled, torch.float64), old)
     update = rule.update(s)
-    new = take_rows(sampled, old.dtype)([e.param for e in entries])
-    rows = Rows(at, checks=figures.check_figures(s, update, old, new, old.dtype))
+    rows = Rows(at, checks=figures.check_figures(s, update, old))
     result = [rows]
     if entries[0].param.numel() <= WHOLE:
         rows.parts = row_figures(s, update, list(figures.state_like(entries[0])))

@@ -21,7 +21,7 @@ from lrprobe.summary.figures import (
     state_like,
     suspicious,
 )
-from lrprobe.summary.fused import COLUMNS, FIGURES, ROWS, is_exact, kernel_for
+from lrprobe.summary.fused import COLUMNS, FIGURES, is_exact, kernel_for
 from lrprobe.summary.nonfinite import hidden_states
 from lrprobe.summary.reading import (
     block_size,
@@ -243,17 +243,19 @@ class Stream:
         """Whole rows of a compiled kernel: totals, elements that they took, the decay."""
         entry = self.entry
         kernel = kernel_for(entry, self.group, self.rule)
+        if kernel is None:
+            return {}, 0, 0.0
         whole = self.numel // COLUMNS * COLUMNS
-        rest = whole % (ROWS * COLUMNS)
+        rest = whole % kernel.most
         if rest < 2 * max(COLUMNS, self.rates.stride):
             whole -= rest  # one row, or one rate, would have to be compiled for itself
-        if kernel is None or not whole:
+        if not whole:
             return {}, 0, 0.0
         scalars, decay = kernel.scalars_of(entry, self.group["lr"])
         factor = decay.to(pivot.device, pivot.dtype, non_blocking=True)
         tensors = [entry.param, cast("Tensor", entry.grad)]
         tensors += [entry.state[name] for name in kernel.states]
-        flat = [torch.split(t.detach().view(-1)[:whole], ROWS * COLUMNS) for t in tensors]
+        flat = [torch.split(t.detach().view(-1)[:whole], kernel.most) for t in tensors]
         total: dict[str, Tensor] = {}
         tables: list[Tensor] = []
         start = 0
