@@ -81,9 +81,11 @@ class Case:
             param.grad = grad
 
 
-SHAPES = ((5, 7), (11,), (3, 2, 4), (), (0,))
-MATRICES = ((5, 7), (12, 4))
-ROWS = ((9, 3), (12,))
+LINES = ((3, 64), (64,), (4, 8, 2))
+"""Of sizes that are read together."""
+SHAPES = ((5, 7), (11,), (3, 2, 4), (), (0,), *LINES)
+MATRICES = ((5, 7), (12, 4), (3, 64), (16, 8))
+ROWS = ((9, 3), (12,), (6, 32), (64,))
 
 _FLOAT32_FLAGS = ("capturable", "differentiable")
 
@@ -102,7 +104,7 @@ def _case(cls: type[Optimizer], kwargs: dict[str, Any], note: str) -> Case:
     sparse = cls is torch.optim.SparseAdam
     shapes = MATRICES if cls is torch.optim.Muon else ROWS if sparse else SHAPES
     if cls is torch.optim.Adafactor:
-        shapes = ((5, 7), (11,), (3, 2, 4), ())
+        shapes = ((5, 7), (11,), (3, 2, 4), (), *LINES)
     return Case(
         id=f"{cls.__name__}-{note}".replace(" ", "_").replace(",", ""),
         cls=cls,

@@ -538,6 +538,45 @@ def test_parameters_without_a_gradient() -> None:
     assert len(probe.histograms()) == 1
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adadelta", "RAdam", "Adagrad", "ASGD"])
+def test_parameters_that_are_read_together(kind: str) -> None:
+    """Small ones of many shapes, of which one begins later and one has a NaN: NumPy's figures."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(64,), (2, 96), (8, 8), (64,), (4096,), (8, 3, 8), (63,), (1, 64), (2, 64)]
+    params = [
+        nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes
+    ]
+    late, spoilt = 3, 8
+    optimizer = getattr(torch.optim, kind)(params, lr=0.01, weight_decay=0.1)
+    tape = Tape(optimizer)
+    steps = []
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for step in range(1, 4):
+            for i, param in enumerate(params):
+                grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+                param.grad = None if i == late and step == 1 else grad
+                if i == spoilt and step == 3:
+                    grad.view(-1)[77] = torch.nan
+            tape.before()
+            optimizer.step()
+            steps.append(tape.after())
+    rows = {(row["step"], row["parameter"]): row for row in probe.frame().to_dict("records")}
+    assert len(rows) == 3 * len(shapes)
+    for step, truths in enumerate(steps, 1):
+        for i, (name, truth) in enumerate(truths.items()):
+            where = f"{kind}, step {step}, {shapes[i]}"
+            row, right = rows[step, name], oracle.row(truth)
+            if (step, i) == (1, late):
+                assert not row["stepped"], where
+                continue
+            if (step, i) == (3, spoilt):
+                assert row["nonfinite"] == right["nonfinite"] == 1, where
+                assert math.isnan(row["grad_norm"]), where
+                continue
+            check_error(row, right.pop("reconstruction_error"), 1e-12, where)
+            assert_close(row, right, where, looser=SPREAD)
+
+
 def kinds_of_parameters() -> dict[str, Tensor]:
     """Parameters that are not plain."""
     random = torch.Generator().manual_seed(2)

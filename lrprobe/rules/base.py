@@ -132,7 +132,7 @@ class Coded:
 
 
 class Slice:
-    """Some elements of one step: of one parameter (n,), or of several of one size (rows, n).
+    """Some elements of one step: of one parameter (n,), or rows of several (rows, n).
 
     Everything is real, detached, in one floating dtype and in the same order: element i of
     ``grad``, ``param`` and each state entry belong together.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, islice
 from operator import attrgetter
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ WHOLE = 4096
 _BLOCK_BYTES = 3 << 19
 
 Block = tuple[int | slice, ...]
+T = TypeVar("T")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -157,6 +159,87 @@ def take_rows(at: Sequence[Positions], dtype: torch.dtype) -> Take:
         return torch.stack(list(map(positions, tensors, at))).to(dtype)
 
     return take
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Parameters that are read whole, cut into lines of one width, so that sizes can differ.
+
+    Attributes:
+        runs: of parameters of one shape that follow each other: how many, and the lines of each.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Lines:
+        """Those of these parameters, sorted by shape, none of which is empty."""
+        if entries[0].param.shape == entries[-1].param.shape:
+            return cls(((len(entries), 1),))
+        shapes = [(shape, len(list(run))) for shape, run in groupby(e.param.shape for e in entries)]
+        width = math.gcd(*(shape.numel() for shape, _ in shapes))
+        return cls(tuple((count, shape.numel() // width) for shape, count in shapes))
+
+    @property
+    def whole(self) -> bool:
+        """Whether each owner is one line."""
+        return all(lines == 1 for _, lines in self.runs)
+
+    def each(self, owners: Sequence[T]) -> list[T]:
+        """The owner of each line."""
+        if self.whole:
+            return list(owners)
+        at = iter(owners)
+        return [owner for n, lines in self.runs for owner in islice(at, n) for _ in range(lines)]
+
+    def split(self, owners: Sequence[T]) -> Iterator[Sequence[T]]:
+        """The owners of one shape."""
+        end = 0
+        for n, _ in self.runs:
+            start, end = end, end + n
+            yield owners[start:end]
+
+    def cut(self, tables: Sequence[Tensor]) -> Tensor:
+        """A table (owners, elements) of each shape, as lines: (lines, width)."""
+        if len(tables) == 1:
+            return tables[0]
+        runs = zip(tables, self.runs, strict=True)
+        return torch.cat([table.reshape(n * lines, -1) for table, (n, lines) in runs])
+
+    def uncut(self, rows: Tensor) -> list[Tensor]:
+        """Such lines as a table (owners, elements) of each shape."""
+        if len(self.runs) == 1:
+            return [rows]
+        parts = torch.split(rows, [n * lines for n, lines in self.runs])
+        return [part.reshape(n, -1) for part, (n, _) in zip(parts, self.runs, strict=True)]
+
+    def take(self, dtype: torch.dtype) -> Take:
+        """Read all of one tensor per line, its owner's: (lines, width)."""
+
+        def take(tensors: Sequence[Readable]) -> Tensor:
+            tables, end = [], 0
+            for n, lines in self.runs:
+                start, end = end, end + n * lines
+                tables.append(take_rows([None] * n, dtype)(tensors[start:end:lines]))
+            return self.cut(tables)
+
+        return take
+
+    def owned(self, values: Tensor, how: Callable[[Tensor, int], Tensor] = Tensor.sum) -> Tensor:
+        """Of figures (lines, ·) those of the owners: (owners, ·)."""
+        if self.whole:
+            return values
+        parts = torch.split(values, [n * lines for n, lines in self.runs])
+        each = zip(parts, self.runs, strict=True)
+        return torch.cat([how(part.view(*run, *values.shape[1:]), 1) for part, run in each])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Of figures (owners,) that of each line's owner: (lines,)."""
+        if self.whole:
+            return values
+        parts = torch.split(values, [n for n, _ in self.runs])
+        each = zip(parts, self.runs, strict=True)
+        return torch.cat([part.repeat(lines, 1).T.reshape(-1) for part, (_, lines) in each])
 
 
 def _alike(tensors: Sequence[Readable]) -> bool:

@@ -27,6 +27,7 @@ from lrprobe.summary.figures import CHECKS, PARTS
 from lrprobe.summary.pending import Arrived
 from lrprobe.summary.reading import (
     WHOLE,
+    Lines,
     Positions,
     block_size,
     entry_of,
@@ -614,7 +615,7 @@ class _Taken:
             if checks is None or sampled[0] is not None:
                 s = Slice(entries, group, take_rows([None] * len(batch), torch.float64))
                 update = rule.update(s)
-            parts = row_figures(s, update, list(figures.state_like(entries[0])))
+            parts = row_figures(s, update, list(figures.state_like(entries[0])), Lines.of(entries))
             if pieces[0].slots is not None:
                 rates = _expanded(update.effective_lr, s.param)
                 for piece, row in zip(pieces, rates, strict=True):

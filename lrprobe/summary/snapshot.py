@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update
 from lrprobe.summary import figures
 from lrprobe.summary.reading import (
     WHOLE,
+    Lines,
     Positions,
     Spread,
     block_size,
@@ -289,7 +291,7 @@ def after(
         grad_scale=copied(getattr(optimizer, "grad_scale", None)),
     )
     raw.errors.update(kept.errors)
-    batches: dict[Any, list[tuple[int, Entry]]] = defaultdict(list)
+    batches: dict[Any, dict[Any, list[tuple[int, Entry]]]] = defaultdict(lambda: defaultdict(list))
     seen: set[int] = set()
     for i, w in enumerate(watched):
         param = w.ref()
@@ -302,23 +304,26 @@ def after(
         seen.add(id(param))
         state = optimizer.state.get(param, {})
         entry = entry_of(param, state, kept.scalars.get(i, {}))
-        small = w.numel <= WHOLE
+        rule = None if i in kept.errors else w.rule
         names = tuple(k for k, v in state.items() if v is not None)
+        small = w.numel <= WHOLE
+        shape = param.shape if small else None
+        in_lines = small and rule is not None and not w.numel % _WIDTH and _in_lines(entry)
         batches[
             w.group,
-            None if i in kept.errors else w.rule,
-            param.shape if small else None,
+            rule,
+            small,
+            None if in_lines else shape,
             param.dtype,
             param.device,
             names,
             isinstance(entry.grad, SparseRows),
-            entry.param.dim() if names else 0,
+            entry.param.dim() if names and not in_lines else 0,
             i in kept.grads,
-        ].append((i, entry))
-    for (group_index, rule, *_), batch in batches.items():
+        ][shape].append((i, entry))
+    for (group_index, rule, *_), by_shape in batches.items():
         group = optimizer.param_groups[group_index]
-        width = min(batch[0][1].param.numel(), WHOLE)
-        for part in _parted(batch, max(1, block_size(torch.float64) // max(width, 1))):
+        for part in _parted(list(chain(*by_shape.values())), block_size(torch.float64)):
             _summarise(part, group, rule, watched, kept, raw, how)
     if at_rest(optimizer) is not False:
         _with_resting(raw, optimizer, seen)
@@ -363,27 +368,62 @@ def _reconstructed(
     how: How,
 ) -> list[Rows]:
     entries = [entry for _, entry in batch]
-    at = [i for i, _ in batch]
     for entry in entries:
         whole_of(entry, group, rule)
-    sampled = [_sample_of(e.param) for e in entries]
-    old = kept.sample(at)
-    # What was kept for the check is at hand for a coupled decay, which else is solved for.
-    s = Slice(entries, group, take_rows(sampled, torch.float64), old)
-    update = rule.update(s)
-    rows = Rows(at, checks=figures.check_figures(s, update, old))
-    result = [rows]
     if entries[0].param.numel() <= WHOLE:
-        rows.parts = row_figures(s, update, list(figures.state_like(entries[0])))
-        rows.rates = _all_rates(update, s.param)
+        result = _read_whole(batch, group, rule, kept)
     else:
-        rates = _all_rates(update, s.param)
-        middle = None if rates is None else pivots(rates).unbind()
-        rows.parts, rows.bins = large_figures(
-            entries, group, rule, middle, sample=how.sample, compile=how.compile
-        )
-    result += _tracked(batch, group, rule, watched, kept)
-    return result
+        result = [_read_large(batch, group, rule, kept, how)]
+    return result + _tracked(batch, group, rule, watched, kept)
+
+
+def _read_whole(
+    batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule, kept: Before
+) -> list[Rows]:
+    """Small parameters: all of them at once, and rows for each shape."""
+    entries = [entry for _, entry in batch]
+    at = [i for i, _ in batch]
+    lines = Lines.of(entries)
+    # What was kept for the check is at hand for a coupled decay, which else is solved for.
+    old = lines.cut([kept.sample(some) for some in lines.split(at)])
+    s = Slice(lines.each(entries), group, lines.take(torch.float64), old)
+    update = rule.update(s)
+    checks = lines.owned(figures.check_figures(s, update, old))
+    parts = row_figures(s, update, list(figures.state_like(entries[0])), lines)
+    rates = _all_rates(update, s.param)
+    count = [n for n, _ in lines.runs]
+    each_rates = [None] * len(count) if rates is None else lines.uncut(rates)
+    found = zip(
+        lines.split(at),
+        torch.split(parts, count),
+        torch.split(checks, count),
+        each_rates,
+        strict=True,
+    )
+    return [Rows(list(some), parts=p, checks=c, rates=r) for some, p, c, r in found]
+
+
+def _read_large(
+    batch: list[tuple[int, Entry]],
+    group: Mapping[str, Any],
+    rule: Rule,
+    kept: Before,
+    how: How,
+) -> Rows:
+    """Large parameters: a sample of each checked, and all of them block by block."""
+    entries = [entry for _, entry in batch]
+    at = [i for i, _ in batch]
+    old = kept.sample(at)
+    sampled = [_sample_of(e.param) for e in entries]
+    s = Slice(entries, group, take_rows(sampled, torch.float64), old)  # as above
+    update = rule.update(s)
+    checks = figures.check_figures(s, update, old)
+    rates = _all_rates(update, s.param)
+    middle = None if rates is None else pivots(rates).unbind()
+    parts, bins = large_figures(
+        entries, group, rule, middle, sample=how.sample, compile=how.compile
+    )
+    return Rows(at, parts=parts, checks=checks, bins=bins)
 
 
 def _all_rates(update: Update, like: Tensor) -> Tensor | None:
@@ -536,6 +576,23 @@ def copied(value: Any) -> Any:
     return local(value).detach().clone() if isinstance(value, Tensor) else value
 
 
-def _parted(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+_WIDTH = 64
+"""Small parameters whose sizes are multiples of it are read together, whatever their shapes."""
+
+
+def _in_lines(entry: Entry) -> bool:
+    """Whether a small parameter of such a size can be one of these."""
+    shape = entry.param.shape
+    states = (value for value in entry.state.values() if isinstance(value, Tensor))
+    return entry.param.numel() > 0 and all(t.shape == shape or not t.dim() for t in states)
+
+
+def _parted(batch: list[tuple[int, Entry]], most: int) -> Iterator[list[tuple[int, Entry]]]:
+    """Cut into parts of which at most so many elements, or one parameter, are read at once."""
+    start = total = 0
+    for end, size in enumerate([min(entry.param.numel(), WHOLE) for _, entry in batch]):
+        if total + size > most and end > start:
+            yield batch[start:end]
+            start, total = end, 0
+        total += size
+    yield batch[start:]

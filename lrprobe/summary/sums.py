@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrprobe.rules.base import Scalar, Slice, Update
 from lrprobe.summary.figures import PARTS, ROW, gradient, is_scalar, scalar
+from lrprobe.summary.reading import Lines
 
 _NORMS = ("dd", "ee", "uu", "pp", "gg", "rate_m2")
 """Squares, of which a row has the root."""
@@ -326,24 +327,32 @@ def finished(
     return torch.stack([found.get(name, absent) for name in PARTS], dim=1)
 
 
-def row_figures(s: Slice, update: Update, states: Sequence[str]) -> Tensor:
-    """Figures of all elements of several small parameters, as many of each: (rows, PARTS).
+def row_figures(s: Slice, update: Update, states: Sequence[str], lines: Lines) -> Tensor:
+    """Figures of all elements of several small parameters: (parameters, PARTS).
 
     Args:
-        s: the elements: (rows, n), float64.
+        s: the elements: (lines, n), float64.
         update: what the rule says of them.
         states: names of state entries of theirs.
+        lines: whose they are.
     """
     p = s.param
-    owners, n = p.shape
     rate: Any = update.effective_lr
-    one = is_scalar(rate, p)
-    pivot = None if one else rate.mean(1, keepdim=True)
+    if is_scalar(rate, p):
+        pivot, center = None, lines.owned(column(rate, p), Tensor.amin)
+    else:
+        center = lines.owned(rate.mean(1), Tensor.mean)
+        pivot = lines.spread(center).unsqueeze(1)
     sums = Sums(states, exact=True)
     sums.add(s, update, pivot)
-    numel = p.new_full((owners,), n)
-    center = column(rate, p) if pivot is None else pivot[:, 0]
-    return finished(sums.totals(), numel, column(update.decay, p), center, None)
+    found = sums.totals()
+    if not lines.whole:
+        extremes = {k: lines.owned(found.pop(k), how) for k, how in _EXTREMES.items() if k in found}
+        table = lines.owned(torch.stack(list(found.values()), 1))
+        found = dict(zip(found, table.unbind(1), strict=True)) | extremes
+    numel = lines.owned(p.new_full(p.shape[:1], p.shape[1]))
+    decay = lines.owned(column(update.decay, p), Tensor.amin)
+    return finished(found, numel, decay, center, None)
 
 
 def column(value: Scalar, like: Tensor) -> Tensor:
