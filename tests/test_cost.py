@@ -108,6 +108,7 @@ def peak(optimizer: torch.optim.Optimizer, monkeypatch: Any, **options: Any) -> 
     [
         (lambda p: torch.optim.AdamW(p, fused=True), {}),
         (lambda p: torch.optim.AdamW(p, fused=True), {"sample": 65_536}),
+        (lambda p: torch.optim.AdamW(p, fused=True), {"sample": 5_000_000}),
         (lambda p: torch.optim.Adam(p, amsgrad=True, weight_decay=0.1), {}),
         (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}),
         (lambda p: torch.optim.RAdam(p, weight_decay=0.1), {}),
@@ -116,7 +117,18 @@ def peak(optimizer: torch.optim.Optimizer, monkeypatch: Any, **options: Any) -> 
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),
         (torch.optim.Adafactor, {}),
     ],
-    ids=["AdamW", "sample", "amsgrad", "NAdam", "RAdam", "RMSprop", "Adadelta", "SGD", "Adafactor"],
+    ids=[
+        "AdamW",
+        "sample",
+        "large sample",
+        "amsgrad",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Adadelta",
+        "SGD",
+        "Adafactor",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spoilt", [False, True], ids=["", "NaN"])

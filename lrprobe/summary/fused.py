@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -72,8 +72,9 @@ class Kernel:
 
     Attributes:
         prelude: 0-dim inputs to the scalars that the body needs, float64, and the decay.
-        run: (parameter, gradient, states, scalars, pivot, decay, positions) to ``FIGURES`` of each
-            row of COLUMNS elements, (figures, rows), and the rates at those positions.
+        run: (parameter, gradient, states, scalars, pivot, decay) to ``FIGURES`` of each row of
+            COLUMNS elements, (figures, rows), and all rates; with positions as a last argument,
+            where it was built for that, to the rates there.
         states, scalars: names of the state entries that it reads.
         most: elements that it is given at once, a multiple of COLUMNS.
     """
@@ -83,14 +84,22 @@ class Kernel:
     states: tuple[str, ...]
     scalars: tuple[str, ...]
     most: int
+    _known: dict[Any, Any] = field(default_factory=dict)
 
-    def scalars_of(self, entry: Entry, lr: Any) -> tuple[list[Tensor], Any]:
-        """The scalars of this step, given the group's rate, and its decay."""
+    def scalars_of(self, entry: Entry, lr: Any) -> tuple[list[Tensor], Tensor]:
+        """The scalars of this step, given the group's rate, and its decay: 0-dim."""
         lr = lr.detach() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-        numbers = [torch.as_tensor(entry.state[name]).detach() for name in self.scalars]
-        crossing, decay = self.prelude(lr, *numbers)
+        numbers = [lr, *(torch.as_tensor(entry.state[name]).detach() for name in self.scalars)]
         device = entry.param.device
-        return [x.to(device, torch.float32, non_blocking=True) for x in crossing], decay
+        key = None
+        if all(each.device.type == "cpu" for each in numbers):  # many parameters have the same
+            key = (device, *((each.dtype, each.numpy().tobytes()) for each in numbers))
+        if key is None or key not in self._known:
+            self._known.clear()
+            crossing, decay = self.prelude(*numbers)
+            scalars = [x.to(device, torch.float32, non_blocking=True) for x in crossing]
+            self._known[key] = scalars, decay
+        return cast("tuple[list[Tensor], Tensor]", self._known[key])
 
 
 def is_exact(device: torch.device) -> bool:
@@ -102,8 +111,27 @@ def is_exact(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule) -> Kernel | None:
-    """The kernel for a parameter; None where it is not worth one, or cannot have one."""
+def totals(rows: Tensor, owners: int, *, exact: bool) -> dict[str, Tensor]:
+    """What ``FIGURES`` of rows, as many of each owner, add up to: name to (owners,), float64."""
+    each = rows.double().view(len(FIGURES), owners, -1)
+    sums, low, high = each[:-2].sum(2), each[-2].amin(1), each[-1].amax(1)
+    found = dict(zip(FIGURES, (*sums.unbind(), low, high), strict=True))
+    found["nonfinite" if exact else "states"] = found.pop("unfit")
+    return found
+
+
+def kernel_for(
+    entry: Entry, group: Mapping[str, Any], rule: Rule, *, sampled: bool = False
+) -> Kernel | None:
+    """The kernel for a parameter; None where it is not worth one, or cannot have one.
+
+    Args:
+        entry: the parameter.
+        group: its group.
+        rule: its rule.
+        sampled: for rows of samples of several parameters: the pivot is one of each row, (rows, 1),
+            and all rates come out.
+    """
     tensors = _tensors(entry)
     states = tuple(k for k, t in tensors.items() if t.shape == entry.param.shape)
     if (
@@ -118,12 +146,13 @@ def kernel_for(entry: Entry, group: Mapping[str, Any], rule: Rule) -> Kernel | N
     scalars = tuple(k for k, v in entry.state.items() if k not in states and v is not None)
     fixed = {k: v for k, v in group.items() if k not in ("params", "lr", "param_names")}
     dtypes = tuple(t.dtype for t in (entry.param, entry.grad, *tensors.values()))
-    key = (rule, states, scalars, dtypes, entry.param.device, repr(sorted(fixed.items())))
+    settings = repr(sorted(fixed.items()))
+    key = (rule, sampled, states, scalars, dtypes, entry.param.device, settings)
     if key not in _kernels:
-        if sum(1 for other in _kernels if other[0] is rule) >= _MOST_KINDS:
+        if sum(1 for other in _kernels if other[:2] == key[:2]) >= _MOST_KINDS:
             _tell(f"hyperparameters of rule {rule.name!r} change too often to compile it each time")
             return None
-        _kernels[key] = _built(entry, group, rule, states, scalars)
+        _kernels[key] = _built(entry, group, rule, states, scalars, sampled=sampled)
     return _kernels[key]
 
 
@@ -137,6 +166,8 @@ def _built(
     rule: Rule,
     states: tuple[str, ...],
     scalars: tuple[str, ...],
+    *,
+    sampled: bool,
 ) -> Kernel | None:
     try:
         prelude, body, present = _traced(entry, group, rule, states, scalars)
@@ -151,9 +182,12 @@ def _built(
         numbers, _ = kernel.scalars_of(entry, group["lr"])
         like = [blank.to(t.dtype, copy=True) for t in (entry.param, cast("Tensor", entry.grad))]
         pieces = [blank.to(entry.state[k].dtype, copy=True) for k in states]
-        at = torch.arange(0, len(blank), 50, device=entry.param.device)
         zero = blank.new_zeros((), dtype=torch.float64 if exact else torch.float32)
-        inputs = (*like, pieces, numbers, zero, zero.clone(), at)
+        inputs = [*like, pieces, numbers, zero.clone(), zero]
+        if sampled:
+            inputs[4] = zero.repeat(_FEWER_ROWS).unsqueeze(1)
+        else:
+            inputs.append(torch.arange(0, len(blank), 50, device=entry.param.device))
         # Traced once more, so that each kernel is code of its own for the compiler's caches.
         code = make_fx(plain, tracing_mode="symbolic")(*inputs).forward
         options = _OPTIONS if inlines else {}
@@ -277,7 +311,7 @@ def _kernel(
         scalars: list[Tensor],
         pivot: Tensor,
         decay: Tensor,
-        at: Tensor,
+        *at: Tensor,
     ) -> tuple[Tensor, Tensor]:
         p = param.view(-1, COLUMNS).float()
         g = grad.view(-1, COLUMNS).float()
@@ -318,7 +352,8 @@ def _kernel(
         extremes = rate.amin(1).to(dtype), rate.amax(1).to(dtype)
         absent = torch.full_like(extremes[0], torch.nan)
         added = (absent if x is None else x.to(dtype).sum(1) for x in sums)
-        return torch.stack([*added, *extremes]), rate.view(-1)[at]
+        rates = rate.view(-1)
+        return torch.stack([*added, *extremes]), rates[at[0]] if at else rates
 
     return kernel
 

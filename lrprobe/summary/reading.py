@@ -331,6 +331,11 @@ class Spread:
     def __len__(self) -> int:
         return len(self.lines) * self.run
 
+    def pieces(self, limit: int) -> Iterator[Spread]:
+        """These positions, at most so many at once."""
+        for lines in torch.split(self.lines, max(1, limit // self.run)):
+            yield Spread(lines, self.run)
+
     def runs(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as runs, of which ``lines`` are numbers: (·, run)."""
         return tensor.as_strided((tensor.numel() // self.run, self.run), (self.run, 1))

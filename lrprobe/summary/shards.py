@@ -24,6 +24,7 @@ from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows
 from lrprobe.summary import figures, finish
 from lrprobe.summary.distribution import Rates
 from lrprobe.summary.figures import CHECKS, PARTS
+from lrprobe.summary.histogram import fine_bins
 from lrprobe.summary.pending import Arrived
 from lrprobe.summary.reading import (
     WHOLE,
@@ -48,7 +49,7 @@ from lrprobe.summary.snapshot import (
     remember,
     tracked_figures,
 )
-from lrprobe.summary.stream import fine_bins, large_figures, stride_for, whole_of
+from lrprobe.summary.stream import large_figures, stride_for, whole_of
 from lrprobe.summary.sums import column, row_figures
 
 Floats = NDArray[np.float64]

@@ -11,17 +11,14 @@ from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, Whole
 from lrprobe.summary.figures import (
-    ADDITIVE,
     BINS,
-    PARTS,
-    SHIFT,
     is_scalar,
-    plain_figures,
     scalar,
     state_like,
     suspicious,
 )
-from lrprobe.summary.fused import COLUMNS, FIGURES, is_exact, kernel_for
+from lrprobe.summary.fused import COLUMNS, is_exact, kernel_for, totals
+from lrprobe.summary.histogram import counts_of
 from lrprobe.summary.nonfinite import hidden_states
 from lrprobe.summary.reading import (
     block_size,
@@ -29,12 +26,11 @@ from lrprobe.summary.reading import (
     is_flat,
     pieces,
     precision,
-    spread,
     take_all,
     take_block,
-    take_rows,
 )
-from lrprobe.summary.sums import DEPTH, Sums, column, finished, together, unless_zero
+from lrprobe.summary.sample import estimated
+from lrprobe.summary.sums import DEPTH, Sums, finished, together, unless_zero
 
 SAMPLE = 1 << 16
 """Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
@@ -60,6 +56,8 @@ def large_figures(
             gradient, which stay exact.
         compile: with a compiled kernel where there can be one.
     """
+    if sample is not None and compile:
+        sample = -(-sample // COLUMNS) * COLUMNS  # whole rows of a kernel
     large = [i for i, e in enumerate(entries) if sample is None or sample >= e.param.numel()]
     few = [i for i in range(len(entries)) if i not in large]
 
@@ -80,7 +78,8 @@ def large_figures(
         middle = None if pivots is None else [pivots[i] for i in some]
         states = states_of(chosen[0], exact=exact)
         size = cast("int", sample)
-        return _estimated(chosen, group, rule, middle, size, states=states, exact=exact)
+        sums = Sums(states, exact=exact)
+        return estimated(chosen, group, rule, middle, size, sums, compile=compile, exact=exact)
 
     device = entries[0].param.device
     rows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -96,62 +95,6 @@ def large_figures(
                 rows |= zip(at, zip(*function(at, exact=True), strict=True), strict=True)
     parts, counts = zip(*(rows[i] for i in range(len(entries))), strict=True)
     return torch.stack(parts), torch.stack(counts)
-
-
-def _estimated(
-    entries: Sequence[Entry],
-    group: Mapping[str, Any],
-    rule: Rule,
-    pivots: Sequence[Tensor] | None,
-    sample: int,
-    *,
-    states: Sequence[str],
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """PARTS (entries, ·) and histograms (entries, BINS) from a sample of each."""
-    dtype = torch.float64 if exact else precision(entries[0].param)
-    device = entries[0].param.device
-    at = [spread(entry.param.numel(), sample, device) for entry in entries]
-    plain = plain_figures(entries, counts=False)
-    sums = Sums(states, exact=exact)
-    found: list[dict[str, Tensor]] = []
-    counts: list[Tensor] = []
-    for chosen in _of_one_length([len(each) for each in at], max(1, block_size(dtype) // sample)):
-        some = [entries[i] for i in chosen]
-        s = Slice(some, group, take_rows([at[i] for i in chosen], dtype))
-        update = rule.update(s)
-        counts.append(histograms(update.effective_lr, s.param))
-        if pivots is None:
-            pivot, center = None, column(update.effective_lr, s.param)
-        else:
-            pivot = torch.stack([pivots[i] for i in chosen]).to(dtype).unsqueeze(1)
-            center = pivot[:, 0].double()
-            pivot = unless_zero(pivot)
-        sums.add(s, update, pivot)
-        overwritten = update.grad is not None
-        found.append(sums.totals() | {"pivot": center, "decay": column(update.decay, s.param)})
-    total = {name: torch.cat([each[name] for each in found]) for name in found[0]}
-    decay, pivot, bins = total.pop("decay"), total.pop("pivot"), torch.cat(counts)
-    sizes = [[len(each) for each in at], [entry.param.numel() for entry in entries]]
-    n, numel = torch.tensor(sizes, dtype=torch.float64).to(device, non_blocking=True).unbind()
-    parts = finished(total, n, decay, pivot, None if exact else bins)
-    for name in ADDITIVE:
-        parts[:, PARTS.index(name)] *= numel / n
-    for name in ("pp",) if overwritten else ("pp", "gg"):
-        parts[:, PARTS.index(name)] = plain[name]
-    bad = parts[:, PARTS.index("nonfinite")]
-    parts[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
-    return parts, bins
-
-
-def _of_one_length(lengths: Sequence[int], most: int) -> Iterator[range]:
-    """Neighbours of one length, at most so many together."""
-    start = 0
-    for end in range(1, len(lengths) + 1):
-        full = end - start == most
-        if full or end == len(lengths) or lengths[end] != lengths[start]:
-            yield range(start, end)
-            start = end
 
 
 def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
@@ -266,13 +209,9 @@ class Stream:
             tables.append(rows)
             start += len(param)
             if len(tables) == DEPTH or start == whole:
-                newest = torch.cat(tables, 1).double()
-                sums, low, high = newest[:-2].sum(1), newest[-2].amin(), newest[-1].amax()
-                found = dict(zip(FIGURES, (*sums.unbind(), low, high), strict=True))
-                found["nonfinite" if self.exact else "states"] = found.pop("unfit")
-                total = together(total, found)
+                total = together(total, totals(torch.cat(tables, 1), 1, exact=self.exact))
                 tables = []
-        return total, whole, decay
+        return {name: each[0] for name, each in total.items()}, whole, decay
 
 
 class RateSample:
@@ -310,30 +249,6 @@ class RateSample:
         if self._rates is None:
             return torch.zeros(BINS, dtype=torch.int32, device=self._device)
         return counts_of(self._rates.unsqueeze(0))[0]
-
-
-def histograms(rate: Scalar, like: Tensor) -> Tensor:
-    """Counts in fine bins of each row of rates: (rows, BINS), int32; zeros for a shared rate."""
-    if is_scalar(rate, like):
-        return torch.zeros((like.shape[0], BINS), dtype=torch.int32, device=like.device)
-    return counts_of(cast("Tensor", rate))
-
-
-def fine_bins(rates: Tensor) -> Tensor:
-    """Fine bin of each rate, by the bits of a float32: (as ``rates``), int32."""
-    bits = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
-    return bits.clamp_(0, BINS - 1)
-
-
-def counts_of(rates: Tensor) -> Tensor:
-    """Counts in fine bins of each row: (rows, BINS), int32."""
-    at = fine_bins(rates).long()  # of which `bincount` takes half the time that it takes of int32
-    rows, size = len(at), len(at) * BINS
-    at = at.add_(torch.arange(0, size, BINS, device=at.device).unsqueeze(1)).view(-1)
-    if at.device.type == "cpu":
-        return torch.bincount(at, minlength=size).int().view(rows, BINS)
-    counts = torch.zeros(size, dtype=torch.int32, device=at.device)  # `bincount` would wait
-    return counts.index_add_(0, at, torch.ones_like(at, dtype=torch.int32)).view(rows, BINS)
 
 
 def stride_for(numel: int, width: int) -> int:
