@@ -6,6 +6,7 @@ or a mean with its squared deviations, so that rows of shards, modules and group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -196,21 +197,20 @@ def plain_figures(entries: Sequence[Entry], *, counts: bool) -> dict[str, Tensor
         counts: whether zeros, and what is not finite in the optimizer's state, are counted too.
     """
     rows = []
+    none = torch.zeros((), dtype=torch.float64, device=entries[0].param.device)
     for entry in entries:
         grad = entry.grad.values if isinstance(entry.grad, SparseRows) else entry.grad
-        missing = entry.param.numel() - grad.numel()  # a sparse gradient has no others
-        zero = zeros(grad) + missing if counts else torch.zeros((), device=grad.device)
         squares = [square_sum(entry.param), square_sum(grad)]
-        tensors = [entry.param, grad]
+        tensors, sums, zero = [entry.param, grad], squares, none
         if counts:
-            tensors += [entry.state[name] for name in state_like(entry)]
-        sums = [*squares, *(tensor.sum(dtype=torch.float64) for tensor in tensors[2:])]
+            missing = entry.param.numel() - grad.numel()  # a sparse gradient has no others
+            zero = zeros(grad) + missing
+            states = [entry.state[name] for name in state_like(entry)]
+            tensors = tensors + states
+            sums = squares + [tensor.sum(dtype=torch.float64) for tensor in states]
         # Their sums tell whether anything is not finite; a device is not asked, but counts.
-        if grad.device.type == "cpu" and all(np.isfinite(each.numpy()) for each in sums):
-            bad = torch.zeros_like(zero)
-        else:
-            bad = _nonfinite_count(tensors)
-        rows.append(torch.stack([*squares, zero, bad]))
+        sound = grad.device.type == "cpu" and all(math.isfinite(each.numpy()) for each in sums)
+        rows.append(torch.stack([*squares, zero, none if sound else _nonfinite_count(tensors)]))
     return dict(zip(("pp", "gg", "zeros", "nonfinite"), torch.stack(rows).T, strict=True))
 
 

@@ -26,9 +26,10 @@ def fine_bins(rates: Tensor) -> Tensor:
 
 def counts_of(rates: Tensor) -> Tensor:
     """Counts in fine bins of each row: (rows, BINS), int32."""
-    at = fine_bins(rates).long()  # of which `bincount` takes half the time that it takes of int32
-    rows, size = len(at), len(at) * BINS
-    at = at.add_(torch.arange(0, size, BINS, device=at.device).unsqueeze(1)).view(-1)
+    bins = fine_bins(rates)
+    rows, size = len(bins), len(bins) * BINS
+    bins += torch.arange(0, size, BINS, dtype=bins.dtype, device=bins.device).unsqueeze(1)
+    at = bins.view(-1).long()  # of which `bincount` takes half the time that it takes of int32
     if at.device.type == "cpu":
         return torch.bincount(at, minlength=size).int().view(rows, BINS)
     counts = torch.zeros(size, dtype=torch.int32, device=at.device)  # `bincount` would wait

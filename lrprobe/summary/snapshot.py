@@ -413,17 +413,23 @@ def _read_large(
     """Large parameters: a sample of each checked, and all of them block by block."""
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
-    old = kept.sample(at)
-    sampled = [_sample_of(e.param) for e in entries]
-    s = Slice(entries, group, take_rows(sampled, torch.float64), old)  # as above
-    update = rule.update(s)
-    checks = figures.check_figures(s, update, old)
-    rates = _all_rates(update, s.param)
-    middle = None if rates is None else pivots(rates).unbind()
+    checks, middle = _checked(entries, group, rule, kept.sample(at))
     parts, bins = large_figures(
         entries, group, rule, middle, sample=how.sample, compile=how.compile
     )
     return Rows(at, parts=parts, checks=checks, bins=bins)
+
+
+def _checked(
+    entries: Sequence[Entry], group: Mapping[str, Any], rule: Rule, old: Tensor
+) -> tuple[Tensor, Sequence[Tensor] | None]:
+    """CHECKS of samples of large parameters, and pivots of their rates where these differ."""
+    sampled = [_sample_of(e.param) for e in entries]
+    s = Slice(entries, group, take_rows(sampled, torch.float64), old)  # as above
+    update = rule.update(s)
+    rates = _all_rates(update, s.param)
+    middle = None if rates is None else pivots(rates).unbind()
+    return figures.check_figures(s, update, old), middle
 
 
 def _all_rates(update: Update, like: Tensor) -> Tensor | None:

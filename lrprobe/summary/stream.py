@@ -70,7 +70,7 @@ def large_figures(
         sums = Sums(states, exact=exact)
         for i, stream in zip(some, streams, strict=True):
             stream.read(sums, None if pivots is None else pivots[i], compile=compile)
-        counts = torch.stack([stream.rates.histogram() for stream in streams])
+        counts = torch.stack([cast("Tensor", stream.counts) for stream in streams])
         return _finished(streams, counts), counts
 
     def estimates(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class Stream:
 
     Attributes:
         total: sums, extremes and what else is known of it, 0-dim, float64: name to tensor.
-        rates: a sample of its rates.
+        counts: fine histogram of a sample of its rates: (BINS,), int32.
     """
 
     def __init__(
@@ -129,9 +129,8 @@ class Stream:
         self.entry, self.group, self.rule, self.exact = entry, group, rule, exact
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
-        width = entry.param.shape[-1] if entry.param.dim() else 1
-        self.rates = RateSample(stride_for(self.numel, width), self.numel, entry.param.device)
         self.total: dict[str, Tensor] = {}
+        self.counts: Tensor | None = None
 
     def slices(self, start: int = 0) -> Iterator[Slice]:
         """All of it in order, of a ``flat`` entry from a flat position on."""
@@ -146,43 +145,54 @@ class Stream:
                 yield Slice([self.entry], self.group, take_block(block, self.dtype), memo=memo)
 
     def read(self, sums: Sums, pivot: Tensor | None, *, compile: bool = False) -> None:  # noqa: A002
-        """Fill ``total`` and ``rates``.
+        """Fill ``total`` and ``counts``.
 
         Args:
             sums: what adds its blocks up.
             pivot: any of the rates, or 0; None where there is one for all.
             compile: with a compiled kernel where there can be one.
         """
+        width = self.entry.param.shape[-1] if self.entry.param.dim() else 1
+        rates = RateSample(stride_for(self.numel, width), self.numel, self.entry.param.device)
         total: dict[str, Tensor] = {}
         start = 0
         decay: Scalar = 0.0
         pivot = None if pivot is None else pivot.to(self.dtype)
         center: Scalar | None = pivot
         if compile and pivot is not None and self.exact == is_exact(pivot.device):
-            total, start, decay = self._read_compiled(pivot)
+            total, start, decay = self._read_compiled(pivot, rates)
         away = None if pivot is None else unless_zero(pivot)
         for s in self.slices(start):
-            decay, rate = self._block(s, sums, away, start, one=pivot is None)
+            decay, rate = self._block(s, sums, away, rates, start, one=pivot is None)
             center = rate if pivot is None else pivot
             start += s.param.shape[0]
         total = together(total, {name: each[0] for name, each in sums.totals().items()})
         for name, value in (("count", start), ("decay", decay), ("pivot", center)):
             total[name] = scalar(cast("Scalar", value), self.entry.param).reshape(())
-        self.total = total
+        self.total, self.counts = total, rates.histogram()
 
     def _block(
-        self, s: Slice, sums: Sums, pivot: Tensor | None, start: int, *, one: bool
+        self,
+        s: Slice,
+        sums: Sums,
+        pivot: Tensor | None,
+        rates: RateSample,
+        start: int,
+        *,
+        one: bool,
     ) -> tuple[Scalar, Scalar | None]:
         """Take a block: its decay, and the rate where it is ``one`` for all.
 
         A method of its own, so that what the rule made is gone before the next block.
         """
         update = self.rule.update(s)
-        self.rates.add(update.effective_lr, start, s.param)  # while they are in cache
+        rates.add(update.effective_lr, start, s.param)  # while they are in cache
         sums.add(s, update, pivot)
         return update.decay, update.effective_lr if one else None
 
-    def _read_compiled(self, pivot: Tensor) -> tuple[dict[str, Tensor], int, Scalar]:
+    def _read_compiled(
+        self, pivot: Tensor, sample: RateSample
+    ) -> tuple[dict[str, Tensor], int, Scalar]:
         """Whole rows of a compiled kernel: totals, elements that they took, the decay."""
         entry = self.entry
         kernel = kernel_for(entry, self.group, self.rule)
@@ -190,7 +200,7 @@ class Stream:
             return {}, 0, 0.0
         whole = self.numel // COLUMNS * COLUMNS
         rest = whole % kernel.most
-        if rest < 2 * max(COLUMNS, self.rates.stride):
+        if rest < 2 * max(COLUMNS, sample.stride):
             whole -= rest  # one row, or one rate, would have to be compiled for itself
         if not whole:
             return {}, 0, 0.0
@@ -203,9 +213,9 @@ class Stream:
         tables: list[Tensor] = []
         start = 0
         for param, grad, *states in zip(*flat, strict=True):
-            at = self.rates.positions(start, len(param))
+            at = sample.positions(start, len(param))
             rows, rates = kernel.run(param, grad, states, scalars, pivot, factor, at)
-            self.rates.keep(rates)
+            sample.keep(rates)
             tables.append(rows)
             start += len(param)
             if len(tables) == DEPTH or start == whole:
