@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows
+from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update
 from lrprobe.summary import figures, finish
 from lrprobe.summary.distribution import Rates
 from lrprobe.summary.figures import CHECKS, PARTS
@@ -603,31 +603,34 @@ class _Taken:
         entries = [entry for _, entry in batch]
         for entry in entries:
             whole_of(entry, group, rule)
-        sampled = [piece.check for piece in pieces]
         old = torch.stack([self.kept.samples[piece.row] for piece in pieces])
-        # What was kept for the check is at hand for a coupled decay, which else is solved for.
-        s = Slice(entries, group, take_rows(sampled, torch.float64), old)
-        checks = None
-        if old.shape[1]:
-            update = rule.update(s)
-            checks = figures.check_figures(s, update, old)
-        numel = pieces[0].region.numel
-        if numel <= WHOLE:
-            if checks is None or sampled[0] is not None:
-                s = Slice(entries, group, take_rows([None] * len(batch), torch.float64))
-                update = rule.update(s)
-            parts = row_figures(s, update, list(figures.state_like(entries[0])), Lines.of(entries))
-            if pieces[0].slots is not None:
-                rates = _expanded(update.effective_lr, s.param)
-                for piece, row in zip(pieces, rates, strict=True):
-                    self._put(piece.slots, row)
+        if pieces[0].region.numel <= WHOLE:
+            parts, checks = self._small(batch, group, rule, old)
         else:
+            # A function's, so that what it makes is gone while large parameters are read.
+            checks = _checks(batch, group, rule, old)[0]
             parts = torch.cat([self._large(piece, entry, group, rule) for piece, entry in batch])
         if pieces[0].slots is None:
             for piece, entry in batch:
                 self._sampled_rates(piece, entry, group, rule)
         self._tracked(batch, group, rule)
         self._add(pieces, parts, checks)
+
+    def _small(
+        self, batch: list[tuple[Piece, Entry]], group: Mapping[str, Any], rule: Rule, old: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """PARTS and CHECKS of what is here of small parameters, whose rates are put in place."""
+        entries = [entry for _, entry in batch]
+        checks, s, update = _checks(batch, group, rule, old)
+        if update is None or batch[0][0].check is not None:
+            s = Slice(entries, group, take_rows([None] * len(batch), torch.float64))
+            update = rule.update(s)
+        states = list(figures.state_like(entries[0]))
+        if batch[0][0].slots is not None:
+            rates = _expanded(update.effective_lr, s.param)
+            for (piece, _), row in zip(batch, rates, strict=True):
+                self._put(piece.slots, row)
+        return row_figures(s, update, states, Lines.of(entries)), checks
 
     def _large(self, piece: Piece, entry: Entry, group: Mapping[str, Any], rule: Rule) -> Tensor:
         """Figures of what is here of a large parameter: (1, PARTS)."""
@@ -805,6 +808,20 @@ def _few_bits(values: Floats) -> Floats:
 
 def _known(values: Floats, nothing: float = -math.inf) -> Floats:
     return np.where(values == nothing, np.nan, values)
+
+
+def _checks(
+    batch: list[tuple[Piece, Entry]], group: Mapping[str, Any], rule: Rule, old: Tensor
+) -> tuple[Tensor | None, Slice, Update | None]:
+    """CHECKS of the samples, and what they are of; None where no element of them is here."""
+    entries = [entry for _, entry in batch]
+    # What was kept for the check is at hand for a coupled decay, which else is solved for.
+    sampled = take_rows([piece.check for piece, _ in batch], torch.float64)
+    s = Slice(entries, group, sampled, old)
+    if not old.shape[1]:
+        return None, s, None
+    update = rule.update(s)
+    return figures.check_figures(s, update, old), s, update
 
 
 def _expanded(rate: Scalar, like: Tensor) -> Tensor:
