@@ -175,6 +175,7 @@ def step() -> None:
         ("lrprobe, the defaults: all elements", {}),
         ("lrprobe, `compile=True`: all elements", {"compile": True}),
         ("lrprobe, `sample=65536`", {"sample": 65_536}),
+        ("lrprobe, `sample=65536, compile=True`", {"sample": 65_536, "compile": True}),
     ]
     for name, options in modes:
         inside, alike = [], []

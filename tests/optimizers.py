@@ -104,7 +104,7 @@ def _case(cls: type[Optimizer], kwargs: dict[str, Any], note: str) -> Case:
     sparse = cls is torch.optim.SparseAdam
     shapes = MATRICES if cls is torch.optim.Muon else ROWS if sparse else SHAPES
     if cls is torch.optim.Adafactor:
-        shapes = ((5, 7), (11,), (3, 2, 4), (), *LINES)
+        shapes = ((5, 7), (11,), (3, 2, 4), (), *LINES, (1, 64), (6, 1), (1, 1))
     return Case(
         id=f"{cls.__name__}-{note}".replace(" ", "_").replace(",", ""),
         cls=cls,

@@ -156,7 +156,7 @@ def test_big_parameters_are_numpys_within_the_contract(
 ) -> None:
     """Above 4,096 elements norms, means and extremes stay exact, and quantiles in the contract."""
     generator = torch.Generator().manual_seed(5)
-    shapes = [(300, 217), (100, 1000), (5000,), (3, 5, 7, 43)]
+    shapes = [(300, 217), (100, 1000), (5000,), (3, 5, 7, 43), (1, 5000), (5000, 1)]
     params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     spread = [torch.exp(3 * torch.randn(s, generator=generator)).to(dtype) for s in shapes]
     optimizer = getattr(torch.optim, kind)(params, **kwargs)
@@ -575,6 +575,78 @@ def test_parameters_that_are_read_together(kind: str) -> None:
                 continue
             check_error(row, right.pop("reconstruction_error"), 1e-12, where)
             assert_close(row, right, where, looser=SPREAD)
+
+
+class Minimal(Optimizer):
+    """Adam without a momentum, and with one second moment for each matrix."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """θ −= lr/√v ⊙ g."""
+        for param in self.param_groups[0]["params"]:
+            square = param.grad**2
+            self.state[param]["v"] = square.mean() if param.dim() > 1 else square
+            param.sub_(0.01 / self.state[param]["v"].sqrt() * param.grad)
+
+
+class Failing(torch.optim.SGD):
+    """Its rule raises where a gradient is large."""
+
+
+def minimal(s: lrprobe.Slice) -> lrprobe.Update:
+    """One number a row where v is."""
+    root = s["v"].sqrt()
+    return lrprobe.Update(s.lr / root, s.grad, rms_grad=root)
+
+
+def failing(s: lrprobe.Slice) -> lrprobe.Update:
+    """SGD's, but not of all gradients."""
+    if (s.grad > 100).any():
+        raise ValueError("too large")
+    return lrprobe.Update(s.lr, s.grad)
+
+
+lrprobe.register_rule(Minimal, minimal)
+lrprobe.register_rule(Failing, failing)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_states_that_only_some_have_by_element(order: int) -> None:
+    """A state that is one number for some parameters and shaped like others is read as it is."""
+    shapes = [(64,), (8, 8), (16, 8), (5, 5), (128,)][::order]
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    optimizer = Minimal(params)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    frame = probe.frame()
+    assert frame["rule"].eq("minimal").all()
+    assert frame["reconstruction_error"].max() < 1e-12
+    for param, got in zip(params, frame["rms_grad_mean"], strict=True):
+        assert got == pytest.approx(float(optimizer.state[param]["v"].sqrt().mean())), param.shape
+
+
+def test_a_rule_that_fails_on_one_shape_loses_no_other() -> None:
+    """Of parameters that are read together only those of the shape it fails on are measured."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((64,), (128,), (8, 8), (5, 5))]
+    optimizer = Failing(params, lr=0.1)
+    with lrprobe.attach(optimizer, every=1) as probe, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+                if param is params[1] and step == 1:
+                    param.grad[7] = 1000
+            optimizer.step()
+        frame = probe.frame()
+    assert ["too large" in str(warning.message) for warning in said] == [True]
+    rules = [frame.loc[frame["step"] == step, "rule"].tolist() for step in (1, 2, 3)]
+    well, spoilt = ["failing"] * 4, ["failing", "measured", "failing", "failing"]
+    assert rules == [well, spoilt, spoilt]
 
 
 def kinds_of_parameters() -> dict[str, Tensor]:
@@ -1396,7 +1468,7 @@ def test_a_fused_skip_for_the_scaler_is_no_step() -> None:
 # --- figures from a sample ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adadelta", "Adafactor", "Rprop"])
 def test_figures_from_a_sample_are_estimates_and_norms_stay_exact(
     kind: str, dtype: torch.dtype

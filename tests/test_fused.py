@@ -51,6 +51,7 @@ CASES: list[tuple[Any, dict[str, Any], int | None]] = [
     (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True, "maximize": True}, None),
     (torch.optim.AdamW, {"lr": 1e-2, "maximize": True}, 8192),
     (torch.optim.AdamW, {"lr": 1e-2, "maximize": True}, 401_408),  # more than are read at once
+    (torch.optim.AdamW, {"lr": torch.tensor([1e-2]), "foreach": False}, None),
     (torch.optim.Adadelta, {"weight_decay": 0.1}, None),
 ]
 
@@ -142,6 +143,17 @@ def test_without_a_compiler_it_records_eagerly_and_says_so_once(
     said = [str(w.message) for w in caught if "compile=True" in str(w.message)]
     assert len(said) == 1, said
     pd.testing.assert_frame_equal(eager, other)
+
+
+def test_a_rule_that_rounds_is_not_compiled(monkeypatch: Any) -> None:
+    """Centered RMSprop subtracts in bfloat16, as a compiler would not: it stays eager there."""
+    monkeypatch.setattr(fused, "_told", set())
+    optimizer = torch.optim.RMSprop(parameters(), centered=True, alpha=0.5)
+    with pytest.warns(UserWarning, match="'rmsprop' rounds on the way"):
+        eager, other = frames(optimizer, compile=True)
+    half = eager["parameter"] == "group0.param1"
+    pd.testing.assert_frame_equal(eager[half], other[half])
+    assert not eager[~half].equals(other[~half]), "float32 was not compiled"
 
 
 def test_a_rate_shared_by_all_elements_is_not_compiled() -> None:

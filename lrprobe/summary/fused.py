@@ -88,12 +88,16 @@ class Kernel:
 
     def scalars_of(self, entry: Entry, lr: Any) -> tuple[list[Tensor], Tensor]:
         """The scalars of this step, given the group's rate, and its decay: 0-dim."""
-        lr = lr.detach() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+        lr = (
+            lr.detach().squeeze()
+            if isinstance(lr, Tensor)
+            else torch.tensor(lr, dtype=torch.float64)
+        )
         numbers = [lr, *(torch.as_tensor(entry.state[name]).detach() for name in self.scalars)]
         device = entry.param.device
         key = None
         if all(each.device.type == "cpu" for each in numbers):  # many parameters have the same
-            key = (device, *((each.dtype, each.numpy().tobytes()) for each in numbers))
+            key = (device, *((each.dtype, each.double().numpy().tobytes()) for each in numbers))
         if key is None or key not in self._known:
             self._known.clear()
             crossing, decay = self.prelude(*numbers)
@@ -211,9 +215,12 @@ def _traced(
 ) -> tuple[Any, Any, dict[str, Any]]:
     present: dict[str, Any] = {}
 
+    class Traced(Slice):
+        dtype = entry.param.dtype  # where what is read is float32 already
+
     def update(param: Tensor, grad: Tensor, lr: Tensor, elements: Any, numbers: Any) -> Any:
         state = {**dict(zip(states, elements, strict=True)), **dict(zip(scalars, numbers))}  # noqa: B905
-        s = Slice([Entry(param, grad, state)], {**group, "lr": lr}, _itself)
+        s = Traced([Entry(param, grad, state)], {**group, "lr": lr}, _itself)
         u = rule.update(s)
         present["eps"] = None if u.eps is None else u.eps[1]
         present["grad"] = u.grad
@@ -230,7 +237,8 @@ def _traced(
 
     sample = torch.ones(8, device=entry.param.device)
     lr = group["lr"]
-    rate = lr.detach().clone() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    tensor = isinstance(lr, Tensor)
+    rate = lr.detach().squeeze().clone() if tensor else torch.tensor(lr, dtype=torch.float64)
     numbers = [torch.as_tensor(entry.state[name]).detach().clone() for name in scalars]
     inputs = (sample, sample.clone(), rate, [sample.clone() for _ in states], numbers)
     graph = make_fx(update, tracing_mode="fake")(*inputs)
@@ -239,6 +247,9 @@ def _traced(
     outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
     if _flat(outputs[1]):
         return None, None, present  # one rate for all elements: cheap enough as it is
+    if any(_rounds(node) for node in graph.graph.nodes):
+        _tell(f"rule {rule.name!r} rounds on the way, as a compiler would not; it stays eager")
+        return None, None, present
     _multiply(graph.graph)
     return (*_split(graph, outputs), present)
 
@@ -265,6 +276,11 @@ def _inlined(graph: fx.GraphModule) -> int:
 
 def _itself(tensors: Sequence[Readable]) -> Tensor:
     return cast("Tensor", tensors[0])
+
+
+def _rounds(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _flat(node: fx.Node) -> bool:

@@ -116,7 +116,7 @@ def pieces(entry: Entry, start: int, limit: int) -> Iterator[Entry]:
 
 
 def _wide(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() > 1}
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim()}
 
 
 def take_all(dtype: torch.dtype) -> Take:
@@ -181,13 +181,13 @@ class Lines:
         return cls(tuple((count, shape.numel() // width) for shape, count in shapes))
 
     @property
-    def whole(self) -> bool:
+    def uncut(self) -> bool:
         """Whether each owner is one line."""
         return all(lines == 1 for _, lines in self.runs)
 
     def each(self, owners: Sequence[T]) -> list[T]:
         """The owner of each line."""
-        if self.whole:
+        if self.uncut:
             return list(owners)
         at = iter(owners)
         return [owner for n, lines in self.runs for owner in islice(at, n) for _ in range(lines)]
@@ -200,14 +200,14 @@ class Lines:
             yield owners[start:end]
 
     def cut(self, tables: Sequence[Tensor]) -> Tensor:
-        """A table (owners, elements) of each shape, as lines: (lines, width)."""
+        """Such tables as lines: (lines, width)."""
         if len(tables) == 1:
             return tables[0]
         runs = zip(tables, self.runs, strict=True)
         return torch.cat([table.reshape(n * lines, -1) for table, (n, lines) in runs])
 
-    def uncut(self, rows: Tensor) -> list[Tensor]:
-        """Such lines as a table (owners, elements) of each shape."""
+    def tables(self, rows: Tensor) -> list[Tensor]:
+        """Lines as a table (owners, elements) of each shape."""
         if len(self.runs) == 1:
             return [rows]
         parts = torch.split(rows, [n * lines for n, lines in self.runs])
@@ -227,7 +227,7 @@ class Lines:
 
     def owned(self, values: Tensor, how: Callable[[Tensor, int], Tensor] = Tensor.sum) -> Tensor:
         """Of figures (lines, ·) those of the owners: (owners, ·)."""
-        if self.whole:
+        if self.uncut:
             return values
         parts = torch.split(values, [n * lines for n, lines in self.runs])
         each = zip(parts, self.runs, strict=True)
@@ -235,7 +235,7 @@ class Lines:
 
     def spread(self, values: Tensor) -> Tensor:
         """Of figures (owners,) that of each line's owner: (lines,)."""
-        if self.whole:
+        if self.uncut:
             return values
         parts = torch.split(values, [n for n, _ in self.runs])
         each = zip(parts, self.runs, strict=True)

@@ -58,14 +58,14 @@ def estimated(
             read = _read_by_kernel(some, where, group, rule, pivot, exact=exact)
         if read is None:
             read = _read_by_rule(some, where, group, rule, pivot, sums, dtype)
-        figures, bins, overwritten = read
+        figures, histogram, overwritten = read  # the last the same for all, which have one rule
         found.append(figures)
-        counts.append(bins)
+        counts.append(histogram)
     total = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     decay, center, bins = total.pop("decay"), total.pop("pivot"), torch.cat(counts)
     sizes = [[len(each) for each in at], [entry.param.numel() for entry in entries]]
     n, numel = torch.tensor(sizes, dtype=torch.float64).to(device, non_blocking=True).unbind()
-    parts = finished(total, n, decay, center, None if exact else bins)
+    parts = finished(total, n, decay, center, None if dtype is torch.float64 else bins)
     for name in ADDITIVE:
         parts[:, PARTS.index(name)] *= numel / n
     for name in ("pp",) if overwritten else ("pp", "gg"):
@@ -110,7 +110,7 @@ def _read_by_kernel(
     exact: bool,
 ) -> tuple[dict[str, Tensor], Tensor, bool] | None:
     """The same by a compiled kernel; None where there is none that takes all of them at once."""
-    kernel = kernel_for(some[0], group, rule, sampled=True)
+    kernel = kernel_for(some[0], group, rule, sampled=True)  # all have states of the same names
     if kernel is None:
         return None
     s = Slice(some, group, take_rows(at, pivot.dtype))

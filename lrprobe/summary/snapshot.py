@@ -11,8 +11,8 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, cast
+from itertools import chain, groupby
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -271,6 +271,38 @@ def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Scalar]:
     }
 
 
+class _Alike(NamedTuple):
+    """What parameters that are read together have in common."""
+
+    group: int
+    rule: Rule | None
+    small: bool
+    shape: torch.Size | None
+    """Of small ones that are not read in lines."""
+    wide: tuple[str, ...] | None
+    """States of those that are, but for 0-dim ones."""
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+    states: tuple[str, ...]
+    sparse: bool
+    kept: bool
+    """Whether the gradient was kept from before the step."""
+
+
+_WIDTH = 64
+"""Small parameters whose sizes are multiples of it are read in lines, whatever their shapes."""
+
+
+def _lines_of(entry: Entry) -> tuple[str, ...] | None:
+    """States of a small parameter that can be read in lines with it; None where it cannot be."""
+    if entry.param.numel() % _WIDTH or not entry.param.numel():
+        return None
+    states = {k: v for k, v in entry.state.items() if isinstance(v, Tensor) and v.dim()}
+    alike = all(value.shape == entry.param.shape for value in states.values())
+    return tuple(states) if alike else None
+
+
 def after(
     watched: Sequence[Watched],
     optimizer: torch.optim.Optimizer,
@@ -291,7 +323,8 @@ def after(
         grad_scale=copied(getattr(optimizer, "grad_scale", None)),
     )
     raw.errors.update(kept.errors)
-    batches: dict[Any, dict[Any, list[tuple[int, Entry]]]] = defaultdict(lambda: defaultdict(list))
+    batches: dict[_Alike, dict[Any, list[tuple[int, Entry]]]]
+    batches = defaultdict(lambda: defaultdict(list))
     seen: set[int] = set()
     for i, w in enumerate(watched):
         param = w.ref()
@@ -305,26 +338,26 @@ def after(
         state = optimizer.state.get(param, {})
         entry = entry_of(param, state, kept.scalars.get(i, {}))
         rule = None if i in kept.errors else w.rule
-        names = tuple(k for k, v in state.items() if v is not None)
-        small = w.numel <= WHOLE
-        shape = param.shape if small else None
-        in_lines = small and rule is not None and not w.numel % _WIDTH and _in_lines(entry)
-        batches[
-            w.group,
-            rule,
-            small,
-            None if in_lines else shape,
-            param.dtype,
-            param.device,
-            names,
-            isinstance(entry.grad, SparseRows),
-            entry.param.dim() if names and not in_lines else 0,
-            i in kept.grads,
-        ][shape].append((i, entry))
-    for (group_index, rule, *_), by_shape in batches.items():
-        group = optimizer.param_groups[group_index]
+        shape = param.shape if w.numel <= WHOLE else None
+        wide = _lines_of(entry) if shape is not None and rule is not None else None
+        alike = _Alike(
+            group=w.group,
+            rule=rule,
+            small=shape is not None,
+            shape=shape if wide is None else None,
+            wide=wide,
+            dim=entry.param.dim() if wide is None and state else 0,
+            dtype=param.dtype,
+            device=param.device,
+            states=tuple(k for k, v in state.items() if v is not None),
+            sparse=isinstance(entry.grad, SparseRows),
+            kept=i in kept.grads,
+        )
+        batches[alike][shape].append((i, entry))
+    for alike, by_shape in batches.items():
+        group = optimizer.param_groups[alike.group]
         for part in _parted(list(chain(*by_shape.values())), block_size(torch.float64)):
-            _summarise(part, group, rule, watched, kept, raw, how)
+            _summarise(part, group, alike.rule, watched, kept, raw, how)
     if at_rest(optimizer) is not False:
         _with_resting(raw, optimizer, seen)
     return raw
@@ -350,6 +383,11 @@ def _summarise(
         except torch.OutOfMemoryError:  # which is no fault of the rule's
             raise
         except Exception as error:  # noqa: BLE001 - a rule must never stop a training
+            shapes = [list(each) for _, each in groupby(batch, lambda one: one[1].param.shape)]
+            if not empty and len(shapes) > 1 and batch[0][1].param.numel() <= WHOLE:
+                for some in shapes:  # which of them it cannot explain
+                    _summarise(some, group, rule, watched, kept, raw, how)
+                return
             raw.errors.update(dict.fromkeys(at, cause(error)))
         else:
             return
@@ -392,7 +430,7 @@ def _read_whole(
     parts = row_figures(s, update, list(figures.state_like(entries[0])), lines)
     rates = _all_rates(update, s.param)
     count = [n for n, _ in lines.runs]
-    each_rates = [None] * len(count) if rates is None else lines.uncut(rates)
+    each_rates = [None] * len(count) if rates is None else lines.tables(rates)
     found = zip(
         lines.split(at),
         torch.split(parts, count),
@@ -580,17 +618,6 @@ def cause(error: Exception) -> str:
 def copied(value: Any) -> Any:
     """A hyperparameter as it stands now: a tensor's copy, anything else itself."""
     return local(value).detach().clone() if isinstance(value, Tensor) else value
-
-
-_WIDTH = 64
-"""Small parameters whose sizes are multiples of it are read together, whatever their shapes."""
-
-
-def _in_lines(entry: Entry) -> bool:
-    """Whether a small parameter of such a size can be one of these."""
-    shape = entry.param.shape
-    states = (value for value in entry.state.values() if isinstance(value, Tensor))
-    return entry.param.numel() > 0 and all(t.shape == shape or not t.dim() for t in states)
 
 
 def _parted(batch: list[tuple[int, Entry]], most: int) -> Iterator[list[tuple[int, Entry]]]:

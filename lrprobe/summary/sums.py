@@ -63,9 +63,10 @@ class Sums:
         # What was written last is read next, while it is in cache.
         for name, values in (("rms_grad", update.rms_grad), ("rms_update", update.rms_update)):
             if values is not None:
-                table.sum(name, cast_to(values, p))
+                table.sum(name, cast_to(values.expand(p.shape), p))
         if update.eps is not None:
-            table.count_below("below_eps", *update.eps)
+            statistic, eps = update.eps
+            table.count_below("below_eps", statistic.expand(p.shape), eps)
         rate: Any = update.effective_lr
         if is_scalar(rate, p):
             rate = scalar(rate, p).to(p.dtype)
@@ -279,7 +280,11 @@ def _decay_of(update: Update, like: Tensor) -> Tensor | None:
     """The decoupled decay in the dtype of ``like``; None where it is 0 (a device is not asked)."""
     decay = update.decay
     if isinstance(decay, Tensor):
-        if type(decay) is Tensor and decay.device.type == "cpu" and not decay.numpy().any():
+        if (
+            type(decay) is Tensor
+            and decay.device.type == "cpu"
+            and not decay.double().numpy().any()
+        ):
             return None
     elif decay == 0:
         return None
@@ -346,7 +351,7 @@ def row_figures(s: Slice, update: Update, states: Sequence[str], lines: Lines) -
     sums = Sums(states, exact=True)
     sums.add(s, update, pivot)
     found = sums.totals()
-    if not lines.whole:
+    if not lines.uncut:
         extremes = {k: lines.owned(found.pop(k), how) for k, how in _EXTREMES.items() if k in found}
         table = lines.owned(torch.stack(list(found.values()), 1))
         found = dict(zip(found, table.unbind(1), strict=True)) | extremes
