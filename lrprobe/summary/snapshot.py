@@ -296,10 +296,9 @@ _WIDTH = 64
 
 def _lines_of(entry: Entry) -> tuple[str, ...] | None:
     """States of a small parameter that can be read in lines with it; None where it cannot be."""
-    if entry.param.numel() % _WIDTH or not entry.param.numel():
-        return None
     states = {k: v for k, v in entry.state.items() if isinstance(v, Tensor) and v.dim()}
-    alike = all(value.shape == entry.param.shape for value in states.values())
+    shape = entry.param.shape
+    alike = shape.numel() > 0 and all(value.shape == shape for value in states.values())
     return tuple(states) if alike else None
 
 
@@ -339,7 +338,8 @@ def after(
         entry = entry_of(param, state, kept.scalars.get(i, {}))
         rule = None if i in kept.errors else w.rule
         shape = param.shape if w.numel <= WHOLE else None
-        wide = _lines_of(entry) if shape is not None and rule is not None else None
+        in_lines = shape is not None and rule is not None and not w.numel % _WIDTH
+        wide = _lines_of(entry) if in_lines else None
         alike = _Alike(
             group=w.group,
             rule=rule,
