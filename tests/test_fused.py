@@ -97,6 +97,7 @@ def test_a_kernel_for_devices_is_exact(dtype: Any, spoilt: bool, monkeypatch: An
     monkeypatch.setattr(fused, "is_exact", lambda _: True)
     monkeypatch.setattr(stream, "is_exact", lambda _: True)
     monkeypatch.setattr(fused, "_kernels", {})
+    torch.manual_seed(1)
     param = nn.Parameter(torch.randn(700, 1000).to(dtype))
     optimizer = torch.optim.AdamW([param], lr=0.01, maximize=True)
     for scale in (1e-3, 1e-24):
@@ -121,8 +122,10 @@ def test_a_kernel_for_devices_is_exact(dtype: Any, spoilt: bool, monkeypatch: An
     eager, kernel = found[False][0], found[True][0]
     assert kernel["nonfinite"] == (8 if spoilt else 0)
     assert set(eager) <= set(kernel)
+    signed = 1e-6 * float((eager["uu"] * eager["gg"]).sqrt().nan_to_num())  # terms cancel out
     for name in eager:
-        np.testing.assert_allclose(kernel[name], eager[name], rtol=1e-6, err_msg=name)
+        atol = signed if name == "ug" else 0
+        np.testing.assert_allclose(kernel[name], eager[name], rtol=1e-6, atol=atol, err_msg=name)
     assert (found[False][1] - found[True][1]).abs().sum() <= 4  # on the edge of a bin
 
 
