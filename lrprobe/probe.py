@@ -329,8 +329,10 @@ class Probe:
                 self._begin_attempt()
             hooks.recorded = pending.info.step
             pending.info.attempt = self.attempt
-            self._delivery.put(pending.record, pending.nbytes)
-            hooks.judge(pending)
+            try:
+                hooks.judge(pending)
+            finally:  # last, since the thread that makes the record holds up this one
+                self._delivery.put(pending.record, pending.nbytes)
 
     def _begin_attempt(self) -> None:
         self.attempt += 1
