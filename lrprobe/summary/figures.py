@@ -54,6 +54,7 @@ CHECKS = (
 
 BINS = 1 << 14
 SHIFT = 17
+PER_OCTAVE = 64
 """A bin of the fine histogram: the upper 14 bits below the sign of a float32, 64 bins an octave."""
 ROW = 1024
 """Elements that are added up at once. Along long rows torch adds equal numbers up in float32 with

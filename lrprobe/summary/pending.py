@@ -292,7 +292,8 @@ class Pending:
                 for at, row in zip(rows.at, self._value(rows.bins), strict=True):
                     bins = np.flatnonzero(row)
                     if len(bins):
-                        result[at] = Rates(bins=bins, counts=row[bins].astype(np.float64))
+                        counts = row[bins].astype(np.float64)
+                        result[at] = Rates(bins=bins + rows.first_bin, counts=counts)
         return result
 
     def _tracked(self) -> dict[int, tuple[NDArray[np.int64], Floats]]:

@@ -181,6 +181,11 @@ class Lines:
         return cls(tuple((count, shape.numel() // width) for shape, count in shapes))
 
     @property
+    def owners(self) -> int:
+        """How many parameters there are."""
+        return sum(n for n, _ in self.runs)
+
+    @property
     def uncut(self) -> bool:
         """Whether each owner is one line."""
         return all(lines == 1 for _, lines in self.runs)
@@ -217,11 +222,13 @@ class Lines:
         """Read all of one tensor per line, its owner's: (lines, width)."""
 
         def take(tensors: Sequence[Readable]) -> Tensor:
-            tables, end = [], 0
+            if self.uncut:
+                return take_rows([None] * len(tensors), dtype)(tensors)
+            owners, end = [], 0
             for n, lines in self.runs:
                 start, end = end, end + n * lines
-                tables.append(take_rows([None] * n, dtype)(tensors[start:end:lines]))
-            return self.cut(tables)
+                owners += [positions(each, None) for each in tensors[start:end:lines]]
+            return torch.cat(owners).view(len(tensors), -1).to(dtype)
 
         return take
 
@@ -240,6 +247,18 @@ class Lines:
         parts = torch.split(values, [n for n, _ in self.runs])
         each = zip(parts, self.runs, strict=True)
         return torch.cat([part.repeat(lines, 1).T.reshape(-1) for part, (_, lines) in each])
+
+
+def parted(items: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[Sequence[T]]:
+    """Cut into parts whose sizes add up to so much at most, or of one item."""
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total + size > most and end > start:
+            yield items[start:end]
+            start, total = end, 0
+        total += size
+    if items:
+        yield items[start:]
 
 
 def _alike(tensors: Sequence[Readable]) -> bool:

@@ -25,6 +25,7 @@ from lrprobe.summary import figures, finish
 from lrprobe.summary.distribution import Rates
 from lrprobe.summary.figures import CHECKS, PARTS
 from lrprobe.summary.histogram import fine_bins
+from lrprobe.summary.large import large_figures
 from lrprobe.summary.pending import Arrived
 from lrprobe.summary.reading import (
     WHOLE,
@@ -49,7 +50,7 @@ from lrprobe.summary.snapshot import (
     remember,
     tracked_figures,
 )
-from lrprobe.summary.stream import large_figures, stride_for, whole_of
+from lrprobe.summary.stream import stride_for, whole_of
 from lrprobe.summary.sums import column, row_figures
 
 Floats = NDArray[np.float64]
@@ -642,7 +643,8 @@ class _Taken:
         rate = rule.update(s).effective_lr
         pivot = None if figures.is_scalar(rate, s.param) else [torch.as_tensor(rate).mean()]
         compiled = self.share.compile
-        return large_figures([entry], group, rule, pivot, sample=sample, compile=compiled)[0]
+        (found,) = large_figures([entry], group, rule, pivot, sample=sample, compile=compiled)
+        return found.parts
 
     def _sampled_rates(
         self, piece: Piece, entry: Entry, group: Mapping[str, Any], rule: Rule

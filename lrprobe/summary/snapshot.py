@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update
 from lrprobe.summary import figures
+from lrprobe.summary.large import large_figures
 from lrprobe.summary.reading import (
     WHOLE,
     Lines,
@@ -27,12 +28,13 @@ from lrprobe.summary.reading import (
     block_size,
     entry_of,
     local,
+    parted,
     positions,
     real,
     spread,
     take_rows,
 )
-from lrprobe.summary.stream import large_figures, whole_of
+from lrprobe.summary.stream import whole_of
 from lrprobe.summary.sums import column, pivots, row_figures
 
 
@@ -107,11 +109,11 @@ class Before:
 
     def sample(self, at: Sequence[int]) -> Tensor:
         """Samples of parameters that have as many elements in it: (parameters, n)."""
-        table = self.samples[at[0]][0]
+        table, first = self.samples[at[0]]
         if all(self.samples[i][0] is table for i in at):
             rows = [self.samples[i][1] for i in at]
-            if rows == list(range(len(table))):
-                return table
+            if rows == list(range(first, first + len(rows))):
+                return table[first : first + len(rows)]
         return torch.stack([self.samples[i][0][self.samples[i][1]] for i in at])
 
 
@@ -123,7 +125,8 @@ class Rows:
         at: their positions among the watched.
         parts, checks: ``figures.PARTS`` and ``figures.CHECKS``, float64.
         rates: all rates of small parameters, or measured ones of a sample (NaN: none): (rows, n).
-        bins: fine histograms of large parameters: (rows, BINS), int32.
+        bins: fine histograms of large parameters: (rows, bins), int32.
+        first_bin: which bin the first is.
         tracked: rate, update, gradient, parameter of tracked elements: (4, rows, k).
     """
 
@@ -132,6 +135,7 @@ class Rows:
     checks: Tensor | None = None
     rates: Tensor | None = None
     bins: Tensor | None = None
+    first_bin: int = 0
     tracked: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -294,6 +298,10 @@ _WIDTH = 64
 """Small parameters whose sizes are multiples of it are read in lines, whatever their shapes."""
 
 
+_CHECKED = 1 << 16
+"""Elements of check samples that are computed at once."""
+
+
 def _lines_of(entry: Entry) -> tuple[str, ...] | None:
     """States of a small parameter that can be read in lines with it; None where it cannot be."""
     states = {k: v for k, v in entry.state.items() if isinstance(v, Tensor) and v.dim()}
@@ -356,7 +364,9 @@ def after(
         batches[alike][shape].append((i, entry))
     for alike, by_shape in batches.items():
         group = optimizer.param_groups[alike.group]
-        for part in _parted(list(chain(*by_shape.values())), block_size(torch.float64)):
+        batch = list(chain(*by_shape.values()))
+        sizes = [min(entry.param.numel(), WHOLE) for _, entry in batch]
+        for part in parted(batch, sizes, block_size(torch.float64)):
             _summarise(part, group, alike.rule, watched, kept, raw, how)
     if at_rest(optimizer) is not False:
         _with_resting(raw, optimizer, seen)
@@ -364,7 +374,7 @@ def after(
 
 
 def _summarise(
-    batch: list[tuple[int, Entry]],
+    batch: Sequence[tuple[int, Entry]],
     group: Mapping[str, Any],
     rule: Rule | None,
     watched: Sequence[Watched],
@@ -398,7 +408,7 @@ def _summarise(
 
 
 def _reconstructed(
-    batch: list[tuple[int, Entry]],
+    batch: Sequence[tuple[int, Entry]],
     group: Mapping[str, Any],
     rule: Rule,
     watched: Sequence[Watched],
@@ -411,12 +421,12 @@ def _reconstructed(
     if entries[0].param.numel() <= WHOLE:
         result = _read_whole(batch, group, rule, kept)
     else:
-        result = [_read_large(batch, group, rule, kept, how)]
+        result = _read_large(batch, group, rule, kept, how)
     return result + _tracked(batch, group, rule, watched, kept)
 
 
 def _read_whole(
-    batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule, kept: Before
+    batch: Sequence[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule, kept: Before
 ) -> list[Rows]:
     """Small parameters: all of them at once, and rows for each shape."""
     entries = [entry for _, entry in batch]
@@ -442,20 +452,21 @@ def _read_whole(
 
 
 def _read_large(
-    batch: list[tuple[int, Entry]],
+    batch: Sequence[tuple[int, Entry]],
     group: Mapping[str, Any],
     rule: Rule,
     kept: Before,
     how: How,
-) -> Rows:
+) -> list[Rows]:
     """Large parameters: a sample of each checked, and all of them block by block."""
     entries = [entry for _, entry in batch]
     at = [i for i, _ in batch]
     checks, middle = _checked(entries, group, rule, kept.sample(at))
-    parts, bins = large_figures(
-        entries, group, rule, middle, sample=how.sample, compile=how.compile
-    )
-    return Rows(at, parts=parts, checks=checks, bins=bins)
+    found = large_figures(entries, group, rule, middle, sample=how.sample, compile=how.compile)
+    return [
+        Rows([at[i] for i in some], parts=parts, bins=counts.table, first_bin=counts.first)
+        for some, parts, counts in found
+    ] + [Rows(at, checks=checks)]
 
 
 def _checked(
@@ -463,11 +474,17 @@ def _checked(
 ) -> tuple[Tensor, Sequence[Tensor] | None]:
     """CHECKS of samples of large parameters, and pivots of their rates where these differ."""
     sampled = [_sample_of(e.param) for e in entries]
-    s = Slice(entries, group, take_rows(sampled, torch.float64), old)  # as above
-    update = rule.update(s)
-    rates = _all_rates(update, s.param)
-    middle = None if rates is None else pivots(rates).unbind()
-    return figures.check_figures(s, update, old), middle
+    checks: list[Tensor] = []
+    middle: list[Tensor] = []
+    for some in parted(range(len(entries)), [WHOLE] * len(entries), _CHECKED):
+        at = slice(some[0], some[-1] + 1)
+        s = Slice(entries[at], group, take_rows(sampled[at], torch.float64), old[at])  # as above
+        update = rule.update(s)
+        checks.append(figures.check_figures(s, update, old[at]))
+        rates = _all_rates(update, s.param)
+        if rates is not None:
+            middle += pivots(rates).unbind()
+    return torch.cat(checks), middle or None
 
 
 def _all_rates(update: Update, like: Tensor) -> Tensor | None:
@@ -478,7 +495,7 @@ def _all_rates(update: Update, like: Tensor) -> Tensor | None:
 
 
 def _measured(
-    batch: list[tuple[int, Entry]],
+    batch: Sequence[tuple[int, Entry]],
     group: Mapping[str, Any],
     watched: Sequence[Watched],
     kept: Before,
@@ -520,7 +537,7 @@ def measured_rows(
 
 
 def _tracked(
-    batch: list[tuple[int, Entry]],
+    batch: Sequence[tuple[int, Entry]],
     group: Mapping[str, Any],
     rule: Rule | None,
     watched: Sequence[Watched],
@@ -580,7 +597,9 @@ def _tracked_at(some: list[tuple[int, Entry]], watched: Sequence[Watched]) -> li
     ]
 
 
-def empty_rows(batch: list[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule | None) -> Rows:
+def empty_rows(
+    batch: Sequence[tuple[int, Entry]], group: Mapping[str, Any], rule: Rule | None
+) -> Rows:
     """Parameters without elements: their sums are 0, and they have no rate."""
     like = batch[0][1].param
     parts = torch.zeros((len(batch), len(figures.PARTS)), dtype=torch.float64, device=like.device)
@@ -618,14 +637,3 @@ def cause(error: Exception) -> str:
 def copied(value: Any) -> Any:
     """A hyperparameter as it stands now: a tensor's copy, anything else itself."""
     return local(value).detach().clone() if isinstance(value, Tensor) else value
-
-
-def _parted(batch: list[tuple[int, Entry]], most: int) -> Iterator[list[tuple[int, Entry]]]:
-    """Cut into parts of which at most so many elements, or one parameter, are read at once."""
-    start = total = 0
-    for end, size in enumerate([min(entry.param.numel(), WHOLE) for _, entry in batch]):
-        if total + size > most and end > start:
-            yield batch[start:end]
-            start, total = end, 0
-        total += size
-    yield batch[start:]

@@ -11,16 +11,13 @@ from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, Whole
 from lrprobe.summary.figures import (
-    BINS,
     is_scalar,
     scalar,
-    state_like,
-    suspicious,
 )
 from lrprobe.summary.fused import COLUMNS, is_exact, kernel_for, totals
-from lrprobe.summary.histogram import counts_of
-from lrprobe.summary.nonfinite import hidden_states
+from lrprobe.summary.histogram import Counts, counts_of, listed, no_counts
 from lrprobe.summary.reading import (
+    Lines,
     block_size,
     blocks,
     is_flat,
@@ -29,75 +26,42 @@ from lrprobe.summary.reading import (
     take_all,
     take_block,
 )
-from lrprobe.summary.sample import estimated
 from lrprobe.summary.sums import DEPTH, Sums, finished, together, unless_zero
 
 SAMPLE = 1 << 16
 """Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
 
 
-def large_figures(
+def read_singly(
     entries: Sequence[Entry],
     group: Mapping[str, Any],
     rule: Rule,
     pivots: Sequence[Tensor] | None,
+    states: Sequence[str],
     *,
-    sample: int | None = None,
-    compile: bool = False,  # noqa: A002 - as in `attach`
-) -> tuple[Tensor, Tensor]:
-    """PARTS (entries, ·), and fine histograms of a sample of the rates: (entries, BINS), int32.
+    compile: bool,  # noqa: A002 - as in `attach`
+    exact: bool,
+) -> tuple[Tensor, Counts]:
+    """PARTS (entries, ·) of large parameters, and fine histograms of a sample of their rates.
 
     Args:
-        entries: large parameters of one group and device.
+        entries: parameters of one group and device.
         group: theirs.
         rule: theirs.
         pivots: a value among each one's rates, 0-dim; None where all its elements share a rate.
-        sample: estimate the figures from that many elements, but for the norms of parameter and
-            gradient, which stay exact.
+        states: names of the state entries that are looked through for what is not finite.
         compile: with a compiled kernel where there can be one.
+        exact: in float64; else a row that float32 has spoilt comes out ``suspicious``.
     """
-    if sample is not None and compile:
-        sample = -(-sample // COLUMNS) * COLUMNS  # whole rows of a kernel
-    large = [i for i, e in enumerate(entries) if sample is None or sample >= e.param.numel()]
-    few = [i for i in range(len(entries)) if i not in large]
-
-    def states_of(entry: Entry, *, exact: bool) -> Sequence[str]:
-        return tuple(state_like(entry)) if exact else hidden_states(entry, group, rule)
-
-    def figures(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
-        states = states_of(entries[some[0]], exact=exact)
-        streams = [Stream(entries[i], group, rule, exact=exact) for i in some]
-        sums = Sums(states, exact=exact)
-        for i, stream in zip(some, streams, strict=True):
-            stream.read(sums, None if pivots is None else pivots[i], compile=compile)
-        counts = torch.stack([cast("Tensor", stream.counts) for stream in streams])
-        return _finished(streams, counts), counts
-
-    def estimates(some: Sequence[int], *, exact: bool) -> tuple[Tensor, Tensor]:
-        chosen = [entries[i] for i in some]
-        middle = None if pivots is None else [pivots[i] for i in some]
-        states = states_of(chosen[0], exact=exact)
-        size = cast("int", sample)
-        sums = Sums(states, exact=exact)
-        return estimated(chosen, group, rule, middle, size, sums, compile=compile, exact=exact)
-
-    device = entries[0].param.device
-    rows: dict[int, tuple[Tensor, Tensor]] = {}
-    on_host = device.type == "cpu"
-    for function, some in ((figures, large), (estimates, few)):
-        if some:
-            # A device must not be asked what came out: there it is computed the sure way at once.
-            found = function(some, exact=not on_host)
-            rows |= zip(some, zip(*found, strict=True), strict=True)
-            again = suspicious(found[0].numpy()).nonzero()[0].tolist() if on_host else []
-            if again:
-                at = [some[i] for i in again]
-                rows |= zip(at, zip(*function(at, exact=True), strict=True), strict=True)
-    parts, counts = zip(*(rows[i] for i in range(len(entries))), strict=True)
-    return torch.stack(parts), torch.stack(counts)
+    streams = [Stream(entry, group, rule, exact=exact) for entry in entries]
+    sums = Sums(states, exact=exact)
+    for i, stream in enumerate(streams):
+        stream.read(sums, None if pivots is None else pivots[i], compile=compile)
+    counts = listed([cast("Counts", stream.counts) for stream in streams])
+    return _finished(streams, counts), counts
 
 
-def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
+def _finished(streams: Sequence[Stream], counts: Counts) -> Tensor:
     """PARTS of streams that have been read: (streams, PARTS)."""
     found = {
         name: torch.stack([stream.total[name] for stream in streams])
@@ -106,7 +70,7 @@ def _finished(streams: Sequence[Stream], counts: Tensor) -> Tensor:
     }
     n, decay, pivot = (found.pop(name) for name in ("count", "decay", "pivot"))
     in_bits = streams[0].dtype is not torch.float64
-    return finished(found, n, decay, pivot, counts if in_bits else None)
+    return finished(found, n, decay, pivot, counts.table if in_bits else None)
 
 
 class Stream:
@@ -114,7 +78,7 @@ class Stream:
 
     Attributes:
         total: sums, extremes and what else is known of it, 0-dim, float64: name to tensor.
-        counts: fine histogram of a sample of its rates: (BINS,), int32.
+        counts: fine histogram of a sample of its rates.
     """
 
     def __init__(
@@ -130,7 +94,7 @@ class Stream:
         self.dtype = torch.float64 if exact else precision(entry.param)
         self.numel = entry.param.numel()
         self.total: dict[str, Tensor] = {}
-        self.counts: Tensor | None = None
+        self.counts: Counts | None = None
 
     def slices(self, start: int = 0) -> Iterator[Slice]:
         """All of it in order, of a ``flat`` entry from a flat position on."""
@@ -254,11 +218,11 @@ class RateSample:
         self._rates[self._filled : self._filled + len(rates)].copy_(rates)
         self._filled += len(rates)
 
-    def histogram(self) -> Tensor:
-        """Counts in fine bins: (BINS,), int32; zeros where all elements share one rate."""
+    def histogram(self) -> Counts:
+        """The fine histogram; without bins where all elements share one rate."""
         if self._rates is None:
-            return torch.zeros(BINS, dtype=torch.int32, device=self._device)
-        return counts_of(self._rates.unsqueeze(0))[0]
+            return no_counts(1, self._device)
+        return counts_of(self._rates.unsqueeze(0), Lines(((1, 1),)))
 
 
 def stride_for(numel: int, width: int) -> int:

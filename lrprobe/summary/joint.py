@@ -1,0 +1,245 @@
+"""Several large parameters at once: samples of them, or all of those that are not very large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lrprobe.rules.base import Entry, Rule, Slice, Take
+from lrprobe.summary.figures import ADDITIVE, PARTS, ROW, plain_figures
+from lrprobe.summary.fused import COLUMNS, is_exact, kernel_for, totals
+from lrprobe.summary.histogram import Counts, added, counts_of, histograms, listed
+from lrprobe.summary.reading import (
+    Lines,
+    block_size,
+    is_flat,
+    parted,
+    precision,
+    spread,
+    take_rows,
+)
+from lrprobe.summary.sums import Sums, column, finished, owned, together, unless_zero
+
+MOST = 1 << 17
+"""Elements below which parameters are read together: what Python does around a block takes as long
+as two thirds of as many elements, and all of their rates are sorted into the fine histogram."""
+
+
+class Part(NamedTuple):
+    """Parameters that are read together.
+
+    Attributes:
+        entries: the parameters.
+        pivot: a value among each one's rates: (parameters,); None where all its elements share a
+            rate.
+        lines: how their elements, or samples of these, become rows.
+        width: elements of a row.
+        takes: what reads them, one after the other, given a dtype.
+    """
+
+    entries: Sequence[Entry]
+    pivot: Tensor | None
+    lines: Lines
+    width: int
+    takes: Sequence[Callable[[torch.dtype], Take]]
+
+
+class Read(NamedTuple):
+    """What was read: totals and the rest by name, (parameters,); and histograms of the rates."""
+
+    total: dict[str, Tensor]
+    counts: Counts
+    overwritten: bool
+    """Whether the optimizer leaves something else where the gradient was."""
+
+
+class Reader:
+    """Reads parameters of one group and device, parts of them together."""
+
+    def __init__(
+        self,
+        like: Entry,
+        group: Mapping[str, Any],
+        rule: Rule,
+        states: Sequence[str],
+        *,
+        compile: bool,  # noqa: A002 - as in `attach`
+        exact: bool,
+    ) -> None:
+        """Set up.
+
+        Args:
+            like: one of the parameters.
+            group: theirs.
+            rule: theirs.
+            states: names of the state entries that are looked through for what is not finite.
+            compile: with a compiled kernel where there can be one.
+            exact: in float64; else a row that float32 has spoilt comes out ``suspicious``.
+        """
+        self._group, self._rule = group, rule
+        self._device = like.param.device
+        self._dtype = torch.float64 if exact else precision(like.param)
+        self._sums = Sums(states, exact=exact)
+        self._exact = exact
+        self._by_kernel = compile and exact == is_exact(self._device)
+
+    def whole(
+        self, entries: Sequence[Entry], pivots: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Counts]:
+        """PARTS (entries, ·), and histograms, of all elements.
+
+        Args:
+            entries: parameters of less than ``MOST`` elements, sorted by ``order``.
+            pivots: a value among each one's rates, 0-dim; None where all its elements share a rate.
+        """
+        sizes = [entry.param.numel() for entry in entries]
+        parts = []
+        for at in self._together([self._joins(entry) for entry in entries], sizes):
+            some = [entries[i] for i in at]
+            lines = Lines.of(some)
+            width = some[0].param.numel() // lines.runs[0][1]
+            parts.append(Part(some, _chosen(pivots, at), lines, width, [lines.take]))
+        found, counts, _ = self._all(parts)
+        return self._finished(found, _known(sizes, self._device), counts), counts
+
+    def sample(
+        self, entries: Sequence[Entry], pivots: Sequence[Tensor] | None, size: int
+    ) -> tuple[Tensor, Counts]:
+        """PARTS and histograms from a sample of each; norms of parameter and gradient are exact.
+
+        Args:
+            entries: parameters that are larger than that.
+            pivots: as in ``whole``.
+            size: elements of each, at least; whole rows of a kernel where there may be one.
+        """
+        plain = plain_figures(entries, counts=False)
+        at = [spread(entry.param.numel(), size, self._device) for entry in entries]
+        sizes = [len(each) for each in at]
+        parts = []
+        for chosen in self._together(sizes, sizes):
+            some = [entries[i] for i in chosen]
+            pieces = zip(*(at[i].pieces(block_size(self._dtype)) for i in chosen), strict=True)
+            takes = [partial(take_rows, piece) for piece in pieces]
+            lines = Lines(((len(some), 1),))
+            parts.append(Part(some, _chosen(pivots, chosen), lines, sizes[chosen[0]], takes))
+        total, counts, overwritten = self._all(parts)
+        n = _known(sizes, self._device)
+        result = self._finished(total, n, counts)
+        numel = _known([entry.param.numel() for entry in entries], self._device)
+        for name in ADDITIVE:
+            result[:, PARTS.index(name)] *= numel / n
+        for name in ("pp",) if overwritten else ("pp", "gg"):
+            result[:, PARTS.index(name)] = plain[name]
+        bad = result[:, PARTS.index("nonfinite")]
+        result[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
+        return result, counts
+
+    def _joins(self, entry: Entry) -> Any:
+        """What neighbours that can be read together have in common."""
+        kind = order(entry)
+        if kind[0] == 0 and self._by_kernel:
+            return 0
+        return 1 if kind[0] < _OTHER else kind
+
+    def _together(self, keys: Sequence[Any], sizes: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Positions of neighbours of one key, of which a block is read at once."""
+        # Of several, a device is not asked whether they share the scalars that a kernel takes.
+        most = 1 if self._by_kernel and self._exact else block_size(self._dtype)
+        for _, run in groupby(range(len(keys)), keys.__getitem__):
+            at = list(run)
+            yield from parted(at, [sizes[i] for i in at], most)
+
+    def _all(self, parts: Sequence[Part]) -> Read:
+        """All of them, in order."""
+        each = [self._read(part) for part in parts]
+        names = [name for name in each[0].total if all(name in read.total for read in each)]
+        total = {name: torch.cat([read.total[name] for read in each]) for name in names}
+        return Read(total, listed([read.counts for read in each]), each[0].overwritten)
+
+    def _read(self, part: Part) -> Read:
+        if self._by_kernel and part.pivot is not None:
+            read = self._compiled(part, part.pivot)
+            if read is not None:
+                return read
+        return self._eager(part)
+
+    def _eager(self, part: Part) -> Read:
+        lines = part.lines
+        pivot = away = None
+        if part.pivot is not None:
+            pivot = part.pivot.to(self._dtype)
+            away = unless_zero(lines.spread(pivot).unsqueeze(1))
+        bins = []
+        for take in part.takes:
+            s = Slice(lines.each(part.entries), self._group, take(self._dtype))
+            update = self._rule.update(s)
+            bins.append(histograms(update.effective_lr, s.param, lines))
+            self._sums.add(s, update, away)
+        total = owned(self._sums.totals(), lines)
+        total["decay"] = lines.owned(column(update.decay, s.param), Tensor.amin)
+        if pivot is None:
+            pivot = lines.owned(column(update.effective_lr, s.param), Tensor.amin)
+        total["pivot"] = pivot.double()
+        return Read(total, added(bins), update.grad is not None)
+
+    def _compiled(self, part: Part, pivot: Tensor) -> Read | None:
+        """By a compiled kernel; None where there is none that takes all of them at once."""
+        some, lines = part.entries, part.lines
+        if part.width % COLUMNS:
+            return None
+        # All have states of the same names.
+        kernel = kernel_for(some[0], self._group, self._rule, sampled=True)
+        if kernel is None:
+            return None
+        s = Slice(some, self._group, part.takes[0](self._dtype))
+        numbers = {name: s.scalar(name) for name in kernel.scalars}
+        if any(isinstance(each, Tensor) and each.dim() for each in numbers.values()):
+            return None  # not the same for all
+        first = Entry(some[0].param, some[0].grad, numbers)
+        scalars, decay = kernel.scalars_of(first, self._group["lr"])
+        factor = decay.to(self._device, self._dtype, non_blocking=True)
+        tensors = [[e.param for e in some], [cast("Tensor", e.grad) for e in some]]
+        tensors += [[e.state[name] for e in some] for name in kernel.states]
+        away = lines.spread(pivot.to(self._dtype)).unsqueeze(1)
+        total: dict[str, Tensor] = {}
+        bins = []
+        for take in part.takes:
+            read = [take(each[0].dtype)(lines.each(each)) for each in tensors]
+            rows = away.expand(-1, read[0].shape[1] // COLUMNS).reshape(-1, 1)
+            param, grad, *states = (each.view(-1) for each in read)
+            figures, rates = kernel.run(param, grad, states, scalars, rows, factor)
+            total = together(total, totals(figures, len(away), exact=self._exact))
+            bins.append(counts_of(rates.view(len(away), -1), lines))
+        total = owned(total, lines)
+        total |= {"pivot": pivot.double(), "decay": decay.double().expand(len(some))}
+        return Read(total, added(bins), overwritten=False)
+
+    def _finished(self, total: dict[str, Tensor], n: Tensor, counts: Counts) -> Tensor:
+        decay, center = total.pop("decay"), total.pop("pivot")
+        in_bits = self._dtype is not torch.float64
+        return finished(total, n, decay, center, counts.table if in_bits else None)
+
+
+_OTHER = 2
+
+
+def order(entry: Entry) -> tuple[int, tuple[int, ...]]:
+    """Sorts parameters so that those that can be read together follow each other."""
+    numel = entry.param.numel()
+    kind = _OTHER
+    if numel % ROW == 0 and is_flat(entry):
+        kind = 0 if numel % COLUMNS == 0 else 1
+    return kind, tuple(entry.param.shape)
+
+
+def _chosen(values: Sequence[Tensor] | None, at: Sequence[int]) -> Tensor | None:
+    return None if values is None else torch.stack([values[i] for i in at])
+
+
+def _known(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
