@@ -171,6 +171,13 @@ def test_big_parameters_are_numpys_within_the_contract(
             optimizer.step()
             steps.append(tape.after())
     frame = probe.frame()
+    for truth in steps[-1].values():
+        row = one_row(frame, step=len(steps), parameter=truth.name)
+        check_big(row, truth, dtype, f"{kind} {dtype} {truth.name}")
+
+
+def check_big(row: Any, truth: oracle.Truth, dtype: torch.dtype, where: str) -> None:
+    """All figures of a parameter of more than 4,096 elements are within the contract."""
     rtol = 1e-5 if dtype == torch.float32 else 1e-10
     looser = {
         "effective_lr_gmean": (0.01, 0.0),
@@ -179,17 +186,14 @@ def test_big_parameters_are_numpys_within_the_contract(
         # a share of the check sample, of at least 4,096 elements
         "lost_fraction": (0.0, 0.05),
     }
-    for truth in steps[-1].values():
-        row = one_row(frame, step=len(steps), parameter=truth.name)
-        right = oracle.row(truth)
-        where = f"{kind} {dtype} {truth.name}"
-        limit = 1e-12 if dtype == torch.float64 else 1e-3
-        check_error(row, right.pop("reconstruction_error"), limit, where)
-        if truth.after.size > 4096:
-            for name in QUANTILES:
-                del right[f"effective_lr_{name}"]
-            assert_quantiles(row, truth.rate, where)
-        assert_close(row, right, where, rtol, looser=looser)
+    right = oracle.row(truth)
+    limit = 1e-12 if dtype == torch.float64 else 1e-3
+    check_error(row, right.pop("reconstruction_error"), limit, where)
+    if truth.after.size > 4096:
+        for name in QUANTILES:
+            del right[f"effective_lr_{name}"]
+        assert_quantiles(row, truth.rate, where)
+    assert_close(row, right, where, rtol, looser=looser)
 
 
 HALF = [case for case in one_per_class() if not case.sparse and not case.measured]
@@ -577,6 +581,55 @@ def test_parameters_that_are_read_together(kind: str) -> None:
             assert_close(row, right, where, looser=SPREAD)
 
 
+TOGETHER = [(96, 64), (128, 64), (300, 17), (160, 64), (128, 64), (64, 256), (300, 17), (256, 32)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adadelta", "Adafactor"])
+def test_large_parameters_that_are_read_together(
+    kind: str, dtype: torch.dtype, compiled: bool
+) -> None:
+    """Of several sizes, one not contiguous, one that begins later, one with a NaN: NumPy's."""
+    generator = torch.Generator().manual_seed(8)
+    params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in TOGETHER]
+    params[-1] = nn.Parameter(params[-1].detach().T.contiguous().T)
+    late, spoilt = 4, 5
+    spread = [torch.exp(2 * torch.randn(s, generator=generator)).to(dtype) for s in TOGETHER]
+    optimizer = getattr(torch.optim, kind)(params, lr=0.01)
+    tape = Tape(optimizer)
+    steps = []
+    with lrprobe.attach(optimizer, every=1, compile=compiled) as probe:
+        for step in range(1, 4):
+            for i, (param, scale) in enumerate(zip(params, spread, strict=True)):
+                grad = torch.randn(param.shape, generator=generator).to(dtype) * scale
+                param.grad = None if i == late and step == 1 else grad
+                if i == spoilt and step == 3:
+                    grad[7, 7] = torch.nan
+            tape.before()
+            optimizer.step()
+            steps.append(tape.after())
+    rows = {(row["step"], row["parameter"]): row for row in probe.frame().to_dict("records")}
+    assert len(rows) == 3 * len(params)
+    for step, truths in enumerate(steps, 1):
+        for i, (name, truth) in enumerate(truths.items()):
+            where = f"{kind} {dtype}, step {step}, {i}: {TOGETHER[i]}"
+            row = rows[step, name]
+            assert row["rule"] == kind.lower().replace("adamw", "adam"), where
+            if (step, i) == (1, late):
+                assert not row["stepped"], where
+            elif (step, i) == (3, spoilt):
+                assert row["nonfinite"] == oracle.row(truth)["nonfinite"], where
+                assert math.isnan(row["grad_norm"]), where
+            else:
+                check_big(row, truth, dtype, where)
+    histograms = probe.histograms()
+    last = histograms[histograms["step"] == 3].set_index("parameter")["counts"]
+    for i, (name, truth) in enumerate(steps[-1].items()):
+        if i != spoilt:
+            assert sum(last[name]) == truth.after.size, f"{kind} {dtype} {TOGETHER[i]}"
+
+
 class Minimal(Optimizer):
     """Adam without a momentum, and with one second moment for each matrix."""
 
@@ -630,9 +683,11 @@ def test_states_that_only_some_have_by_element(order: int) -> None:
         assert got == pytest.approx(float(optimizer.state[param]["v"].sqrt().mean())), param.shape
 
 
-def test_a_rule_that_fails_on_one_shape_loses_no_other() -> None:
+@pytest.mark.parametrize("size", [1, 80])
+def test_a_rule_that_fails_on_one_shape_loses_no_other(size: int) -> None:
     """Of parameters that are read together only those of the shape it fails on are measured."""
-    params = [nn.Parameter(torch.randn(shape)) for shape in ((64,), (128,), (8, 8), (5, 5))]
+    shapes = (64 * size,), (128 * size,), (8, 8 * size), (25, 25 * size)
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     optimizer = Failing(params, lr=0.1)
     with lrprobe.attach(optimizer, every=1) as probe, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -394,7 +394,7 @@ def _summarise(
             raise
         except Exception as error:  # noqa: BLE001 - a rule must never stop a training
             shapes = [list(each) for _, each in groupby(batch, lambda one: one[1].param.shape)]
-            if not empty and len(shapes) > 1 and batch[0][1].param.numel() <= WHOLE:
+            if not empty and len(shapes) > 1:
                 for some in shapes:  # which of them it cannot explain
                     _summarise(some, group, rule, watched, kept, raw, how)
                 return
