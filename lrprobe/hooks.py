@@ -175,7 +175,7 @@ class Hooks:
         self._cuda = torch.cuda.is_available()  # asked seldom, since it costs a microsecond
         if self._cuda and self._in_capture():
             return
-        with self._harmless():
+        with self._harmless(), _undisturbed():
             self._refresh(optimizer)
             closure = has_closure(args, kwargs)
             if self.exchange is None:
@@ -206,26 +206,32 @@ class Hooks:
                 run=self._owner.run,
                 recorded=kept is not None,
             )
-            if self.exchange is not None:
-                self._exchanged(optimizer, kept, info, self.exchange)
-            elif kept is None:  # nothing is to be known of it but whether it was a step
-                self._owner.add(self, Pending(resting(optimizer), (), info))
-            elif isinstance(kept, Before):
-                how = How(self.options.sample, self.options.compile)
-                raw = after(self.watched, optimizer, kept, how)
-                self._owner.add(self, Pending(raw, self.watched, info))
+            with _undisturbed():
+                pending = self._figures(optimizer, kept, info)
+            if pending is not None:  # last: a thread begins that holds up this one
+                self._owner.add(self, pending)
+
+    def _figures(
+        self, optimizer: Optimizer, kept: Before | Kept | None, info: StepInfo
+    ) -> Pending | Merging | None:
+        """Those of the step that was just taken."""
+        if self.exchange is not None:
+            return self._exchanged(optimizer, kept, info, self.exchange)
+        if isinstance(kept, Before):
+            how = How(self.options.sample, self.options.compile)
+            raw = after(self.watched, optimizer, kept, how)
+            return Pending(raw, self.watched, info)
+        # Nothing is to be known of it but whether it was a step.
+        return Pending(resting(optimizer), (), info)
 
     def _exchanged(
         self, optimizer: Optimizer, kept: Any, info: StepInfo, exchange: Exchange
-    ) -> None:
+    ) -> Merging | None:
         # Whether it was a step must be known at once, so that all ranks go on with one count.
         if at_rest(optimizer) and not moves(optimizer):
             info.recorded = False
             self.schedule.take_back()
-        if kept is not None:
-            merging = exchange.after(optimizer, kept, info)
-            if merging is not None:
-                self._owner.add(self, merging)
+        return None if kept is None else exchange.after(optimizer, kept, info)
 
     def _in_capture(self) -> bool:
         """Whether a CUDA graph is being captured, which would replay what is done now."""
@@ -243,10 +249,9 @@ class Hooks:
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
-        """No error of ours reaches the training loop, and no setting of the user's the figures."""
+        """No error of ours reaches the training loop."""
         try:
-            with _undisturbed():
-                yield
+            yield
         except Warning:  # the user wants warnings to be errors
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
