@@ -220,33 +220,45 @@ def growth() -> None:
             with attached(optimizer):
                 beside = statistics.median(seconds(optimizer.step) for _ in range(100))
             idle.append(1e6 * (beside - without))
-        with attached(optimizer) as (probe, due):
-            recorded = []
-            for _ in range(ROUNDS):
-                bare = seconds(optimizer.step)
-                due.on = True
-                recorded.append(1e6 * (seconds(optimizer.step) - bare) / count)
-                due.on = False
-                probe.flush()
-        rows.append((f"{count:,}", spread(idle), spread(recorded)))
+        extra, _ = recorded(optimizer, ROUNDS)
+        rows.append((f"{count:,}", spread(idle), spread([1e6 * each / count for each in extra])))
     head = ("tensors of 8 elements", "step that is not due, µs more", "recorded step, µs a tensor")
     table("Growth with tensors", head, rows)
     rows = []
     for millions in (2, 20, 200):
-        optimizer = trained([(1000, 1000)] * millions)
-        with attached(optimizer) as (probe, due):
-            pairs = []
-            for _ in range(5):
-                unit = seconds(optimizer.step)
-                due.on = True
-                pairs.append((seconds(optimizer.step) - unit, unit))
-                due.on = False
-                probe.flush()
-        per_element = [1e9 * extra / (millions * 1e6) for extra, _ in pairs]
-        units = [extra / unit for extra, unit in pairs]
+        extra, units = recorded(trained([(1000, 1000)] * millions), 5)
+        per_element = [1e9 * each / (millions * 1e6) for each in extra]
         rows.append((f"{millions} million", spread(per_element, 2), spread(units)))
-        del optimizer
     table("Growth with elements", ("elements", "recorded step, ns an element", "units"), rows)
+
+
+def sizes() -> None:
+    """What a tensor costs, by its size."""
+    rows = []
+    for side in (8, 64, 128, 256, 512):
+        row = [f"{side} × {side}"]
+        for options in ({}, {"compile": True}):
+            extra, units = recorded(trained([(side, side)] * 100), ROUNDS, **options)
+            row += [spread([1e4 * each for each in extra], 0), spread(units)]
+        rows.append(row)
+    head = ("100 tensors of", "µs a tensor", "units", "`compile=True`, µs a tensor", "units")
+    table("Size of a tensor", head, rows)
+
+
+def recorded(
+    optimizer: torch.optim.AdamW, rounds: int, **options: Any
+) -> tuple[list[float], list[float]]:
+    """What recorded steps take more than bare ones: seconds, and units."""
+    extra, units = [], []
+    with attached(optimizer, **options) as (probe, due):
+        for _ in range(rounds):
+            unit = seconds(optimizer.step)
+            due.on = True
+            extra.append(seconds(optimizer.step) - unit)
+            units.append(extra[-1] / unit)
+            due.on = False
+            probe.flush()
+    return extra, units
 
 
 def sinks() -> None:
@@ -365,7 +377,7 @@ def training() -> None:
 def main() -> None:
     """The tables that are named, or all."""
     warnings.filterwarnings("ignore", "lrprobe: another probe")
-    tables = {each.__name__: each for each in (step, growth, sinks, training)}
+    tables = {each.__name__: each for each in (step, growth, sizes, sinks, training)}
     chosen = sys.argv[1:] or list(tables)
     if not set(chosen) <= set(tables):
         sys.exit(
