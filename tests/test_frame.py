@@ -704,6 +704,106 @@ def test_a_rule_that_fails_on_one_shape_loses_no_other(size: int) -> None:
     assert rules == [well, spoilt, spoilt]
 
 
+class Warming(Optimizer):
+    """Each parameter decays as it wants, takes plain steps first, then RMSprop's."""
+
+    def __init__(self, params: Any, decays: list[float]) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.decays = decays
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """θ ← (1 − λ)·θ − lr·g, from the third step of each on lr/(√v+ε)·g."""
+        for param, decay in zip(self.param_groups[0]["params"], self.decays, strict=True):
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                state |= {"step": torch.tensor(0.0), "v": torch.zeros_like(param)}
+                state["decay"] = torch.tensor(decay, dtype=torch.float64)
+            state["step"] += 1
+            state["v"].mul_(0.9).addcmul_(param.grad, param.grad, value=0.1)
+            rate: Any = 0.1 if state["step"] < 3 else 0.1 / (state["v"].sqrt() + 1e-8)
+            param.mul_(1 - decay).sub_(rate * param.grad)
+
+
+def warming(s: lrprobe.Slice) -> lrprobe.Update:
+    """One rate for all elements where none has more than two steps."""
+    t = torch.as_tensor(s.scalar("step"))
+    later = s.lr / (s["v"].sqrt() + 1e-8)
+    rate = s.lr if bool((t < 3).all()) else torch.where(t < 3, s.lr, later)
+    return lrprobe.Update(rate, s.grad, s.scalar("decay"))
+
+
+lrprobe.register_rule(Warming, warming)
+
+WARMING = [
+    ([(5000,)] * 18, range(16, 18)),
+    ([(5000,)] * 18, range(16)),
+    ([(5000,)] * 2 + [(6000,)] * 2, [2, 3]),
+    ([(8192,), (5120,), (5000,)], [1]),
+    ([(200_000,), (300_000,)], [1]),
+    ([(300_000,), (200_000,)], [1]),
+    ([(64,), (64,), (128,)], [1]),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": 4500}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(("shapes", "late"), WARMING, ids=str)
+def test_a_rule_that_says_other_things_of_other_parameters(
+    shapes: list[tuple[int, ...]], late: Any, options: dict[str, Any]
+) -> None:
+    """A shared rate or one by element, a decay or none: each parameter has its own figures."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = Warming(params, [0.1 * (i % 2) for i in range(len(params))])
+    with warnings.catch_warnings(), lrprobe.attach(optimizer, every=1, **options) as probe:
+        warnings.filterwarnings("ignore", "lrprobe: compile=True: torch.compile failed")
+        for step in range(1, 6):
+            old = [param.detach().double() for param in params]
+            for i, param in enumerate(params):
+                # Rates that are nearly the same, which are squared with something taken away.
+                grad = torch.randn_like(param).sign() * (1 + 0.1 * torch.rand_like(param))
+                param.grad = None if i in late and step < 3 else grad
+            optimizer.step()
+    frame = probe.frame()
+    last = frame[frame["step"] == 5]
+    assert (last["rule"] == "warming").all()
+    for i, (param, row) in enumerate(zip(params, last.to_dict("records"), strict=True)):
+        state = optimizer.state[param]
+        rate = (
+            0.1 / (state["v"].double().sqrt() + 1e-8) if state["step"] >= 3 else torch.tensor(0.1)
+        )
+        truth = {
+            "effective_lr_mean": float(rate.mean()),
+            "effective_lr_std": float(rate.std(correction=0)) if rate.dim() else 0.0,
+            "effective_lr_max": float(rate.max()),
+            "update_norm": float((param.detach().double() - old[i]).norm()),
+        }
+        if "sample" in options and param.numel() > 4500:
+            assert_close(row, truth, f"{i}: {shapes[i]}", 0.05)
+        else:
+            looser = {"effective_lr_std": (1e-4, 1e-9)}
+            assert_close(row, truth, f"{i}: {shapes[i]}", 1e-5, looser=looser)
+
+
+def test_gradients_of_another_dtype_than_other_gradients() -> None:
+    """Parameters of one dtype, of which one has its gradient in another, are recorded together."""
+    params = [nn.Parameter(torch.ones(5000, dtype=torch.bfloat16)) for _ in range(3)]
+    params[1].grad_dtype = torch.float32
+    optimizer = torch.optim.SGD(params, lr=0.1, foreach=False, momentum=0.9)
+    for options in ({}, {"sample": 4500}, {"compile": True}):
+        with lrprobe.attach(optimizer, every=1, **options) as probe:
+            for param in params:
+                dtype = torch.float32 if param is params[1] else torch.bfloat16
+                param.grad = torch.full_like(param, 0.3, dtype=dtype)
+            optimizer.step()
+            frame = probe.frame()
+        assert frame["rule"].tolist() == ["sgd"] * 3
+        norms = [float(param.grad.double().norm()) for param in params if param.grad is not None]
+        np.testing.assert_allclose(frame["grad_norm"], norms, rtol=1e-6)
+        assert norms[0] != norms[1]
+
+
 def kinds_of_parameters() -> dict[str, Tensor]:
     """Parameters that are not plain."""
     random = torch.Generator().manual_seed(2)

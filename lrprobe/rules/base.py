@@ -180,8 +180,9 @@ class Slice:
     def __getitem__(self, name: str) -> Tensor:
         """A state entry at these elements; one of another shape is broadcast to the parameter's."""
         tensors = [e.state[name] for e in self._entries]
-        if tensors[0].shape != self._entries[0].param.shape:
-            tensors = [t.expand(e.param.shape) for t, e in zip(tensors, self._entries, strict=True)]
+        shapes = [e.param.shape for e in self._entries]
+        if [t.shape for t in tensors] != shapes:
+            tensors = [t.expand(shape) for t, shape in zip(tensors, shapes, strict=True)]
         return self._take(tensors)
 
     def scalar(self, name: str) -> Scalar:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Slice, Take
-from lrprobe.summary.figures import ADDITIVE, PARTS, ROW, plain_figures
+from lrprobe.summary.figures import ADDITIVE, PARTS, ROW, is_scalar, plain_figures
 from lrprobe.summary.fused import COLUMNS, is_exact, kernel_for, totals
 from lrprobe.summary.histogram import Counts, added, counts_of, histograms, listed
 from lrprobe.summary.reading import (
@@ -23,7 +23,7 @@ from lrprobe.summary.reading import (
     spread,
     take_rows,
 )
-from lrprobe.summary.sums import Sums, column, finished, owned, together, unless_zero
+from lrprobe.summary.sums import Sums, all_finished, column, owned, together, unless_zero
 
 MOST = 1 << 17
 """Elements below which parameters are read together: what Python does around a block takes as long
@@ -50,12 +50,17 @@ class Part(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What was read: totals and the rest by name, (parameters,); and histograms of the rates."""
+    """What was read of a part.
+
+    Attributes:
+        total: sums, extremes, and what else ``finished`` takes, by name: (parameters,).
+        counts: fine histograms of the rates.
+        overwritten: whether the optimizer leaves something else where the gradient was.
+    """
 
     total: dict[str, Tensor]
     counts: Counts
     overwritten: bool
-    """Whether the optimizer leaves something else where the gradient was."""
 
 
 class Reader:
@@ -104,8 +109,8 @@ class Reader:
             lines = Lines.of(some)
             width = some[0].param.numel() // lines.runs[0][1]
             parts.append(Part(some, _chosen(pivots, at), lines, width, [lines.take]))
-        found, counts, _ = self._all(parts)
-        return self._finished(found, _known(sizes, self._device), counts), counts
+        figures, counts, _ = self._all(parts, _known(sizes, self._device))
+        return figures, counts
 
     def sample(
         self, entries: Sequence[Entry], pivots: Sequence[Tensor] | None, size: int
@@ -127,9 +132,8 @@ class Reader:
             takes = [partial(take_rows, piece) for piece in pieces]
             lines = Lines(((len(some), 1),))
             parts.append(Part(some, _chosen(pivots, chosen), lines, sizes[chosen[0]], takes))
-        total, counts, overwritten = self._all(parts)
         n = _known(sizes, self._device)
-        result = self._finished(total, n, counts)
+        result, counts, overwritten = self._all(parts, n)
         numel = _known([entry.param.numel() for entry in entries], self._device)
         for name in ADDITIVE:
             result[:, PARTS.index(name)] *= numel / n
@@ -154,12 +158,18 @@ class Reader:
             at = list(run)
             yield from parted(at, [sizes[i] for i in at], most)
 
-    def _all(self, parts: Sequence[Part]) -> Read:
-        """All of them, in order."""
+    def _all(self, parts: Sequence[Part], n: Tensor) -> tuple[Tensor, Counts, bool]:
+        """PARTS of all of them, histograms, and whether gradients were overwritten.
+
+        Args:
+            parts: in order.
+            n: elements of each parameter that are read.
+        """
         each = [self._read(part) for part in parts]
-        names = [name for name in each[0].total if all(name in read.total for read in each)]
-        total = {name: torch.cat([read.total[name] for read in each]) for name in names}
-        return Read(total, listed([read.counts for read in each]), each[0].overwritten)
+        counts = [read.counts for read in each]
+        in_bits = self._dtype is not torch.float64
+        figures = all_finished([read.total for read in each], n, counts if in_bits else None)
+        return figures, listed(counts), any(read.overwritten for read in each)
 
     def _read(self, part: Part) -> Read:
         if self._by_kernel and part.pivot is not None:
@@ -170,10 +180,9 @@ class Reader:
 
     def _eager(self, part: Part) -> Read:
         lines = part.lines
-        pivot = away = None
+        away = None
         if part.pivot is not None:
-            pivot = part.pivot.to(self._dtype)
-            away = unless_zero(lines.spread(pivot).unsqueeze(1))
+            away = unless_zero(lines.spread(part.pivot.to(self._dtype)).unsqueeze(1))
         bins = []
         for take in part.takes:
             s = Slice(lines.each(part.entries), self._group, take(self._dtype))
@@ -182,9 +191,12 @@ class Reader:
             self._sums.add(s, update, away)
         total = owned(self._sums.totals(), lines)
         total["decay"] = lines.owned(column(update.decay, s.param), Tensor.amin)
-        if pivot is None:
-            pivot = lines.owned(column(update.effective_lr, s.param), Tensor.amin)
-        total["pivot"] = pivot.double()
+        if is_scalar(update.effective_lr, s.param):
+            total["pivot"] = lines.owned(column(update.effective_lr, s.param), Tensor.amin)
+        elif part.pivot is not None:
+            total["pivot"] = part.pivot.to(self._dtype).double()
+        else:
+            total["pivot"] = torch.zeros_like(total["decay"])
         return Read(total, added(bins), update.grad is not None)
 
     def _compiled(self, part: Part, pivot: Tensor) -> Read | None:
@@ -205,6 +217,8 @@ class Reader:
         factor = decay.to(self._device, self._dtype, non_blocking=True)
         tensors = [[e.param for e in some], [cast("Tensor", e.grad) for e in some]]
         tensors += [[e.state[name] for e in some] for name in kernel.states]
+        if any(t.dtype != each[0].dtype for each in tensors for t in each):
+            return None
         away = lines.spread(pivot.to(self._dtype)).unsqueeze(1)
         total: dict[str, Tensor] = {}
         bins = []
@@ -218,11 +232,6 @@ class Reader:
         total = owned(total, lines)
         total |= {"pivot": pivot.double(), "decay": decay.double().expand(len(some))}
         return Read(total, added(bins), overwritten=False)
-
-    def _finished(self, total: dict[str, Tensor], n: Tensor, counts: Counts) -> Tensor:
-        decay, center = total.pop("decay"), total.pop("pivot")
-        in_bits = self._dtype is not torch.float64
-        return finished(total, n, decay, center, counts.table if in_bits else None)
 
 
 _OTHER = 2

@@ -270,13 +270,23 @@ def _alike(tensors: Sequence[Readable]) -> bool:
 
 def _gathered(tensors: Sequence[Readable], at: Sequence[Spread]) -> Tensor:
     """As many positions of each, read into their rows at once."""
-    if not all(isinstance(each, Tensor) and each.is_contiguous() for each in tensors):
+    first = tensors[0]
+    if not all(_like(first, each) for each in tensors):
         return torch.stack(list(map(positions, tensors, at)))
-    first = cast("Tensor", tensors[0])
+    first = cast("Tensor", first)
     rows = first.new_empty((len(at), len(at[0])))
     for tensor, each, row in zip(cast("Sequence[Tensor]", tensors), at, rows, strict=True):
         torch.index_select(each.runs(tensor), 0, each.lines, out=row.view(-1, each.run))
     return rows
+
+
+def _like(first: Readable, other: Readable) -> bool:
+    return (
+        isinstance(first, Tensor)
+        and isinstance(other, Tensor)
+        and other.is_contiguous()
+        and other.dtype is first.dtype
+    )
 
 
 def positions(tensor: Readable, at: Positions) -> Tensor:

@@ -476,15 +476,18 @@ def _checked(
     sampled = [_sample_of(e.param) for e in entries]
     checks: list[Tensor] = []
     middle: list[Tensor] = []
+    differ = False
     for some in parted(range(len(entries)), [WHOLE] * len(entries), _CHECKED):
         at = slice(some[0], some[-1] + 1)
         s = Slice(entries[at], group, take_rows(sampled[at], torch.float64), old[at])  # as above
         update = rule.update(s)
         checks.append(figures.check_figures(s, update, old[at]))
         rates = _all_rates(update, s.param)
-        if rates is not None:
-            middle += pivots(rates).unbind()
-    return torch.cat(checks), middle or None
+        differ |= rates is not None
+        middle += (
+            column(update.effective_lr, s.param) if rates is None else pivots(rates)
+        ).unbind()
+    return torch.cat(checks), middle if differ else None
 
 
 def _all_rates(update: Update, like: Tensor) -> Tensor | None:

@@ -26,7 +26,7 @@ from lrprobe.summary.reading import (
     take_all,
     take_block,
 )
-from lrprobe.summary.sums import DEPTH, Sums, finished, together, unless_zero
+from lrprobe.summary.sums import DEPTH, Sums, all_finished, together, unless_zero
 
 SAMPLE = 1 << 16
 """Elements of a large parameter whose rates are sorted into the fine histogram, at least."""
@@ -57,20 +57,11 @@ def read_singly(
     sums = Sums(states, exact=exact)
     for i, stream in enumerate(streams):
         stream.read(sums, None if pivots is None else pivots[i], compile=compile)
-    counts = listed([cast("Counts", stream.counts) for stream in streams])
-    return _finished(streams, counts), counts
-
-
-def _finished(streams: Sequence[Stream], counts: Counts) -> Tensor:
-    """PARTS of streams that have been read: (streams, PARTS)."""
-    found = {
-        name: torch.stack([stream.total[name] for stream in streams])
-        for name in streams[0].total
-        if all(name in stream.total for stream in streams)
-    }
-    n, decay, pivot = (found.pop(name) for name in ("count", "decay", "pivot"))
+    counts = [cast("Counts", stream.counts) for stream in streams]
+    n = torch.stack([stream.total.pop("count") for stream in streams])
+    totals = [{k: v.unsqueeze(0) for k, v in stream.total.items()} for stream in streams]
     in_bits = streams[0].dtype is not torch.float64
-    return finished(found, n, decay, pivot, counts.table if in_bits else None)
+    return all_finished(totals, n, counts if in_bits else None), listed(counts)
 
 
 class Stream:
@@ -122,36 +113,30 @@ class Stream:
         start = 0
         decay: Scalar = 0.0
         pivot = None if pivot is None else pivot.to(self.dtype)
-        center: Scalar | None = pivot
+        center: Scalar = 0.0 if pivot is None else pivot
         if compile and pivot is not None and self.exact == is_exact(pivot.device):
             total, start, decay = self._read_compiled(pivot, rates)
         away = None if pivot is None else unless_zero(pivot)
         for s in self.slices(start):
-            decay, rate = self._block(s, sums, away, rates, start, one=pivot is None)
-            center = rate if pivot is None else pivot
+            decay, rate = self._block(s, sums, away, rates, start)
+            center = center if rate is None else rate
             start += s.param.shape[0]
         total = together(total, {name: each[0] for name, each in sums.totals().items()})
         for name, value in (("count", start), ("decay", decay), ("pivot", center)):
-            total[name] = scalar(cast("Scalar", value), self.entry.param).reshape(())
+            total[name] = scalar(value, self.entry.param).reshape(())
         self.total, self.counts = total, rates.histogram()
 
     def _block(
-        self,
-        s: Slice,
-        sums: Sums,
-        pivot: Tensor | None,
-        rates: RateSample,
-        start: int,
-        *,
-        one: bool,
+        self, s: Slice, sums: Sums, pivot: Tensor | None, rates: RateSample, start: int
     ) -> tuple[Scalar, Scalar | None]:
-        """Take a block: its decay, and the rate where it is ``one`` for all.
+        """Take a block: its decay, and the rate where there is one for all.
 
         A method of its own, so that what the rule made is gone before the next block.
         """
         update = self.rule.update(s)
         rates.add(update.effective_lr, start, s.param)  # while they are in cache
         sums.add(s, update, pivot)
+        one = is_scalar(update.effective_lr, s.param)
         return update.decay, update.effective_lr if one else None
 
     def _read_compiled(

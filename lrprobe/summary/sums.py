@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lrprobe.rules.base import Scalar, Slice, Update
 from lrprobe.summary.figures import PARTS, PER_OCTAVE, ROW, gradient, is_scalar, scalar
+from lrprobe.summary.histogram import Counts, listed
 from lrprobe.summary.reading import Lines
 
 _NORMS = ("dd", "ee", "uu", "pp", "gg", "rate_m2")
@@ -331,6 +333,28 @@ def finished(
         # 0, or NaN where a state is not finite; the rest shows in its products.
         found["nonfinite"] = found["states"] * 0
     return torch.stack([found.get(name, absent) for name in PARTS], dim=1)
+
+
+def all_finished(
+    totals: Sequence[dict[str, Tensor]], n: Tensor, counts: Sequence[Counts] | None
+) -> Tensor:
+    """PARTS of parameters that were read one after the other: (parameters, PARTS), float64.
+
+    Args:
+        totals: ``Sums.totals`` of some of them, with their ``decay`` and ``pivot``, then of the
+            next ones. What one rule says of some may lack what it says of others.
+        n: elements that they are of.
+        counts: as for ``finished``, of each of the totals.
+    """
+    figures, end = [], 0
+    for _, run in groupby(range(len(totals)), lambda i: totals[i].keys()):
+        at = list(run)
+        found = {k: torch.cat([totals[i][k] for i in at]) for k in totals[at[0]]}
+        decay, pivot = found.pop("decay"), found.pop("pivot")
+        start, end = end, end + len(pivot)
+        table = None if counts is None else listed([counts[i] for i in at]).table
+        figures.append(finished(found, n[start:end], decay, pivot, table))
+    return torch.cat(figures)
 
 
 def row_figures(s: Slice, update: Update, states: Sequence[str], lines: Lines) -> Tensor:
