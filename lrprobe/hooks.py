@@ -21,6 +21,7 @@ from lrprobe.names import name_parameters
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
 from lrprobe.summary.pending import Pending, StepInfo
+from lrprobe.summary.reading import keep_freed_memory
 from lrprobe.summary.shards import Kept
 from lrprobe.summary.snapshot import (
     Before,
@@ -88,6 +89,7 @@ class Hooks:
         self._fixed: list[dict[str, Any]] = []
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
+        keep_freed_memory()
         self._refresh(optimizer)
         if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +193,31 @@ def test_the_host_reads_nothing_in_the_hook(options: dict[str, Any]) -> None:
         bare, recorded = watched(optimizer, **options)
         found = [name for name in recorded.names if name in READS]
         assert found == [name for name in bare.names if name in READS]
+
+
+FAULTS = """
+import resource, torch, lrprobe
+params = [torch.nn.Parameter(torch.randn(128, 128)) for _ in range(100)]
+optimizer = torch.optim.AdamW(params)
+with lrprobe.attach(optimizer, every=1) as probe:
+    for _ in range(8):
+        for param in params:
+            param.grad = torch.randn(128, 128)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        optimizer.step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        probe.flush()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells of glibc's allocator")
+def test_memory_is_used_again_by_the_next_step() -> None:
+    """A recorded step takes hardly a page from the system, also where no tensor is large."""
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    faults = [int(line) for line in result.stdout.split()]
+    assert statistics.median(faults) < 500, faults  # without, some 5,000
 
 
 def test_operations_for_small_parameters_do_not_grow_with_their_number() -> None:

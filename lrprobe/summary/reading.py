@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
@@ -76,6 +76,17 @@ def block_size(dtype: torch.dtype) -> int:
     Python does around them to be little.
     """
     return _BLOCK_BYTES // dtype.itemsize
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let what one block has freed serve the next, rather than be given back to the system.
+
+    The system would take it away and clear it page by page, for up to a third of a recorded step.
+    glibc keeps as much as twice the largest block that was ever freed, up to 32 MiB (mallopt(3),
+    M_MMAP_THRESHOLD): here is one, of which no page is touched.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def blocks(shape: Sequence[int], limit: int) -> Iterator[Block]:
