@@ -56,6 +56,24 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def recorded(
+    optimizer: torch.optim.AdamW, rounds: int = ROUNDS, **options: Any
+) -> list[tuple[float, float, float]]:
+    """Seconds of bare steps, and what recorded ones take more: inside, and with the record made."""
+    found = []
+    with attached(optimizer, **options) as (probe, due):
+        for _ in range(rounds):
+            unit = seconds(optimizer.step)
+            due.on = True
+            start = time.perf_counter()
+            optimizer.step()
+            taken = time.perf_counter() - start
+            due.on = False
+            probe.flush()
+            found.append((unit, taken - unit, time.perf_counter() - start - unit))
+    return found
+
+
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print Markdown."""
     print(f"\n### {title}\n")
@@ -178,18 +196,9 @@ def step() -> None:
         ("lrprobe, `sample=65536, compile=True`", {"sample": 65_536, "compile": True}),
     ]
     for name, options in modes:
-        inside, alike = [], []
-        with attached(optimizer, **options) as (probe, due):
-            for _ in range(ROUNDS):
-                unit = seconds(optimizer.step)
-                due.on = True
-                start = time.perf_counter()
-                optimizer.step()
-                taken = time.perf_counter() - start
-                due.on = False
-                probe.flush()
-                inside.append((taken - unit) / unit)
-                alike.append((time.perf_counter() - start - unit) / unit)
+        rounds = recorded(optimizer, **options)
+        inside = [extra / unit for unit, extra, _ in rounds]
+        alike = [made / unit for unit, _, made in rounds]
         rows.append((name, spread(inside), spread(alike)))
     others: list[tuple[str, Callable[[torch.optim.AdamW], None]]] = [
         ("four norms a parameter, with `.item()`", norms),
@@ -198,8 +207,8 @@ def step() -> None:
     ]
     for name, function in others:
         with torch.no_grad():
-            rounds = ratios(lambda f=function: f(optimizer))
-        rows.append((name, spread(rounds), ""))
+            taken = ratios(lambda f=function: f(optimizer))
+        rows.append((name, spread(taken), ""))
     watched = wandb_watch(optimizer)
     rows.append(
         ("`wandb.watch`, gradients", "not installed" if watched is None else spread(watched), "")
@@ -220,14 +229,15 @@ def growth() -> None:
             with attached(optimizer):
                 beside = statistics.median(seconds(optimizer.step) for _ in range(100))
             idle.append(1e6 * (beside - without))
-        extra, _ = recorded(optimizer, ROUNDS)
-        rows.append((f"{count:,}", spread(idle), spread([1e6 * each / count for each in extra])))
+        taken = [1e6 * extra / count for _, extra, _ in recorded(optimizer)]
+        rows.append((f"{count:,}", spread(idle), spread(taken)))
     head = ("tensors of 8 elements", "step that is not due, µs more", "recorded step, µs a tensor")
     table("Growth with tensors", head, rows)
     rows = []
     for millions in (2, 20, 200):
-        extra, units = recorded(trained([(1000, 1000)] * millions), 5)
-        per_element = [1e9 * each / (millions * 1e6) for each in extra]
+        rounds = recorded(trained([(1000, 1000)] * millions), 5)
+        per_element = [1e9 * extra / (millions * 1e6) for _, extra, _ in rounds]
+        units = [extra / unit for unit, extra, _ in rounds]
         rows.append((f"{millions} million", spread(per_element, 2), spread(units)))
     table("Growth with elements", ("elements", "recorded step, ns an element", "units"), rows)
 
@@ -238,27 +248,12 @@ def sizes() -> None:
     for side in (8, 64, 128, 256, 512):
         row = [f"{side} × {side}"]
         for options in ({}, {"compile": True}):
-            extra, units = recorded(trained([(side, side)] * 100), ROUNDS, **options)
-            row += [spread([1e4 * each for each in extra], 0), spread(units)]
+            rounds = recorded(trained([(side, side)] * 100), **options)
+            row.append(spread([1e4 * extra for _, extra, _ in rounds], 0))
+            row.append(spread([extra / unit for unit, extra, _ in rounds]))
         rows.append(row)
     head = ("100 tensors of", "µs a tensor", "units", "`compile=True`, µs a tensor", "units")
     table("Size of a tensor", head, rows)
-
-
-def recorded(
-    optimizer: torch.optim.AdamW, rounds: int, **options: Any
-) -> tuple[list[float], list[float]]:
-    """What recorded steps take more than bare ones: seconds, and units."""
-    extra, units = [], []
-    with attached(optimizer, **options) as (probe, due):
-        for _ in range(rounds):
-            unit = seconds(optimizer.step)
-            due.on = True
-            extra.append(seconds(optimizer.step) - unit)
-            units.append(extra[-1] / unit)
-            due.on = False
-            probe.flush()
-    return extra, units
 
 
 def sinks() -> None:

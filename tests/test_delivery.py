@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -115,15 +116,19 @@ def test_records_come_in_order_in_the_background(sink):
     sender.close()
 
 
-def test_put_does_not_wait(sink):
-    """The training thread does not wait for a sink, which takes 10 s here."""
+def test_put_costs_microseconds(sink):
+    """The training thread does not wait for a sink, nor for a record to be made."""
     sink.gate.clear()
     sender = Delivery([sink])
     record = make_record(1)
-    start = time.perf_counter()
+    taken = []
     for _ in range(900):
+        start = time.perf_counter()
         sender.put(lambda: record)
-    assert time.perf_counter() - start < 5
+        taken.append(time.perf_counter() - start)
+    # The machine may stall: the median tells of `put`, and the sum that none of them waited.
+    assert statistics.median(taken) < 200e-6
+    assert sum(taken) < 5
     assert not sender.drain(timeout=0.01)
     sink.gate.set()
     assert sender.drain()

@@ -25,10 +25,6 @@ class Counts(NamedTuple):
     table: Tensor
     first: int
 
-    def of(self, rows: Sequence[int]) -> Counts:
-        """Of some of the parameters."""
-        return Counts(torch.stack([self.table[row] for row in rows]), self.first)
-
 
 def histograms(rate: Scalar, like: Tensor, lines: Lines) -> Counts:
     """Of each owner's rates; without any bins where all share one."""
@@ -44,27 +40,18 @@ def no_counts(owners: int, device: torch.device) -> Counts:
 
 def fine_bins(rates: Tensor) -> Tensor:
     """Fine bin of each rate, by the bits of a float32: (as ``rates``), int32."""
-    return _upper_bits(rates).clamp_(0, BINS - 1)
-
-
-def _upper_bits(rates: Tensor) -> Tensor:
-    return rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
+    bits = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
+    return bits.clamp_(0, BINS - 1)
 
 
 def counts_of(rates: Tensor, lines: Lines) -> Counts:
     """Of each owner's rates: (lines, n)."""
-    bins = _upper_bits(rates)
+    bins = fine_bins(rates)
     first, width = 0, BINS
     on_host = bins.device.type == "cpu"
     if on_host:  # as many bins as are needed, which are few; a device is not asked
-        low, high = (int(each.numpy()) for each in torch.aminmax(bins))
-        if low < 0 or high >= BINS:  # of a NaN with a sign
-            low, high = max(low, 0), BINS - 1
-            bins.clamp_(low, high)
-        first = low // PER_OCTAVE * PER_OCTAVE
-        width = (high // PER_OCTAVE + 1) * PER_OCTAVE - first
-    else:
-        bins.clamp_(0, BINS - 1)
+        low, high = (int(each.numpy()) // PER_OCTAVE for each in torch.aminmax(bins))
+        first, width = low * PER_OCTAVE, (high + 1 - low) * PER_OCTAVE
     size = lines.owners * width
     start = torch.arange(0, size, width, dtype=bins.dtype, device=bins.device) - first
     at = bins.add_(lines.spread(start).unsqueeze(1)).view(-1)

@@ -95,22 +95,25 @@ class Reader:
 
     def whole(
         self, entries: Sequence[Entry], pivots: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Counts]:
-        """PARTS (entries, ·), and histograms, of all elements.
+    ) -> tuple[list[int], Tensor, Counts]:
+        """Which entry each row is of, then PARTS (entries, ·), and histograms, of all elements.
 
         Args:
-            entries: parameters of less than ``MOST`` elements, sorted by ``order``.
+            entries: parameters of less than ``MOST`` elements.
             pivots: a value among each one's rates, 0-dim; None where all its elements share a rate.
         """
-        sizes = [entry.param.numel() for entry in entries]
+        joins = [self._joins(entry) for entry in entries]
+        order = sorted(range(len(entries)), key=lambda i: (joins[i], entries[i].param.shape))
+        sizes = [entries[i].param.numel() for i in order]
         parts = []
-        for at in self._together([self._joins(entry) for entry in entries], sizes):
+        for run in self._together([joins[i] for i in order], sizes):
+            at = [order[i] for i in run]
             some = [entries[i] for i in at]
             lines = Lines.of(some)
             width = some[0].param.numel() // lines.runs[0][1]
-            parts.append(Part(some, _chosen(pivots, at), lines, width, [lines.take]))
+            parts.append(Part(some, self._pivot(pivots, at), lines, width, [lines.take]))
         figures, counts, _ = self._all(parts, _known(sizes, self._device))
-        return figures, counts
+        return order, figures, counts
 
     def sample(
         self, entries: Sequence[Entry], pivots: Sequence[Tensor] | None, size: int
@@ -131,7 +134,7 @@ class Reader:
             pieces = zip(*(at[i].pieces(block_size(self._dtype)) for i in chosen), strict=True)
             takes = [partial(take_rows, piece) for piece in pieces]
             lines = Lines(((len(some), 1),))
-            parts.append(Part(some, _chosen(pivots, chosen), lines, sizes[chosen[0]], takes))
+            parts.append(Part(some, self._pivot(pivots, chosen), lines, sizes[chosen[0]], takes))
         n = _known(sizes, self._device)
         result, counts, overwritten = self._all(parts, n)
         numel = _known([entry.param.numel() for entry in entries], self._device)
@@ -143,12 +146,19 @@ class Reader:
         result[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
         return result, counts
 
-    def _joins(self, entry: Entry) -> Any:
-        """What neighbours that can be read together have in common."""
-        kind = order(entry)
-        if kind[0] == 0 and self._by_kernel:
-            return 0
-        return 1 if kind[0] < _OTHER else kind
+    def _joins(self, entry: Entry) -> tuple[int, tuple[int, ...]]:
+        """What is equal for parameters that can be read together."""
+        shape = entry.param.shape
+        if is_flat(entry):
+            if self._by_kernel and shape.numel() % COLUMNS == 0:
+                return COLUMNS, ()
+            if shape.numel() % ROW == 0:
+                return ROW, ()
+        return 0, tuple(shape)
+
+    def _pivot(self, values: Sequence[Tensor] | None, at: Sequence[int]) -> Tensor | None:
+        """Those of some parameters, in the dtype of what they are taken from."""
+        return None if values is None else torch.stack([values[i] for i in at]).to(self._dtype)
 
     def _together(self, keys: Sequence[Any], sizes: Sequence[int]) -> Iterator[Sequence[int]]:
         """Positions of neighbours of one key, of which a block is read at once."""
@@ -182,7 +192,7 @@ class Reader:
         lines = part.lines
         away = None
         if part.pivot is not None:
-            away = unless_zero(lines.spread(part.pivot.to(self._dtype)).unsqueeze(1))
+            away = unless_zero(lines.spread(part.pivot).unsqueeze(1))
         bins = []
         for take in part.takes:
             s = Slice(lines.each(part.entries), self._group, take(self._dtype))
@@ -194,7 +204,7 @@ class Reader:
         if is_scalar(update.effective_lr, s.param):
             total["pivot"] = lines.owned(column(update.effective_lr, s.param), Tensor.amin)
         elif part.pivot is not None:
-            total["pivot"] = part.pivot.to(self._dtype).double()
+            total["pivot"] = part.pivot.double()
         else:
             total["pivot"] = torch.zeros_like(total["decay"])
         return Read(total, added(bins), update.grad is not None)
@@ -219,7 +229,7 @@ class Reader:
         tensors += [[e.state[name] for e in some] for name in kernel.states]
         if any(t.dtype != each[0].dtype for each in tensors for t in each):
             return None
-        away = lines.spread(pivot.to(self._dtype)).unsqueeze(1)
+        away = lines.spread(pivot).unsqueeze(1)
         total: dict[str, Tensor] = {}
         bins = []
         for take in part.takes:
@@ -232,22 +242,6 @@ class Reader:
         total = owned(total, lines)
         total |= {"pivot": pivot.double(), "decay": decay.double().expand(len(some))}
         return Read(total, added(bins), overwritten=False)
-
-
-_OTHER = 2
-
-
-def order(entry: Entry) -> tuple[int, tuple[int, ...]]:
-    """Sorts parameters so that those that can be read together follow each other."""
-    numel = entry.param.numel()
-    kind = _OTHER
-    if numel % ROW == 0 and is_flat(entry):
-        kind = 0 if numel % COLUMNS == 0 else 1
-    return kind, tuple(entry.param.shape)
-
-
-def _chosen(values: Sequence[Tensor] | None, at: Sequence[int]) -> Tensor | None:
-    return None if values is None else torch.stack([values[i] for i in at])
 
 
 def _known(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from lrprobe.rules.base import Entry, Rule
 from lrprobe.summary.figures import state_like, suspicious
 from lrprobe.summary.fused import COLUMNS
 from lrprobe.summary.histogram import Counts
-from lrprobe.summary.joint import MOST, Reader, order
+from lrprobe.summary.joint import MOST, Reader
 from lrprobe.summary.nonfinite import hidden_states
 from lrprobe.summary.stream import read_singly
 
@@ -55,49 +56,49 @@ def large_figures(
     if sample is not None and compile:
         sample = -(-sample // COLUMNS) * COLUMNS  # whole rows of a kernel
 
-    def figures(some: Sequence[int], *, exact: bool) -> Found:
+    def figures(way: _Way, some: Sequence[int], *, exact: bool) -> Found:
         chosen = [entries[i] for i in some]
         middle = None if pivots is None else [pivots[i] for i in some]
         first = chosen[0]
         states = tuple(state_like(first)) if exact else hidden_states(first, group, rule)
-        numel = first.param.numel()
-        if numel >= MOST and (sample is None or sample >= numel):
+        if way == "singly":
             read = read_singly(chosen, group, rule, middle, states, compile=compile, exact=exact)
             return Found(some, *read)
         reader = Reader(first, group, rule, states, compile=compile, exact=exact)
-        if sample is not None and sample < numel:
-            return Found(some, *reader.sample(chosen, middle, sample))
-        return Found(some, *reader.whole(chosen, middle))
+        if way == "sample":
+            return Found(some, *reader.sample(chosen, middle, cast("int", sample)))
+        order, parts, counts = reader.whole(chosen, middle)
+        return Found([some[i] for i in order], parts, counts)
 
+    ways: dict[_Way, list[int]] = defaultdict(list)
+    for i, entry in enumerate(entries):
+        ways[_way(entry, sample)].append(i)
     on_host = entries[0].param.device.type == "cpu"
     result = []
-    for some in _split(entries, sample):
+    for way, some in ways.items():
         # A device must not be asked what came out: there it is computed the sure way at once.
-        found = figures(some, exact=not on_host)
+        found = figures(way, some, exact=not on_host)
         wrong = suspicious(found.parts.numpy()) if on_host else np.zeros(len(some), np.bool_)
         if wrong.any():
-            again = [i for i, bad in zip(some, wrong, strict=True) if bad]
-            result.append(figures(again, exact=True))
+            again = [i for i, bad in zip(found.at, wrong, strict=True) if bad]
+            result.append(figures(way, again, exact=True))
         if not wrong.all():
             result.append(_without(found, wrong) if wrong.any() else found)
     return result
 
 
-def _split(entries: Sequence[Entry], sample: int | None) -> list[list[int]]:
-    """Positions of those of which a sample is read, that are read one by one, and together."""
-    few: list[int] = []
-    single: list[int] = []
-    several: list[int] = []
-    for i, entry in enumerate(entries):
-        numel = entry.param.numel()
-        if sample is not None and sample < numel:
-            few.append(i)
-        else:
-            (single if numel >= MOST else several).append(i)
-    several.sort(key=lambda i: order(entries[i]))
-    return [some for some in (few, single, several) if some]
+_Way = Literal["sample", "singly", "jointly"]
+
+
+def _way(entry: Entry, sample: int | None) -> _Way:
+    """How a parameter is read."""
+    numel = entry.param.numel()
+    if sample is not None and sample < numel:
+        return "sample"
+    return "singly" if numel >= MOST else "jointly"
 
 
 def _without(found: Found, wrong: NDArray[np.bool_]) -> Found:
     keep = np.flatnonzero(~wrong).tolist()
-    return Found([found.at[i] for i in keep], found.parts[keep], found.counts.of(keep))
+    counts = Counts(found.counts.table[keep], found.counts.first)
+    return Found([found.at[i] for i in keep], found.parts[keep], counts)

@@ -281,23 +281,13 @@ def _alike(tensors: Sequence[Readable]) -> bool:
 
 def _gathered(tensors: Sequence[Readable], at: Sequence[Spread]) -> Tensor:
     """As many positions of each, read into their rows at once."""
-    first = tensors[0]
-    if not all(_like(first, each) for each in tensors):
+    plain = [each for each in tensors if isinstance(each, Tensor) and each.is_contiguous()]
+    if len(plain) < len(tensors) or len({each.dtype for each in plain}) > 1:
         return torch.stack(list(map(positions, tensors, at)))
-    first = cast("Tensor", first)
-    rows = first.new_empty((len(at), len(at[0])))
-    for tensor, each, row in zip(cast("Sequence[Tensor]", tensors), at, rows, strict=True):
+    rows = plain[0].new_empty((len(at), len(at[0])))
+    for tensor, each, row in zip(plain, at, rows, strict=True):
         torch.index_select(each.runs(tensor), 0, each.lines, out=row.view(-1, each.run))
     return rows
-
-
-def _like(first: Readable, other: Readable) -> bool:
-    return (
-        isinstance(first, Tensor)
-        and isinstance(other, Tensor)
-        and other.is_contiguous()
-        and other.dtype is first.dtype
-    )
 
 
 def positions(tensor: Readable, at: Positions) -> Tensor:
