@@ -210,6 +210,7 @@ class Hooks:
             )
             with _undisturbed():
                 pending = self._figures(optimizer, kept, info)
+            del kept  # torch lets other threads go on while it frees memory
             if pending is not None:  # last: a thread begins that holds up this one
                 self._owner.add(self, pending)
 

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lrprobe
+import lrprobe.hooks
+from lrprobe.delivery import Delivery
 from lrprobe.hooks import Hooks
 
 MIB = 2**20
@@ -218,6 +220,29 @@ def test_memory_is_used_again_by_the_next_step() -> None:
     )
     faults = [int(line) for line in result.stdout.split()]
     assert statistics.median(faults) < 500, faults  # without, some 5,000
+
+
+def test_what_was_kept_is_gone_when_the_record_is_handed_over(monkeypatch: Any) -> None:
+    """The thread that makes it would hold up the training, as freeing memory lets others go on."""
+    kept: list[StorageWeakRef] = []
+    gone: list[bool] = []
+    before, put = lrprobe.hooks.before, Delivery.put
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        result = before(*args, **kwargs)
+        kept.extend(StorageWeakRef(table.untyped_storage()) for table, _ in result.samples.values())
+        return result
+
+    def hand_over(self: Delivery, *args: Any) -> bool:
+        gone.extend(reference.expired() for reference in kept)
+        return put(self, *args)
+
+    monkeypatch.setattr(lrprobe.hooks, "before", keep)
+    monkeypatch.setattr(Delivery, "put", hand_over)
+    optimizer = torch.optim.AdamW(parameters((90, 90), (5,)))
+    with lrprobe.attach(optimizer):
+        optimizer.step()
+    assert gone == [True, True]
 
 
 def test_operations_for_small_parameters_do_not_grow_with_their_number() -> None:
