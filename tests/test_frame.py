@@ -441,6 +441,18 @@ def test_big_histograms_add_up(name: str) -> None:
     assert np.max(np.abs(got[:-1] - below[:-1]), initial=0) <= 0.01
 
 
+@pytest.mark.parametrize("size", [4096, 8192, 1 << 18])
+def test_histograms_leave_nan_out(size: int) -> None:
+    """A rate that is NaN, of either sign, is in no bin, however large the parameter."""
+    rates = torch.full((size,), 0.01)
+    rates[: size // 4] = torch.nan
+    rates[: size // 8] = -rates[: size // 8]
+    histogram = probe_rates(rates).histograms().iloc[0]
+    edges, counts = np.asarray(histogram["edges"]), np.asarray(histogram["counts"])
+    at = np.searchsorted(edges, 0.01, side="right") - 1
+    assert counts.sum() == counts[at] == pytest.approx(0.75 * size, rel=0.01), (edges, counts)
+
+
 def test_histograms_of_a_real_optimizer() -> None:
     """`histograms()` has one row per step and stepped parameter, of that step's rates."""
     model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 1))

@@ -217,10 +217,11 @@ class Slice:
 
     def correction(self, beta: Scalar, *float32_if: str) -> Tensor:
         """1 − βᵗ, the bias correction of a moment that started at 0: 0-dim, or one a row."""
-        key = ("correction", id(beta), *float32_if)
-        if key not in self._memo:
-            self._memo[key] = 1 - power(beta, self.t(*float32_if))
-        return cast("Tensor", self._memo[key])
+        which = id(beta) if isinstance(beta, Tensor) else beta
+        key = ("correction", which, *float32_if)
+        if key not in self._memo:  # with β, kept alive for its id
+            self._memo[key] = beta, 1 - power(beta, self.t(*float32_if))
+        return cast("Tensor", self._memo[key][1])
 
     @property
     def lr(self) -> Tensor:

@@ -39,9 +39,15 @@ def no_counts(owners: int, device: torch.device) -> Counts:
 
 
 def fine_bins(rates: Tensor) -> Tensor:
-    """Fine bin of each rate, by the bits of a float32: (as ``rates``), int32."""
-    bits = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
-    return bits.clamp_(0, BINS - 1)
+    """Fine bin of each rate, by the bits of a float32: (as ``rates``), int32.
+
+    What is negative is in the first, NaN beyond that of inf.
+    """
+    bins = rates.to(torch.float32).contiguous().view(torch.int32) >> SHIFT
+    # Seldom has one the bit of the sign, which a NaN may have: a device is not asked.
+    if bins.device.type != "cpu" or (bins.numel() and bins.amin().numpy() < 0):
+        bins = torch.where(rates.isnan(), BINS - 1, bins.clamp_(min=0))
+    return bins
 
 
 def counts_of(rates: Tensor, lines: Lines) -> Counts:
