@@ -424,6 +424,8 @@ class Exchange:
         self._device = device
         self._previous: Merging | None = None
         self._error = ""
+        self.until = math.inf
+        """When it is over with waiting for other ranks, as ``time.monotonic`` tells it."""
         self._take(merged)
 
     def _take(self, merged: Union) -> None:
@@ -471,8 +473,13 @@ class Exchange:
         self._follow(watched)
         return self._share.before(optimizer, closure=closure)
 
-    def after(self, optimizer: torch.optim.Optimizer, kept: Kept, info: StepInfo) -> Merging | None:
-        """In the post-hook: start the collectives. All that this rank has may be nothing."""
+    def after(
+        self, optimizer: torch.optim.Optimizer, kept: Kept, info: StepInfo, *, still: bool
+    ) -> Merging | None:
+        """In the post-hook: start the collectives. All that this rank has may be nothing.
+
+        ``still`` tells whether every rate and gradient here was 0.
+        """
         if self._error:
             return None
         failure = None
@@ -481,18 +488,35 @@ class Exchange:
         except Exception as error:  # noqa: BLE001 - the other ranks must not wait
             buffers, failure = self._table.blank(self._device), error
         buffers.maxima[-1, 0] = float(self._changed)
+        buffers.maxima[-1, 1] = float(not still)
         works = [
             self._reduce(buffers.maxima, torch.distributed.ReduceOp.MAX),
             self._reduce(buffers.sums, torch.distributed.ReduceOp.SUM),
         ]
-        merging = Merging(self._table, buffers, works, info, leads=self.leads)
+        merging = Merging(self, self._table, buffers, works, info, still=still)
         self._previous = merging
         if failure is not None:
             raise failure
         return merging if self.leads else None
 
-    def finish(self) -> None:
+    def none_taken(self) -> bool:
+        """Whether the last recorded step was none, as all ranks find; told once.
+
+        Where it may have been one, as far as is known here, the other ranks are waited for.
+        """
+        previous = self._previous
+        if previous is None or not previous.still:
+            return False
+        previous.still = False
+        try:
+            return previous.none_taken
+        except Exception as error:  # noqa: BLE001 - the step about to be taken counts all the same
+            self._error = f"recording over ranks has ended: {error}"
+            return False
+
+    def finish(self, until: float) -> None:
         """Wait for what this rank still owes to the others, which it must not take down with it."""
+        self.until = until
         if self._previous is not None:
             self._previous.wait()
 
@@ -572,19 +596,40 @@ class Exchange:
         self._take(merged)
 
 
+def finish(exchanges: Sequence[Exchange]) -> None:
+    """Wait for what this rank still owes to the others, a minute in all; then for nothing more."""
+    until = time.monotonic() + PATIENCE
+    for exchange in exchanges:
+        exchange.finish(until)
+
+
 class Merging:
-    """The figures of one step on their way over the process group."""
+    """The figures of one step on their way over the process group.
+
+    Attributes:
+        info: what the hooks know of the step.
+        still: whether every rate and gradient of this rank was 0.
+    """
 
     def __init__(
-        self, table: Table, buffers: Buffers, works: Sequence[Any], info: StepInfo, *, leads: bool
+        self,
+        exchange: Exchange,
+        table: Table,
+        buffers: Buffers,
+        works: Sequence[Any],
+        info: StepInfo,
+        *,
+        still: bool,
     ) -> None:
         self.info = info
+        self.still = still
+        self._exchange = exchange
         self._table = table
         self._rules = [row.rule for row in table.rows]
         self._buffers = buffers
         self._works = works
         # The other ranks need no more than what tells whether the rules hold.
-        self._wanted = None if leads else len(table.rows) * len(SUMS)
+        self._wanted = None if exchange.leads else len(table.rows) * len(SUMS)
         self._crossing: Crossing | None = None
 
     @property
@@ -594,9 +639,9 @@ class Merging:
 
     @property
     def none_taken(self) -> bool:
-        """Decided in the hook; here a collective that failed is told."""
-        self.figures()
-        return False
+        """Whether every rate and every gradient of all ranks was 0, as in ``Pending``."""
+        maxima, _ = self.figures()
+        return bool(maxima[-1, 1] <= 0)
 
     def ready(self) -> bool:
         """Whether the figures have arrived, or never will."""
@@ -612,7 +657,7 @@ class Merging:
 
     def wait(self) -> bool:
         """Wait for the other ranks, but not forever; whether the figures have arrived."""
-        until, pause = time.monotonic() + PATIENCE, 1e-4
+        until, pause = min(self._exchange.until, time.monotonic() + PATIENCE), 1e-4
         while not self.ready():
             if time.monotonic() > until:
                 return False
@@ -709,6 +754,10 @@ def join(
         if chosen is not None:
             chosen.warn_unused()
         return
+    if error is not None:  # which may be the model's
+        what = f"{type(error).__name__}: {error}"
+        found.kinds(Spec((), error=what), torch.device("cpu"))
+        raise error
     layouts = Layouts(model)
     params = [p for each in hooks for w in each.watched if (p := w.ref()) is not None]
     device = local(params[0]).device if params else torch.device("cpu")
@@ -726,11 +775,8 @@ def join(
         device=device.type,
         samples=_samples_key(model),
         unused=() if chosen is None else chosen.unused,
-        error="" if error is None else f"{type(error).__name__}: {error}",
     )
     kinds = found.kinds(spec, device)
-    if error is not None:
-        raise error
     check_alike(kinds)
     if chosen is not None and found.rank == 0:  # a pattern may be for parameters of another rank
         chosen.warn_unused(set(chosen.unused).intersection(*(kind.spec.unused for kind in kinds)))

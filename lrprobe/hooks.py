@@ -165,6 +165,7 @@ class Hooks:
         try:  # not `_harmless`, which costs more than all of this
             if self._owner.waiting:
                 self._owner.collect()
+            self.settle()
             self._number = self.schedule.next()
             due = self.schedule.due(self._number)
         except Warning:
@@ -230,11 +231,21 @@ class Hooks:
     def _exchanged(
         self, optimizer: Optimizer, kept: Any, info: StepInfo, exchange: Exchange
     ) -> Merging | None:
-        # Whether it was a step must be known at once, so that all ranks go on with one count.
-        if at_rest(optimizer) and not moves(optimizer):
-            info.recorded = False
+        still = bool(at_rest(optimizer)) and not moves(optimizer)
+        if kept is not None:
+            return exchange.after(optimizer, kept, info, still=still)
+        if still:  # no message will tell of it
             self.schedule.take_back()
-        return None if kept is None else exchange.after(optimizer, kept, info)
+        return None
+
+    def settle(self) -> None:
+        """Over ranks, take a recorded step back that was none: all do, before the next one."""
+        if self.exchange is not None and self.exchange.none_taken():
+            self.schedule.take_back()
+
+    def take_back(self) -> int:
+        """A record tells that its step was none; how much less those after it are numbered."""
+        return self.schedule.take_back() if self.exchange is None else 0  # else see `settle`
 
     def _in_capture(self) -> bool:
         """Whether a CUDA graph is being captured, which would replay what is done now."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lrprobe.arguments import Every, Filter, Options, Step, check_counts
 from lrprobe.delivery import Delivery
-from lrprobe.distributed import Merging, join, world
+from lrprobe.distributed import Merging, finish, join, world
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.record import SCHEMA_VERSION, Level
@@ -215,9 +215,7 @@ class Probe:
         for hooks in self.hooks:
             hooks.remove()
         try:
-            for hooks in self.hooks:
-                if hooks.exchange is not None:
-                    hooks.exchange.finish()
+            finish([hooks.exchange for hooks in self.hooks if hooks.exchange is not None])
             self.collect(wait=True, last=True)
         finally:
             _open_probes.discard(self)
@@ -307,8 +305,13 @@ class Probe:
         with self._lock:
             while self._waiting:
                 hooks, pending = self._waiting[0]
-                if not (pending.ready() or (wait and (pending.wait() or last))):
-                    break
+                try:
+                    if not (pending.ready() or (wait and (pending.wait() or last))):
+                        break
+                except Exception as error:  # noqa: BLE001 - it never arrives, and training goes on
+                    self._waiting.popleft()
+                    hooks.failed(error)
+                    continue
                 self._waiting.popleft()
                 try:
                     self._pass_on(hooks, pending)
@@ -316,11 +319,14 @@ class Probe:
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                     hooks.failed(error)
+            if wait:
+                for hooks in self.hooks:
+                    hooks.settle()
         self._tell()
 
     def _pass_on(self, hooks: Hooks, pending: Pending | Merging) -> None:
         if pending.none_taken:
-            less = hooks.schedule.take_back()
+            less = hooks.take_back()
             for others, later in self._waiting:
                 if others is hooks:
                     later.info.step -= less

@@ -332,6 +332,27 @@ def lagging() -> Any:
     return probe.frame(), [str(each.message) for each in caught]
 
 
+def warming() -> Any:
+    """A checkpoint library's step, then one without a rate in which the last rank has only zeros.
+
+    Each step counts in its parameter: what it is after the step is the number of steps before it.
+    """
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = optim.SGD([("b" if dist.get_rank() else "a", param)], lr=0.0, momentum=0.5)
+    with lrprobe.attach(optimizer, every=2) as probe:
+        param.grad = torch.zeros(4)
+        optimizer.step()
+        saved = probe.state_dict()["steps"]
+        for step in range(STEPS):
+            (group,) = optimizer.param_groups
+            group["lr"], group["momentum"] = float(step > 0), 0.0
+            param.grad = torch.full((4,), 0.0 if dist.get_rank() and not step else -1.0)
+            optimizer.step()
+            dist.barrier()
+        frame = probe.frame() if dist.get_rank() == 0 else None
+        return saved, probe.step, frame
+
+
 def no_gradient() -> Any:
     """At step 2 the last stage has no gradient for one of its parameters."""
     model, stage, optimizer, together = staged()
@@ -371,9 +392,10 @@ def differing() -> list[str]:
     to = "somewhere.csv" if dist.get_rank() == 0 else None
     same = nn.Linear(2, 2)
     plain = optim.SGD(same.parameters(), lr=0.1)
+    wrong = "net" if dist.get_rank() else same
     for arguments, options in (
         ((optimizer, model), {}), ((plain, same), {"every": every}), ((named, model), {}),
-        ((plain, same), {"to": to}),
+        ((plain, same), {"to": to}), ((plain, wrong), {}),
     ):  # fmt: skip
         try:
             lrprobe.attach(*arguments, **options)
@@ -612,7 +634,7 @@ CASES: dict[str, Callable[[], Any]] = {
 CASES |= {f"counted-{wrap.__name__}": lambda wrap=wrap: counted(wrap) for wrap in WRAPPERS}
 for case in (
     zero, stages, lagging, no_gradient, added, differing, elsewhere, untouched, skipped,
-    unexplained, mixed_precision, samples, flat,
+    unexplained, mixed_precision, samples, flat, warming,
 ):  # fmt: skip
     CASES[case.__name__] = case
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -24,10 +25,13 @@ from torch import nn, optim
 from torch.distributed.fsdp import _fully_shard
 
 import lrprobe
+from lrprobe import distributed
 from lrprobe.distributed import (
+    Exchange,
     Holding,
     Kind,
     Layouts,
+    Merging,
     Spec,
     _chunks,
     check_alike,
@@ -134,7 +138,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     cases = (
         "lagging", "no_gradient", "added", "differing", "elsewhere", "untouched", "skipped",
         "unexplained", "mixed_precision", "flat", "fsdp2-muon", "fsdp1-adafactor", "samples",
-        "counted-ddp", "counted-fsdp2", "counted-sequence",
+        "counted-ddp", "counted-fsdp2", "counted-sequence", "warming",
     )  # fmt: skip
     return launch(2, tmp_path_factory.mktemp("told"), *cases)
 
@@ -208,6 +212,17 @@ def test_a_rank_that_skips_a_step_lags_and_nothing_hangs(told: dict[str, list[An
     assert any("have not recorded their part of step 4" in message for message in messages)
 
 
+def test_ranks_agree_on_what_was_a_step(told: dict[str, list[Any]]) -> None:
+    """One without rates is, where some rank has a gradient; else it is a checkpoint library's."""
+    for rank, (saved, step, _) in enumerate(told["warming"]):
+        assert saved == {"SGD": 0}, f"rank {rank}"
+        assert step == ranks.STEPS, f"rank {rank}"
+    frame = told["warming"][0][2]
+    steps = frame.pivot_table(index="step", columns="parameter", values="param_norm") / 2
+    assert steps.to_numpy().tolist() == [[0, 0], [1, 1], [3, 3]], frame
+    assert steps.index.tolist() == [1, 2, 4]
+
+
 def test_a_parameter_added_on_one_rank_appears_one_recorded_step_late(
     told: dict[str, list[Any]],
 ) -> None:
@@ -223,13 +238,15 @@ def test_a_parameter_added_on_one_rank_appears_one_recorded_step_late(
 def test_what_cannot_be_merged_is_an_error_on_every_rank(told: dict[str, list[Any]]) -> None:
     """It says which names differ on which ranks; a rank's own failure reaches the others."""
     for rank, messages in enumerate(told["differing"]):
-        shapes, every, names, failure = messages
+        shapes, every, names, failure, model = messages
         assert shapes.startswith("ValueError: the parameters of SGD differ between ranks")
         assert "weight is 2×4 float32 on rank 0, 3×4 float32 on rank 1" in shapes
         assert "every=3 on rank 0, every=2 on rank 1" in every
         assert "the optimizers b on rank 0, a on rank 1" in names
         assert "no sink writes .csv files" in failure
         assert failure.startswith("RuntimeError: attach failed on rank 0" if rank else "ValueError")
+        assert "model must be a torch.nn.Module or None" in model
+        assert model.startswith("TypeError" if rank else "RuntimeError: attach failed on rank 1")
 
 
 def test_only_rank_0_has_the_frame(told: dict[str, list[Any]]) -> None:
@@ -506,6 +523,64 @@ def test_a_long_list_of_differences_is_cut() -> None:
     second = Spec((("A", tuple(holding(f"p{i}", dtype="bfloat16") for i in range(30))),))
     with pytest.raises(ValueError, match=r"p9 is 4×3 float32 on ranks 0-1, 3.* and 20 more"):
         union("A", [Kind((0, 1, 3), first), Kind((2,), second)], range(4), 0)
+
+
+def a_probe() -> tuple[lrprobe.Probe, optim.Optimizer]:
+    """Of this process alone, and an optimizer with a gradient."""
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    optimizer = optim.SGD([param], lr=0.1)
+    return lrprobe.attach(optimizer, every=1), optimizer
+
+
+def test_figures_that_fail_on_their_way_are_given_up() -> None:
+    """A process group that broke is told once; steps are counted, and the frame is there."""
+
+    class Broken(Merging):
+        def __init__(self) -> None:
+            pass
+
+        def ready(self) -> bool:
+            raise RuntimeError("connection reset by peer")
+
+    probe, optimizer = a_probe()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="could not be recorded: RuntimeError: connection reset"):
+        probe.add(probe.hooks[0], Broken())
+    probe.add(probe.hooks[0], Broken())
+    optimizer.step()
+    assert probe.frame()["step"].tolist() == [1, 2]
+    assert probe.state_dict() == {"steps": {"SGD": 2}}
+    with pytest.warns(UserWarning, match="2 steps of SGD could not be recorded"):
+        probe.close()
+
+
+def test_closing_waits_a_minute_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often and for how much the other ranks are waited for, when they never come."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    time = SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+    monkeypatch.setattr(distributed, "time", time)
+    never = SimpleNamespace(is_completed=lambda: False)
+    probe, _ = a_probe()
+    (hooks,) = probe.hooks
+    exchange = Exchange.__new__(Exchange)
+    exchange._world = SimpleNamespace(rank=0)
+    info = StepInfo(step=1, time=0.0, optimizer="SGD", samples=math.nan, run={})
+    table, buffers = SimpleNamespace(rows=[], nbytes=(0, 0)), SimpleNamespace()
+    waiting = [Merging(exchange, table, buffers, [never], info, still=False) for _ in range(3)]
+    exchange._previous = waiting[-1]
+    hooks.exchange = exchange
+    probe._waiting.extend((hooks, each) for each in waiting)
+    with (
+        pytest.warns(UserWarning, match="3 steps of SGD could not be recorded"),
+        pytest.warns(UserWarning, match="within 60 s"),
+    ):
+        probe.close()
+    assert 60 <= clock[0] < 61
 
 
 def test_a_failing_rank_is_named() -> None:
