@@ -19,11 +19,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import lrprobe
 from lrprobe import sinks
 from lrprobe.record import (
     ELEMENT_COLUMNS,
@@ -923,6 +926,39 @@ def test_rates_that_are_all_the_same_stay_so():
     alone = merge.merge_rows(merged_record(samples), [1])
     assert alone.figures["effective_lr_p50"] == pytest.approx(1e-1)
     assert alone.counts.sum() == pytest.approx(30)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adadelta])
+@pytest.mark.parametrize("blocks", [60, 120], ids=["modules", "blocks"])
+def test_merged_rates_are_those_of_the_frame(make, blocks, tmp_path):
+    """Tags of modules have the frame's quantiles; those of more, within 1 % of one of rank ±3 %."""
+    torch.manual_seed(0)
+    block = [nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(blocks)]
+    model = nn.Sequential(*block)
+    optimizer = make(model.parameters(), lr=0.01)
+    with lrprobe.attach(optimizer, model, to=tmp_path, every=3) as probe:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(64, 16)).square().mean().backward()
+            optimizer.step()
+        rates = lrprobe.effective_lr(optimizer, model)
+    shown = lrprobe.read(tmp_path, by="module")
+    shown = shown[shown["step"] == 3].set_index("module")
+    assert len(shown) == 120
+    if blocks == 60:
+        frame = probe.frame(by="module")
+        frame = frame[frame["step"] == 3].set_index("module")
+    for name, row in shown.iterrows():
+        every = torch.cat([r.flatten() for n, r in rates.items() if n.startswith(f"{name}.")])
+        for suffix in ("p05", "p50", "p95"):
+            column = f"effective_lr_{suffix}"
+            if blocks == 60:
+                assert row[column] == pytest.approx(frame.loc[name, column], rel=1e-6)
+            low, high = (
+                np.quantile(every, np.clip(QUANTILES[suffix] + by, 0, 1)) for by in (-0.03, 0.03)
+            )
+            where = f"{name} {suffix}: {row[column]}, allowed are {low} to {high}"
+            assert low * 0.99 <= row[column] <= high * 1.01, where
 
 
 def test_norms_are_merged_in_squares():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lrprobe.record import QUANTILES, Record
+from lrprobe.record import QUANTILES, Columns, Record
 
 COLUMNS = (
     "effective_lr_p50",
@@ -22,6 +22,7 @@ COLUMNS = (
 )
 """The figures that can be merged here."""
 
+_RATES = ("p05", "p50", "p95")
 _FACTORS = ("update_norm", "grad_norm")
 
 
@@ -42,17 +43,41 @@ class MergedRows:
     counts: NDArray[np.float64]
 
 
-def merge_rows(record: Record, rows: Sequence[int]) -> MergedRows:
+def merge_rows(record: Record, rows: Sequence[int], module: int | None = None) -> MergedRows:
     """Merge parameters: rates weighted by ``numel``, norms by the sum of their squares.
 
     Args:
         record: the record.
         rows: of its parameter table. Those that did not step count for the norm of the parameters
             only.
+        module: the row of its module table that has just these parameters, where there is one: its
+            figures are of all elements, while a histogram knows them to an eighth of an octave.
     """
     table = record.tables["parameter"]
     stepped = [row for row in rows if table["stepped"][row]]
-    figures = dict.fromkeys(COLUMNS, float("nan"))
+    known = [piece for row in stepped if (piece := _distribution(record, row)) is not None]
+    grid, share = _mixture(known) if known else (np.empty(0), np.empty(0))
+    if module is not None:
+        figures = {name: float(record.tables["module"][name][module]) for name in COLUMNS}
+    else:
+        figures = dict.fromkeys(COLUMNS, float("nan")) | _norms(table, rows, stepped)
+        if known:
+            values = np.interp([QUANTILES[name] for name in _RATES], share, grid)
+            figures |= {f"effective_lr_{k}": float(v) for k, v in zip(_RATES, values, strict=True)}
+    if not known:
+        return MergedRows(bool(stepped), figures, grid, share)
+    picks = np.unique(np.linspace(0, len(grid) - 1, 65).round().astype(int))
+    numel = sum(weight for _, _, weight in known)
+    edges, at = grid[picks], share[picks]
+    if len(edges) == 1:  # all elements have one rate
+        edges, at = np.repeat(edges, 2), np.array([0.0, 1.0])
+    counts = np.diff(at) * numel
+    counts[0] += at[0] * numel
+    return MergedRows(True, figures, edges, counts)
+
+
+def _norms(table: Columns, rows: Sequence[int], stepped: Sequence[int]) -> dict[str, float]:
+    """Norms, their ratio and the cosine, as far as they are known."""
 
     def norm(column: str, of: Sequence[int]) -> float:
         # hypot would cost a call per row; scaling keeps the squares in range all the same.
@@ -62,7 +87,7 @@ def merge_rows(record: Record, rows: Sequence[int]) -> MergedRows:
             return top
         return top * float(np.sqrt(np.sum(np.square(values / top))))
 
-    figures["param_norm"] = norm("param_norm", list(rows))
+    figures = {"param_norm": norm("param_norm", list(rows))}
     with_grad = [row for row in rows if not np.isnan(table["grad_norm"][row])]
     if stepped or with_grad:
         figures["grad_norm"] = norm("grad_norm", stepped or with_grad)
@@ -75,44 +100,39 @@ def merge_rows(record: Record, rows: Sequence[int]) -> MergedRows:
             of_each = [table[name][stepped] for name in ("update_grad_cosine", *_FACTORS)]
             # A parameter that did not move, or had a gradient of 0, has no angle and adds nothing.
             figures["update_grad_cosine"] = float(np.nansum(np.prod(of_each, axis=0)) / sizes)
-    known = [piece for row in stepped if (piece := _distribution(record, row)) is not None]
-    if not known:
-        return MergedRows(bool(stepped), figures, np.empty(0), np.empty(0))
-    grid, share = _mixture(known)
-    for suffix in ("p05", "p50", "p95"):
-        value = np.interp(QUANTILES[suffix], share, grid)
-        figures[f"effective_lr_{suffix}"] = float(value)
-    picks = np.unique(np.linspace(0, len(grid) - 1, 65).round().astype(int))
-    numel = sum(weight for _, _, weight in known)
-    edges, at = grid[picks], share[picks]
-    if len(edges) == 1:  # all elements have one rate
-        edges, at = np.repeat(edges, 2), np.array([0.0, 1.0])
-    counts = np.diff(at) * numel
-    counts[0] += at[0] * numel
-    return MergedRows(True, figures, edges, counts)
+    return figures
 
 
+_LEVELS = {"min": 0.0, **QUANTILES, "max": 1.0}
 _Distribution = tuple[NDArray[np.float64], NDArray[np.float64], float]
 
 
 def _distribution(record: Record, row: int) -> _Distribution | None:
-    """Edges, the share of the elements up to each, and their number; None where it is unknown."""
+    """Rates, the share of the elements up to each, and their number; None where it is unknown.
+
+    The quantiles are such, and so are the edges of the histogram, whose bins are wide.
+    """
     table = record.tables["parameter"]
     weight = float(table["numel"][row])
     edges, counts = np.asarray(record.edges[row]), np.asarray(record.counts[row])
+    rates = np.array([table[f"effective_lr_{suffix}"][row] for suffix in _LEVELS])
+    share = np.array(list(_LEVELS.values()))
     if len(counts) and counts.sum() > 0:
-        share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
-    else:  # no histogram: the quantiles are one, if a coarse one
-        columns = [f"effective_lr_{suffix}" for suffix in ("min", *QUANTILES, "max")]
-        edges = np.array([table[column][row] for column in columns])
-        share = np.array([0.0, *QUANTILES.values(), 1.0])
-        share, edges = share[~np.isnan(edges)], edges[~np.isnan(edges)]
-        if not len(edges):
+        up_to = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
+        edges = np.clip(edges, np.fmax(rates[0], edges[0]), np.fmin(rates[-1], edges[-1]))
+        finite = np.isfinite(rates)
+        rates = np.concatenate([edges, rates[finite]])
+        share = np.concatenate([up_to, share[finite]])
+        order = np.lexsort((share, rates))
+        rates, share = rates[order], np.maximum.accumulate(share[order])
+    else:
+        share, rates = share[~np.isnan(rates)], rates[~np.isnan(rates)]
+        if not len(rates):
             return None
         share[0], share[-1] = 0.0, 1.0
-    if not np.isfinite(edges).all() or weight <= 0:
+    if not np.isfinite(rates).all() or weight <= 0:
         return None
-    return edges, share, weight
+    return rates, share, weight
 
 
 def _mixture(pieces: Sequence[_Distribution]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

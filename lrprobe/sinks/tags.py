@@ -97,6 +97,7 @@ class Plan:
         level: what the tags are per, ``"parameter"`` or ``"module"``.
         names: what stands for ``{name}`` in the tags.
         rows: of the parameter table, for each name.
+        modules: for each name the row of the module table that has just these parameters, or None.
         owner: ``""``, or ``"<optimizer>."``.
         prefix, style: as given to ``Tags``.
     """
@@ -106,6 +107,7 @@ class Plan:
     level: str
     names: tuple[str, ...]
     rows: tuple[list[int], ...]
+    modules: tuple[int | None, ...]
     owner: str
     prefix: str
     style: Style
@@ -133,7 +135,10 @@ class Plan:
         """The parameters of a record merged to what the tags stand for; None where each is one."""
         if self.level == "parameter":
             return None
-        return [merge_rows(record, rows) for rows in self.rows]
+        return [
+            merge_rows(record, rows, module)
+            for rows, module in zip(self.rows, self.modules, strict=True)
+        ]
 
     def scalars(
         self, record: Record, merged: Sequence[MergedRows] | None
@@ -223,12 +228,17 @@ class Tags:
                 (f"{key}#{i}" if i else key, row) for key in rows for i, row in enumerate(rows[key])
             ]
             rows = {key: [row] for key, row in pairs}
+        whole: dict[str, list[int]] = {}
+        for row, name in enumerate(parameters):
+            whole.setdefault(parts_of(name)[0], []).append(row)
+        modules = {tuple(members): at for at, members in enumerate(whole.values())}
         plan = Plan(
             optimizer=record.optimizer,
             parameters=parameters,
             level=level,
             names=tuple(self._name(record.optimizer, level, key, several > 1) for key in rows),
             rows=tuple(rows.values()),
+            modules=tuple(modules.get(tuple(members)) for members in rows.values()),
             owner=owner,
             prefix=self.prefix,
             style=self.style,
