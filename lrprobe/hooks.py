@@ -7,6 +7,7 @@ import math
 import time
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,6 +88,7 @@ class Hooks:
         self._seen: list[weakref.ref[Tensor]] = []
         self._sizes: list[int] = []
         self._fixed: list[dict[str, Any]] = []
+        self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
         keep_freed_memory()
@@ -288,11 +290,7 @@ class Hooks:
         same = sizes == self._sizes and all(
             ref() is param for ref, param in zip(self._seen, params, strict=True)
         )
-        fixed = [_unscheduled(group) for group in optimizer.param_groups]
-        if fixed != self._fixed:
-            first, self._fixed = not self._fixed, fixed
-            if not first:
-                self._owner.describe()
+        self._refresh_hyperparameters(optimizer)
         if same:
             return
         self._sizes = sizes
@@ -319,6 +317,19 @@ class Hooks:
         if self._passes is not None:
             self._passes.watch(params)
         self._seen = [weakref.ref(param) for param in params]
+
+    def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
+        """Describe the run anew where one has changed that nothing moves from step to step."""
+        moved = {key for key, count in self._changes.items() if count > _MOST_CHANGES}
+        moved.update(_SCHEDULED)
+        fixed = [_fixed(group, moved) for group in optimizer.param_groups]
+        if fixed == self._fixed:
+            return
+        before, self._fixed = self._fixed, fixed
+        for old, new in zip(before, fixed, strict=False):
+            self._changes.update(key for key in old.keys() & new if old[key] != new[key])
+        if before:
+            self._owner.describe()
 
     def judge(self, pending: Pending | Merging) -> None:
         """Parameters whose rule does not explain their steps become measured."""
@@ -378,12 +389,12 @@ class Schedule:
         return "step chosen" if callable(self._every) else f"{self._every} steps"
 
 
-def _unscheduled(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that no scheduler moves, as far as they can be compared at once."""
+def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
+    """The hyperparameters but for those that move, as far as they can be compared at once."""
     return {
         key: value
         for key, value in group.items()
-        if key not in _SCHEDULED and isinstance(value, bool | int | float | str | None)
+        if key not in moved and isinstance(value, bool | int | float | str | None)
     }
 
 
@@ -447,6 +458,9 @@ def _outside_graph(function: Callable[..., None], *args: Any) -> None:
 
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
+_MOST_CHANGES = 3
+"""A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own. Each
+description of the run begins a new part of a dataset."""
 _NOT_PLAIN = ("params", "param_names")
 
 

@@ -250,26 +250,48 @@ def test_a_step_function_is_asked_once_a_step() -> None:
         assert probe.step == 6
 
 
+class Keep:
+    """A sink that keeps the records themselves."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def write(self, record: Any) -> None:
+        self.records.append(record)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_hyperparameter_that_keeps_changing_is_not_described_each_time() -> None:
+    """Or a dataset had a part for each record; one that changes seldom still is."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keep = Keep()
+    with lrprobe.attach(optimizer, model, every=1, to=keep):
+        for step in range(20):
+            optimizer.param_groups[0]["k"] = step
+            train(model, optimizer, 1)
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+        train(model, optimizer, 1)
+    runs = [record.run for record in keep.records]
+    assert len({id(run) for run in runs[:20]}) <= 6
+    assert runs[-2] is not runs[-1]
+    assert runs[-1]["optimizers"]["SGD"]["groups"][0]["weight_decay"] == 0.3
+
+
 def test_a_hyperparameter_changed_in_mid_run_travels_with_the_records() -> None:
     """`Record.run` is a new object where weight decay changed, the same where only lr did."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    records: list[Any] = []
-
-    class Keep:
-        def write(self, record: Any) -> None:
-            records.append(record)
-
-        def close(self) -> None:
-            pass
-
-    with lrprobe.attach(optimizer, model, every=1, to=Keep()):
+    keep = Keep()
+    with lrprobe.attach(optimizer, model, every=1, to=keep):
         train(model, optimizer, 1)
         optimizer.param_groups[0]["lr"] = 0.05
         train(model, optimizer, 1)
         optimizer.param_groups[0]["weight_decay"] = 0.3
         train(model, optimizer, 1)
-    runs = [record.run for record in records]
+    runs = [record.run for record in keep.records]
     assert runs[0] is runs[1]
     decays = [run["optimizers"]["SGD"]["groups"][0]["weight_decay"] for run in runs]
     assert decays == [0, 0, 0.3]
