@@ -412,7 +412,8 @@ def _fresh_moments(series: Series) -> Iterator[Hit]:
 def _jumps(series: Series, row: int) -> Floats:
     """How much rate and spread of rates change into a row, over their changes before: (p,)."""
     most = np.full(len(series.names), np.nan)
-    if not all(f"effective_lr_{q}" in series for q in ("p05", "p50", "p95")):
+    columns = ("lr", *(f"effective_lr_{q}" for q in ("p05", "p50", "p95")))
+    if not all(column in series for column in columns):
         return most
     rate = _rate(series)
     spread = np.log10(series["effective_lr_p95"] / series["effective_lr_p05"])

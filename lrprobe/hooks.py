@@ -459,8 +459,8 @@ def _outside_graph(function: Callable[..., None], *args: Any) -> None:
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
 _MOST_CHANGES = 3
-"""A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own. Each
-description of the run begins a new part of a dataset."""
+"""A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own.
+Each description of the run begins a new part of a dataset."""
 _NOT_PLAIN = ("params", "param_names")
 
 

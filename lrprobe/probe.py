@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
@@ -125,12 +125,14 @@ def _attached(optimizers: Mapping[str, Optimizer], options: Options, to: Any, ra
         for sink in shared
         for name, each in optimizers.items()
     ]
-    _close_older(places)
-    optimizers = _apart(optimizers, shared)
+    older = [probe for probe in list(_open_probes) if set(places) & set(probe.places)]
+    release = partial(_close, older, places)
     if rank:  # which has nothing to write
+        release()
         probe = Probe(None, Delivery([]), places, rank=rank)
     else:
-        sinks, owned = open_sinks(found)
+        taken = {place for probe in older for place in probe.places}
+        sinks, owned = open_sinks(found, taken, release)
         memory = next((sink for sink in sinks if isinstance(sink, Memory)), None)
         if memory is None:
             memory = Memory()
@@ -138,7 +140,7 @@ def _attached(optimizers: Mapping[str, Optimizer], options: Options, to: Any, ra
         attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
         probe = Probe(memory, Delivery(sinks, owned), places, attempt)
     probe.shared = shared
-    for name, each in optimizers.items():
+    for name, each in _apart(optimizers, shared).items():
         probe.hooks.append(Hooks(name, each, options, probe))
     probe.describe()
     _open_probes.add(probe)
@@ -384,12 +386,11 @@ def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[s
     return result
 
 
-def _close_older(places: Sequence[str]) -> None:
-    for probe in list(_open_probes):
+def _close(older: Sequence[Probe], places: Sequence[str]) -> None:
+    for probe in older:
         same = set(places) & set(probe.places)
-        if same:
-            warn(
-                f"another probe was recording to {listed(sorted(same))}: it is closed, and this "
-                "one takes its place. (For several optimizers attach once, with a list.)"
-            )
-            probe.close()
+        warn(
+            f"another probe was recording to {listed(sorted(same))}: it is closed, and this "
+            "one takes its place. (For several optimizers attach once, with a list.)"
+        )
+        probe.close()

@@ -122,6 +122,8 @@ def _columns_of(path: Path) -> pd.DataFrame | None:
     codes: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
     try:
         parts = part_files(path)
+        if not parts:
+            return None
         for part in parts:
             inspect_part(part)
         ends = np.cumsum([pq.read_metadata(part).num_rows for part in parts]).tolist()

@@ -46,6 +46,18 @@ def test_diagnose_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixture[
     assert main(["diagnose", str(folder / "logdir")]) == 0
 
 
+def test_a_dataset_whose_writer_was_killed_at_once_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds half a temporary file and no record."""
+    path = tmp_path / "run.parquet"
+    path.mkdir()
+    (path / ".lrprobe-part-0.parquet").write_bytes(b"PAR1 half")
+    assert main(["diagnose", str(path)]) == 0
+    assert main(["show", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_diagnose_for_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """CSV and JSON have what to_frame has."""
     path = folder / "faulty.parquet"

@@ -319,6 +319,14 @@ def test_state_lost_at_a_resume(tmp_path: Path, name: str, every: int) -> None:
     assert "state-lost" not in found(kept)
 
 
+def test_checks_without_their_columns_are_left_out() -> None:
+    """Of a frame with rates and no `lr` nothing is said, also where it was resumed."""
+    rates = {f"effective_lr_{q}": np.linspace(1, 2, 8) for q in ("p05", "p50", "p95")}
+    attempt = np.repeat([0, 1], 4)
+    frame = pd.DataFrame({"step": range(8), "attempt": attempt, "parameter": "w", **rates})
+    assert not list(lrprobe.diagnose(frame.assign(rule="adam")))
+
+
 def test_state_lost_by_adadelta(tmp_path: Path) -> None:
     """Its mean of past updates is exactly 0 again."""
     lost = resumed(tmp_path / "a.parquet", USUAL["Zeiler"], keep=False, every=1, step=60)

@@ -181,6 +181,20 @@ def test_the_same_sink_for_the_same_optimizer_does_not_record_twice() -> None:
         assert probe.frame(by="model")["step"].tolist() == [1, 2]
 
 
+def test_a_probe_stays_where_another_cannot_take_its_place(tmp_path: Any) -> None:
+    """It goes on recording where one of the other's new destinations cannot be written."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tmp_path / "file").write_text("no folder")
+    path = tmp_path / "run.parquet"
+    with lrprobe.attach(optimizer, model, every=1, to=path) as probe:
+        with pytest.raises(OSError, match="cannot write a TensorBoard logdir"):
+            lrprobe.attach(optimizer, model, to=[path, tmp_path / "file" / "logdir"])
+        train(model, optimizer, 2)
+    assert probe.frame(by="model")["step"].tolist() == [1, 2]
+    assert lrprobe.read(path, by="model")["step"].tolist() == [1, 2]
+
+
 def test_a_frozen_parameter_that_still_moves_has_stepped() -> None:
     """`requires_grad_(False)` does not stop torch where an old gradient is left."""
     model = net()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,26 +107,40 @@ def targets(to: Any) -> list[Target]:
     return found
 
 
-def open_sinks(found: Sequence[Target]) -> tuple[list[Sink], list[Sink]]:
+def open_sinks(
+    found: Sequence[Target], taken: Collection[str], release: Callable[[], None]
+) -> tuple[list[Sink], list[Sink]]:
     """The sinks, and those among them that were opened here.
+
+    Args:
+        found: where they lead.
+        taken: places that another probe writes to.
+        release: makes it close; called once, when all other places are open, so that it goes on
+            where one of them cannot be.
 
     Raises:
         OSError: if a destination cannot be written.
         ValueError: if a folder holds something else.
     """
-    sinks: list[Sink] = []
+    sinks: dict[int, Sink] = {}
     owned: list[Sink] = []
+
+    def open_those(*, last: bool) -> None:
+        for at, target in enumerate(found):
+            if (target.place in taken) == last:
+                sinks[at] = target.open()
+                if target.owned:
+                    owned.append(sinks[at])
+
     try:
-        for target in found:
-            sink = target.open()
-            sinks.append(sink)
-            if target.owned:
-                owned.append(sink)
+        open_those(last=False)
+        release()
+        open_those(last=True)
     except BaseException:
         for sink in owned:
             sink.close()
         raise
-    return sinks, owned
+    return [sinks[at] for at in range(len(found))], owned
 
 
 def _target(to: Any) -> Target:

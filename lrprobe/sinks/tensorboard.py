@@ -113,7 +113,8 @@ class TensorBoard:
             self._target = _EventFile(os.fspath(writer_or_dir))
         else:
             raise TypeError(
-                f"writer_or_dir is a {type(writer_or_dir).__name__}; allowed are a path and a "
+                f"writer_or_dir is a {type(writer_or_dir).__module__}."
+                f"{type(writer_or_dir).__name__}; allowed are a path and a "
                 "torch.utils.tensorboard.SummaryWriter"
             )
         self._news = True  # something is to be described to TensorBoard
