@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lrprobe.arguments import Every, Options, Step
-from lrprobe.names import name_parameters
+from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
 from lrprobe.summary.pending import Pending, StepInfo
@@ -85,8 +87,10 @@ class Hooks:
         self._depth = 0
         self._number = self.schedule.step
         self._kept: Before | Kept | None = None
-        self._seen: list[weakref.ref[Tensor]] = []
-        self._sizes: list[int] = []
+        self._seen: list[list[tuple[int, int]]] = []
+        """By group, id and elements of its parameters."""
+        self._given: dict[int, str] = {}
+        """id of each parameter to its name, which stays."""
         self._fixed: list[dict[str, Any]] = []
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
@@ -102,9 +106,11 @@ class Hooks:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        # Before the user's own post-hooks, which may step a scheduler or drop the gradients.
+        # Before the user's own post-hooks, which may step a scheduler or drop the gradients, and
+        # after the pre-hooks, also those to come, which may clip them.
         hooks: Any = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no `prepend`
         hooks.move_to_end(self._handles[1].id, last=False)
+        _LAST.add(optimizer, self._handles[0].id)
 
     def join(self, data_parallel: int, flat: Sequence[Tensor], *, silent: bool) -> None:
         """Take part among other ranks.
@@ -125,6 +131,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
+        _LAST.discard(self._handles[0].id)
         for handle in self._handles:
             handle.remove()
         if self._passes is not None:
@@ -199,8 +206,12 @@ class Hooks:
         self._depth = 0
         kept, self._kept = self._kept, None
         self.schedule.step = self._number
-        passes = self._passes.take() if self._passes is not None else None
-        if kept is None and not at_rest(optimizer):
+        try:  # as above
+            passes = self._passes.take() if self._passes is not None else None
+            if kept is None and not at_rest(optimizer):
+                return
+        except Exception as error:  # noqa: BLE001 - as in `_harmless`
+            self.failed(error)
             return
         with self._harmless():
             info = StepInfo(
@@ -285,38 +296,39 @@ class Hooks:
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Follow added groups and exchanged parameters."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        same = sizes == self._sizes and all(
-            ref() is param for ref, param in zip(self._seen, params, strict=True)
-        )
+        groups = [group["params"] for group in optimizer.param_groups]
+        seen = [[(id(param), _numel(param)) for param in params] for params in groups]
         self._refresh_hyperparameters(optimizer)
-        if same:
+        if seen == self._seen:
             return
-        self._sizes = sizes
-        known = {(w.name, id(w.ref())): w for w in self.watched}
+        self._seen = seen
+        gone = self._given.keys() - {at for params in seen for at, _ in params}
+        self.options.names.forget(gone)
+        given = {at: name for at, name in self._given.items() if at not in gone}
+        named = list(name_parameters(optimizer, self.options.names.now() | given))
+        self._given = {id(param): name for _, name, param in named}
+        known = {(w.name, w.ref.id, w.numel): w for w in self.watched}
         rule = find_rule(type(optimizer))
         self.watched = []
-        for group, name, param in name_parameters(optimizer, self.options.names.now()):
-            if not self.options.chosen.takes(name):
+        for (group, name, param), place in zip(named, places(optimizer), strict=True):
+            numel = _numel(param)
+            if numel < 0 or not self.options.chosen.takes(name):
                 continue
-            watched = known.get((name, id(param)))
+            watched = known.get((name, id(param), numel))
             if watched is None:
-                numel = param.numel() * (2 if param.is_complex() else 1)
                 watched = Watched(
                     name=name,
                     group=group,
-                    ref=weakref.ref(param),
+                    ref=place,
                     rule=rule,
                     tracked=draw(name, numel, self.options.track),
                     numel=numel,
                     initial_lr=_initial_lr(optimizer.param_groups[group]),
                 )
-            watched.group = group
+            watched.group, watched.ref = group, place
             self.watched.append(watched)
         if self._passes is not None:
-            self._passes.watch(params)
-        self._seen = [weakref.ref(param) for param in params]
+            self._passes.watch(places(optimizer))
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Describe the run anew where one has changed that nothing moves from step to step."""
@@ -360,6 +372,51 @@ class Hooks:
         )
 
 
+class _Last:
+    """Keeps pre-hooks the last of their optimizers, however late others are registered.
+
+    By a hook of all optimizers, which runs before those of one, and is there while it is needed.
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: dict[int, tuple[int, weakref.finalize[..., Optimizer]]] = {}
+        """Pre-hook to the id of its optimizer, and what forgets it with that."""
+        self._hooks: dict[int, list[int]] = {}
+        """id of an optimizer to its pre-hooks."""
+        self._handle: Any = None
+
+    def add(self, optimizer: Optimizer, hook: int) -> None:
+        forget = weakref.finalize(optimizer, self.discard, hook)
+        forget.atexit = False
+        self._optimizers[hook] = id(optimizer), forget
+        self._hooks.setdefault(id(optimizer), []).append(hook)
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._run)
+
+    def discard(self, hook: int) -> None:
+        if hook not in self._optimizers:
+            return
+        optimizer, forget = self._optimizers.pop(hook)
+        forget.detach()
+        self._hooks[optimizer].remove(hook)
+        if not self._hooks[optimizer]:
+            del self._hooks[optimizer]
+        if not self._optimizers and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _run(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for hook in self._hooks.get(id(optimizer), ()):
+            hooks: Any = optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - as above
+            if hook in hooks:  # or it is of another optimizer, which had the same id
+                hooks.move_to_end(hook)
+
+
+_LAST = _Last()
+
+
 class Schedule:
     """Counts the steps of one optimizer, and says which are recorded."""
 
@@ -401,7 +458,21 @@ def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
 def _steps_taken(optimizer: Optimizer) -> int:
     states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
     steps = [state["step"] for state in states if "step" in state]
-    return max((int(step) for step in steps), default=0)
+    return max(map(_as_count, steps), default=0)
+
+
+def _as_count(step: Any) -> int:
+    try:
+        return int(step)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        return 0  # no count that can be gone on from
+
+
+def _numel(param: Tensor) -> int:
+    """Real elements (a complex one counts twice); −1 of a lazy parameter that has none yet."""
+    if is_lazy(param):
+        return -1
+    return param.numel() * (2 if param.is_complex() else 1)
 
 
 def _initial_lr(group: Mapping[str, Any]) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def parameter_names(model: nn.Module | None) -> dict[int, str]:
         return {}
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module or None, since it gives the names; got {_kind(model)}"
+            f"model must be a torch.nn.Module or None, since it gives the names; got {kind(model)}"
         )
     # Looked up among what is imported: a class that is not loaded has no instances.
     wrappers = [
@@ -60,20 +62,59 @@ class Names:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._first = _weakly(model)
+        self._first = parameter_names(model)
         self._model = None if model is None else weakref.ref(model)
 
     def now(self) -> dict[int, str]:
-        """id of each parameter that is alive to its name; a name once given stays."""
+        """id of each parameter to its name; one that left the model has that which it had."""
         model = self._model() if self._model is not None else None
-        known = ((ref(), name) for ref, name in self._first)
-        return parameter_names(model) | {id(p): name for p, name in known if p is not None}
+        return self._first | parameter_names(model)
+
+    def forget(self, gone: Iterable[int]) -> None:
+        """Parameters with these ids left an optimizer: the next with such an id is another."""
+        for each in gone:
+            self._first.pop(each, None)
 
 
-def _weakly(model: nn.Module | None) -> list[tuple[weakref.ref[Tensor], str]]:
-    names = parameter_names(model)
-    params = {} if model is None else {id(p): p for p in model.parameters()}
-    return [(weakref.ref(params[at]), name) for at, name in names.items() if at in params]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an optimizer has a parameter, which is not kept alive.
+
+    A weak reference to the parameter itself would keep its module from being moved: modules with
+    tensors of a subclass (FSDP2) are moved by ``torch.utils.swap_tensors``, which refuses it.
+
+    Attributes:
+        optimizer: reference to the optimizer.
+        group: which of its groups.
+        index: which parameter of that.
+        id: the parameter's.
+    """
+
+    optimizer: weakref.ref[Optimizer]
+    group: int
+    index: int
+    id: int
+
+    def __call__(self) -> Tensor | None:
+        """The parameter; None where it is there no more."""
+        optimizer = self.optimizer()
+        if optimizer is None:
+            return None
+        try:
+            param: Tensor = optimizer.param_groups[self.group]["params"][self.index]
+        except IndexError:
+            return None
+        return param if id(param) == self.id else None
+
+
+def places(optimizer: Optimizer) -> list[Place]:
+    """Where it has its parameters, in order."""
+    reference = weakref.ref(optimizer)
+    return [
+        Place(reference, group, index, id(param))
+        for group, each in enumerate(optimizer.param_groups)
+        for index, param in enumerate(each["params"])
+    ]
 
 
 def _named(
@@ -99,13 +140,21 @@ def name_parameters(
 
     A name is the model's, else the group's own ``param_names``, else ``group0.param3``.
     """
-    taken: dict[str, int] = {}
+    given = []
     for index, group in enumerate(optimizer.param_groups):
         own = group.get("param_names")
         for at, param in enumerate(group["params"]):
             name = names.get(id(param)) or (own[at] if own else f"group{index}.param{at}")
-            taken[name] = taken.get(name, 0) + 1
-            yield index, name if taken[name] == 1 else f"{name}#{taken[name] - 1}", param
+            given.append((index, name, param))
+    wanted = {name for _, name, _ in given}
+    taken: set[str] = set()
+    counts: dict[str, Iterator[int]] = {}
+    for index, name, param in given:
+        unique = name
+        while unique in taken or (unique != name and unique in wanted):
+            unique = f"{name}#{next(counts.setdefault(name, itertools.count(1)))}"
+        taken.add(unique)
+        yield index, unique, param
 
 
 def module_of(name: str) -> str:
@@ -127,7 +176,7 @@ def find_optimizers(given: Any) -> dict[str, Optimizer]:
     else:
         found = [("", _unwrap(given))]
     if not found:
-        raise ValueError(f"nothing to attach to: got an empty {_kind(given)}")
+        raise ValueError(f"nothing to attach to: got an empty {kind(given)}")
     if len({id(optimizer) for _, optimizer in found}) < len(found):
         raise ValueError("the same optimizer was given twice")
     result: dict[str, Optimizer] = {}
@@ -157,10 +206,11 @@ def _unwrap(given: Any) -> Optimizer:
         return found
     raise TypeError(
         "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer or "
-        f".optim), a list of them, or a dict of name to optimizer; got {_kind(given)}"
+        f".optim), a list of them, or a dict of name to optimizer; got {kind(given)}"
     )
 
 
-def _kind(thing: Any) -> str:
+def kind(thing: Any) -> str:
+    """What something is, as errors name it: its class, with the module where it has one."""
     cls = type(thing)
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 _WATCHED = 4
 """Parameters that count; of several heads each has its own passes, and all are the trunk's."""
@@ -21,15 +22,14 @@ class Passes:
         self.ranks = 1
         """Data-parallel ranks, each with samples of its own."""
         self._told = 0
-        self._instead: Sequence[Tensor] = ()
-        self._params: list[weakref.ref[Tensor]] = []
+        self._instead: Sequence[Callable[[], Tensor | None]] = ()
+        self._params: Sequence[Callable[[], Tensor | None]] = ()
         self._counters: list[_Counter] = []
 
-    def watch(self, params: Sequence[Tensor]) -> None:
+    def watch(self, params: Sequence[Callable[[], Tensor | None]]) -> None:
         """Choose among these parameters."""
-        params = self._instead or params
-        self._params = [weakref.ref(p) for p in params]
-        self._choose([p for p in params if _can_count(p)])
+        self._params = self._instead or params
+        self._choose(_can_count)
 
     def spread(self, ranks: int, instead: Sequence[Tensor]) -> None:
         """Over so many ranks; ``instead`` has the parameters that autograd sees, where others are.
@@ -38,8 +38,8 @@ class Passes:
         """
         self.ranks = ranks
         if instead:
-            self._instead = instead
-            self.watch(instead)
+            self._instead = [weakref.ref(param) for param in instead]
+            self.watch(self._instead)
 
     def tell(self, passes: int) -> None:
         """Of passes that are not torch's, which nobody here can count."""
@@ -52,8 +52,7 @@ class Passes:
         if count:
             return float(count * self._batch_size * self.ranks)
         # These parameters take no part; others may.
-        alive = (p for p in (ref() for ref in self._params) if p is not None)
-        self._choose([p for p in alive if _can_count(p) and p.grad is not None])
+        self._choose(lambda p: _can_count(p) and p.grad is not None)
         return math.nan
 
     def remove(self) -> None:
@@ -62,14 +61,15 @@ class Passes:
             counter.remove()
         self._counters = []
 
-    def _choose(self, params: Sequence[Tensor]) -> None:
-        """Watch the first of these, the last, and some between."""
-        last = len(params) - 1
-        most = min(_WATCHED, len(params))
-        chosen = [params[last * i // max(most - 1, 1)] for i in range(most)]
+    def _choose(self, which: Callable[[Tensor], bool]) -> None:
+        """Watch the first of such parameters, the last, and some between."""
+        found = [(ref, p) for ref in self._params if (p := ref()) is not None and which(p)]
+        last = len(found) - 1
+        most = min(_WATCHED, len(found))
+        chosen = [found[last * i // max(most - 1, 1)] for i in range(most)]
         # One that is watched stays so: its hooks may be running just now, and must not change then.
         known = {id(p): c for c in self._counters if (p := c.param()) is not None}
-        counters = [known.get(id(p)) or _Counter(p) for p in chosen]
+        counters = [known.get(id(p)) or _Counter(ref, p) for ref, p in chosen]
         for counter in self._counters:
             if counter not in counters:
                 counter.remove()
@@ -79,11 +79,11 @@ class Passes:
 class _Counter:
     """Counts the passes that one parameter takes part in since its gradient began."""
 
-    def __init__(self, param: Tensor) -> None:
-        self.param = weakref.ref(param)
+    def __init__(self, ref: Callable[[], Tensor | None], param: Tensor) -> None:
+        self.param = ref
         self._count = 0
         self._in_backward = False  # another hook on the parameter takes the step, before we count
-        self._grad: weakref.ref[Tensor] | None = None
+        self._grad = 0  # id: a reference would keep modules from being moved, as in `names.Place`
         self._version = 0
         after: Any = param.register_post_accumulate_grad_hook
         before: Any = param.register_hook
@@ -92,7 +92,7 @@ class _Counter:
     def take(self) -> int:
         """The passes so far; from here on they are of the next step."""
         count = self._count or int(self._in_backward)  # there, each pass has a step of its own
-        self._count, self._grad = 0, None
+        self._count, self._grad = 0, 0
         return count
 
     def remove(self) -> None:
@@ -100,6 +100,7 @@ class _Counter:
         for handle in self._handles:
             handle.remove()
 
+    @unserializable_hook  # type: ignore[untyped-decorator] # torch.save warns of others
     def _begins(self, _incoming: Tensor) -> None:
         """Before a gradient is added: see whether what it is added to is of the same step.
 
@@ -111,8 +112,8 @@ class _Counter:
         if getattr(param, "_saved_grad_shard", None) is not None:
             return  # FSDP1 keeps there the sum of the passes before, and begins anew in each
         grad = None if param is None else param.grad
-        known = self._grad() if self._grad is not None else None
-        if grad is None or grad is not known or (_version(grad) != self._version and _zero(grad)):
+        known = grad is not None and id(grad) == self._grad
+        if grad is None or not known or (_version(grad) != self._version and _zero(grad)):
             self._count = 0
 
     def _passed(self, param: Tensor) -> None:
@@ -120,7 +121,7 @@ class _Counter:
         self._in_backward = grad is None
         if grad is not None:
             self._count += 1
-            self._grad = weakref.ref(grad)  # a new one each time under create_graph=True
+            self._grad = id(grad)  # a new one each time under create_graph=True
             self._version = _version(grad)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import platform
 import threading
 import weakref
@@ -347,6 +348,11 @@ class Probe:
         for hooks in self.hooks:
             hooks.recorded = -1
 
+    def forked(self) -> None:
+        """In a child process: what waits is the parent's."""
+        self._lock = threading.RLock()
+        self._waiting.clear()
+
     def _wait(self) -> None:
         if not self._closed:
             self.collect(wait=True)
@@ -361,6 +367,16 @@ class Probe:
 _version = cache(version)  # which else searches all that is installed, at each attach
 
 _open_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    """A lock that another thread held when the process was forked is never released."""
+    for probe in list(_open_probes):
+        probe.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 @atexit.register

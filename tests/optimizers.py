@@ -144,6 +144,10 @@ def _more() -> Iterator[Case]:
     rows: list[tuple[type[Optimizer], dict[str, Any], str]] = [
         (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}, "maximize"),
         (optim.SGD, {"lr": 0.1, "weight_decay": 0.3, "nesterov": True, "momentum": 0.8}, "nest-wd"),
+        *(
+            (optim.SGD, {"lr": 0.1, "nesterov": True, "momentum": 0.8, **options}, f"nest-{name}")
+            for name, options in _IMPLEMENTATIONS.items()
+        ),
         (optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, "decoupled"),
         (optim.Adam, {"amsgrad": True, "maximize": True}, "amsgrad-maximize"),
         (

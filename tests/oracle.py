@@ -114,6 +114,7 @@ class Old:
     array: Array
     state: dict[str, Any]
     group: dict[str, Any]
+    grad: Tensor | None
 
 
 @dataclass
@@ -139,7 +140,8 @@ class Tape:
                     key: value.detach().clone() if isinstance(value, Tensor) else value
                     for key, value in self.optimizer.state.get(param, {}).items()
                 }
-                self.kept[param] = Old(param.detach().clone(), numpy(param), state, options)
+                grad = None if param.grad is None else param.grad.detach().clone()
+                self.kept[param] = Old(param.detach().clone(), numpy(param), state, options, grad)
 
     def after(self) -> dict[str, Truth]:
         """What the step was."""
@@ -172,7 +174,9 @@ class Tape:
 
     def _step(self, truth: Truth, param: Tensor, old: Old, state: Mapping[str, Any]) -> None:
         truth.stepped = True
-        grad = numpy(param.grad)
+        # torch's foreach step leaves Nesterov's direction in the place of the gradient.
+        given = old.grad if old.group.get("nesterov") and old.grad is not None else param.grad
+        grad = numpy(given)
         truth.grad = grad.reshape(-1)
         truth.before = old.array.reshape(-1)
         truth.same = bits(param) == bits(old.param)
@@ -186,7 +190,7 @@ class Tape:
             truth.measured, truth.decay = True, math.nan
             return
         with np.errstate(all="ignore"):
-            step = equation(Given(old, param.grad, grad, state))
+            step = equation(Given(old, given, grad, state))
         shape = old.array.shape
         truth.rate = np.broadcast_to(step["rate"], shape).reshape(-1).astype(np.float64)
         truth.direction = np.broadcast_to(step["direction"], shape).reshape(-1)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from test_sinks import make_record
 
+import lrprobe
 from lrprobe import delivery
 from lrprobe.delivery import Delivery
 
@@ -464,6 +465,32 @@ def in_child(work):
         signal.alarm(10)
         os._exit(0 if work() else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have():
+    """Another thread was taking a record when the process was forked."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        held, release = threading.Event(), threading.Event()
+
+        def hold():
+            with probe._lock:
+                held.set()
+                release.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+
+        def work():
+            optimizer.step()
+            return probe.step == 1
+
+        assert in_child(work) == 0
+        release.set()
+        thread.join()
 
 
 def test_a_forked_child_writes_nothing(sink, tmp_path):

@@ -303,6 +303,9 @@ def test_a_full_disk_leaves_no_half_a_record(tmp_path):
         def truncate(self, size):
             return real.truncate(size)
 
+        def fileno(self):
+            return real.fileno()
+
     sink._file = Full()
     with pytest.raises(OSError, match="No space"):
         sink.write(make_record(1))
@@ -311,6 +314,22 @@ def test_a_full_disk_leaves_no_half_a_record(tmp_path):
     sink.close()
     found = pd.read_json(tmp_path / "run.jsonl", lines=True)
     assert list(found["step"]) == [0] * 3 + [1] * 3
+
+
+def test_a_json_lines_file_that_is_removed_is_made_anew(tmp_path):
+    """It is told once; nothing that comes later is written where nobody finds it."""
+    path = tmp_path / "folder" / "run.jsonl"
+    sink = sinks.JSONL(path)
+    sink.write(make_record(0))
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.raises(FileNotFoundError, match=r"run\.jsonl' was removed"):
+        sink.write(make_record(1))
+    for step in (1, 2):
+        sink.write(make_record(step))
+    sink.close()
+    assert list(pd.read_json(path, lines=True)["step"].unique()) == [1, 2]
+    assert sink.attempt == 0
 
 
 def test_a_path_to_json_lines_says_which_sink_it_is(tmp_path):

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.testing._internal.two_tensor import TwoTensor
 
 import lrprobe
+import lrprobe.hooks
 from lrprobe import rules
 from lrprobe.rules import Rule, Slice, Update
 from lrprobe.testing import check_rule
@@ -309,3 +311,180 @@ def test_a_hyperparameter_changed_in_mid_run_travels_with_the_records() -> None:
     assert runs[0] is runs[1]
     decays = [run["optimizers"]["SGD"]["groups"][0]["weight_decay"] for run in runs]
     assert decays == [0, 0, 0.3]
+
+
+def test_a_module_that_is_moved_by_swapping_its_tensors_can_be_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`Module.to` refuses to swap tensors that are weakly referenced (FSDP2's always are)."""
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lrprobe.attach(optimizer, model, every=1, batch_size=8, track=2) as probe:
+        train(model, optimizer, 2)
+        model.to(torch.float64)
+        x = torch.randn(8, 4, dtype=torch.float64)
+        model(x).square().mean().backward()
+        optimizer.step()
+        model.float()
+    frame = probe.frame()
+    assert frame["step"].unique().tolist() == [1, 2, 3]
+    assert (frame["reconstruction_error"] < 1e-6).all()
+
+
+def test_a_parameter_that_is_resized_is_counted_anew() -> None:
+    """`param.data` may get another size, as when an embedding grows."""
+    params = [nn.Parameter(torch.ones(100)) for _ in range(2)]
+    groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.3}]
+    optimizer = torch.optim.SGD(groups)
+    with lrprobe.attach(optimizer, every=1, track=3) as probe:
+        for size in (100, 10_000, 5):
+            params[0].data = torch.ones(size)
+            for param in params:
+                param.grad = torch.zeros_like(param)
+                param.grad[0] = 1
+            optimizer.step()
+    frame = probe.frame()
+    resized = frame[frame["parameter"] == "group0.param0"]
+    assert resized["numel"].tolist() == [100, 10_000, 5]
+    assert resized["zero_grad_fraction"].tolist() == [0.99, 0.9999, 0.8]
+    means = probe.frame(by="model")["effective_lr_mean"].tolist()
+    assert means == pytest.approx([0.2, (0.1 * 10_000 + 0.3 * 100) / 10_100, (0.5 + 30) / 105])
+    elements = probe.elements()
+    assert elements.loc[elements["step"] == 3, "element"].max() < 100
+
+
+def test_pre_hooks_that_come_later_run_before_the_probes() -> None:
+    """What they do to gradients and parameters is no part of the step."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    probe = lrprobe.attach(optimizer, model, every=1)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.clamp_(-0.05, 0.05)
+
+    optimizer.register_step_pre_hook(clip)
+    train(model, optimizer, 3)
+    frame = probe.frame()
+    assert (frame["rule"] == "adam").all()
+    assert (frame["reconstruction_error"] < 1e-6).all()
+    norms = np.sqrt(np.square(frame["grad_norm"]).groupby(frame["step"]).sum())
+    np.testing.assert_allclose(norms, 0.01, rtol=1e-4)
+    probe.close()
+    assert id(optimizer) not in lrprobe.hooks._LAST._hooks
+
+
+class PerElement(Optimizer):
+    """Its group's rate has a value for each element."""
+
+    def __init__(self, params: Any, lr: Tensor) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(group["lr"] * param.grad)
+
+
+@pytest.mark.filterwarnings("ignore:lrprobe")
+def test_a_rate_of_many_values_stops_no_training() -> None:
+    """Whether it is 0 is asked at every step, recorded or not."""
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = PerElement([param], torch.tensor([0.1, 0.2, 0.3]))
+    with lrprobe.attach(optimizer) as probe:
+        for _ in range(3):
+            optimizer.step()
+        assert probe.step == 3
+
+
+def test_whatever_fails_between_recorded_steps_stops_no_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is told once, and the step counts."""
+
+    def fail(_: Optimizer) -> bool:
+        raise RuntimeError("not to be asked")
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = lrprobe.attach(optimizer, model)
+    train(model, optimizer, 1)
+    monkeypatch.setattr(lrprobe.hooks, "at_rest", fail)
+    with pytest.warns(UserWarning, match="not to be asked"):
+        train(model, optimizer, 2)
+    assert probe.step == 3
+    with pytest.warns(UserWarning, match="2 steps of SGD could not be recorded"):
+        probe.close()
+
+
+def test_names_that_are_numbered_already_stay_unique() -> None:
+    """Parameters of one name are numbered past those that are called so."""
+    params = [(name, nn.Parameter(torch.ones(2))) for name in ("a#1", "a", "a")]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _, param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+    assert probe.frame()["parameter"].tolist() == ["a#1", "a", "a#2"]
+
+
+def test_a_name_stays_where_an_earlier_parameter_leaves() -> None:
+    """Without a model parameters are numbered, and go on with their numbers."""
+    params = [nn.Parameter(torch.full((2,), float(i))) for i in range(3)]
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones(2)
+            optimizer.step()
+            optimizer.param_groups[0]["params"] = params[1:]
+    frame = probe.frame()
+    second = frame[frame["step"] == 2]
+    assert second["parameter"].tolist() == ["group0.param1", "group0.param2"]
+    np.testing.assert_allclose(second["param_norm"], [2**0.5, 8**0.5])
+
+
+def test_lazy_parameters_are_recorded_when_they_have_elements() -> None:
+    """Before, they have no size."""
+    model = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lrprobe.attach(optimizer, model, every=1) as probe:
+        train(model, optimizer, 2)
+    assert len(probe.frame()) == 2 * 4
+
+
+@pytest.mark.parametrize("count", [torch.tensor(torch.nan), torch.ones(3)], ids=str)
+def test_a_step_that_is_no_number_is_not_gone_on_from(count: Tensor) -> None:
+    """The count begins at 0 then."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model[0].weight]["step"] = count
+    with lrprobe.attach(optimizer, model) as probe:
+        assert probe.step == 0
+
+
+def test_counting_passes_does_not_show_in_a_checkpoint(tmp_path: Any) -> None:
+    """torch.save warns of hooks on a tensor that is no parameter, which it does not save."""
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with lrprobe.attach(optimizer, batch_size=4):
+        weight.sum().backward()
+        torch.save(weight, tmp_path / "weight.pt")
+
+
+def test_a_parameter_that_cannot_be_read_loses_no_other() -> None:
+    """Of a frozen one of a subclass of its own, and of one without values, nothing is known."""
+    odd = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)), requires_grad=False)
+    params = [odd, nn.Parameter(torch.ones(4, device="meta")), nn.Parameter(torch.ones(4))]
+    optimizer = torch.optim.SGD(params, lr=0.1, foreach=False)
+    params[2].grad = torch.ones(4)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        optimizer.step()
+    frame = probe.frame()
+    assert frame["stepped"].tolist() == [False, False, True]
+    assert frame["param_norm"].notna().tolist() == [False, False, True]

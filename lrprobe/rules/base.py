@@ -310,6 +310,8 @@ class Rule:
         whole: figures of the whole parameter, computed after the step; read back with
             ``Slice.scalar``, or, where shaped like the parameter, with ``Slice[...]``.
         needs_grad: whether ``effective_lr`` itself depends on the gradient.
+        overwrites: whether, given a group, the optimizer leaves something else where the gradient
+            was; then ``update`` gives the gradient back, and its norm is taken before the step.
         tolerance: largest error of a step that still counts as explained, for optimizers that
             round their state after they have used it; 0 for what the parameter's dtype allows.
         fuse: whether ``attach(compile=True)`` may compile it; not where hyperparameters of the
@@ -321,6 +323,7 @@ class Rule:
     before: Before | None = None
     whole: Callable[[Whole], Mapping[str, Scalar]] | None = None
     needs_grad: bool = False
+    overwrites: Callable[[Mapping[str, Any]], bool] | None = None
     tolerance: float = 0.0
     fuse: bool = True
 

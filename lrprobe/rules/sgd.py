@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
 
@@ -26,10 +27,27 @@ def _sgd(s: Slice) -> Update:
     if buffer is None:
         direction = s.solve_decay(s.grad, s.lr)
     elif s.group["nesterov"]:
+        if _overwrites(s.group):  # and has the direction there
+            return Update(s.lr, s.grad, s.decay, grad=s.grad - momentum * buffer)
         direction = s.solve_decay(s.grad + momentum * buffer, s.lr)
     else:
         direction = buffer
     return Update(s.lr, direction, s.decay)
+
+
+def _overwrites(group: Mapping[str, Any]) -> bool:
+    """Whether torch leaves Nesterov's direction where the gradient was.
+
+    Its foreach step adds the buffer in place; a decay and ``maximize`` have it copied before.
+    """
+    if not group["nesterov"] or group.get("maximize") or group.get("fused"):
+        return False
+    if group.get("weight_decay", 0.0) != 0:
+        return False
+    foreach = group.get("foreach", False)
+    if foreach is None:  # torch chooses, by the type and device of all of the group
+        _, foreach = _default_to_fused_or_foreach(list(group["params"][:1]), False, False)
+    return bool(foreach)
 
 
 def _asgd_before(
@@ -59,6 +77,6 @@ def _rprop(s: Slice) -> Update:
     return Update(s["step_size"], s["prev"].sign())
 
 
-SGD = Rule("sgd", _sgd)
+SGD = Rule("sgd", _sgd, overwrites=_overwrites)
 ASGD = Rule("asgd", _asgd, before=_asgd_before)
 RPROP = Rule("rprop", _rprop)

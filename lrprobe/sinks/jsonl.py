@@ -54,8 +54,10 @@ class JSONL:
         """Append one record.
 
         Raises:
-            OSError: it could not be written; then nothing of it is in the file.
+            OSError: it could not be written; then nothing of it is in the file. Where the file was
+                removed it is told so once, and goes on in a new one.
         """
+        self._look_for_file()
         table = record.tables[self._by]
         columns = [
             [f"{json.dumps(name)}: {_JSON[kind](value)}" for value in table[name].tolist()]
@@ -75,6 +77,18 @@ class JSONL:
     def close(self) -> None:
         """Close the file; idempotent."""
         self._file.close()
+
+    def _look_for_file(self) -> None:
+        try:
+            if os.path.samestat(Path(self._path).stat(), os.fstat(self._file.fileno())):
+                return
+        except FileNotFoundError:
+            Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+        self._file.close()
+        self._file = Path(self._path).open("a+b", buffering=0)  # noqa: SIM115 - as above
+        attempt, self._size = self.attempt, self._continue()
+        self.attempt = attempt
+        raise FileNotFoundError(f"the file {self._path!r} was removed; it is made anew")
 
     def _continue(self) -> int:
         """Go on where another run of this file ended; the file's size in bytes."""

@@ -29,6 +29,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import (  # type: ignore[import-u
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
 
+from lrprobe.names import kind
 from lrprobe.record import SCHEMA_VERSION, Record
 from lrprobe.sinks.tags import Plan, Tags, TagStyle
 
@@ -113,8 +114,7 @@ class TensorBoard:
             self._target = _EventFile(os.fspath(writer_or_dir))
         else:
             raise TypeError(
-                f"writer_or_dir is a {type(writer_or_dir).__module__}."
-                f"{type(writer_or_dir).__name__}; allowed are a path and a "
+                f"writer_or_dir is a {kind(writer_or_dir)}; allowed are a path and a "
                 "torch.utils.tensorboard.SummaryWriter"
             )
         self._news = True  # something is to be described to TensorBoard

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from lrprobe.rules.base import Entry, Rule, Slice, Take
-from lrprobe.summary.figures import ADDITIVE, PARTS, ROW, is_scalar, plain_figures
+from lrprobe.summary.figures import (
+    ADDITIVE,
+    PARTS,
+    ROW,
+    gradient,
+    is_scalar,
+    plain_figures,
+    square_sum,
+)
 from lrprobe.summary.fused import COLUMNS, is_exact, kernel_for, totals
 from lrprobe.summary.histogram import Counts, added, counts_of, histograms, listed
 from lrprobe.summary.reading import (
@@ -23,6 +31,7 @@ from lrprobe.summary.reading import (
     spread,
     take_rows,
 )
+from lrprobe.summary.stream import Stream
 from lrprobe.summary.sums import Sums, all_finished, column, owned, together, unless_zero
 
 MOST = 1 << 17
@@ -140,11 +149,21 @@ class Reader:
         numel = _known([entry.param.numel() for entry in entries], self._device)
         for name in ADDITIVE:
             result[:, PARTS.index(name)] *= numel / n
-        for name in ("pp",) if overwritten else ("pp", "gg"):
+        if overwritten:  # what is there now is not the gradient
+            plain["gg"] = torch.stack([self._gradient_squares(entry) for entry in entries])
+        for name in ("pp", "gg"):
             result[:, PARTS.index(name)] = plain[name]
         bad = result[:, PARTS.index("nonfinite")]
         result[:, PARTS.index("nonfinite")] = bad.maximum(plain["nonfinite"])
         return result, counts
+
+    def _gradient_squares(self, entry: Entry) -> Tensor:
+        """Σg² of the gradient that the rule says there was: 0-dim."""
+        slices = Stream(entry, self._group, self._rule, exact=self._exact).slices()
+        return sum(
+            (square_sum(gradient(s, self._rule.update(s))) for s in slices),
+            torch.zeros((), dtype=torch.float64, device=self._device),
+        )
 
     def _joins(self, entry: Entry) -> tuple[int, tuple[int, ...]]:
         """What is equal for parameters that can be read together."""

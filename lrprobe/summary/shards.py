@@ -42,10 +42,12 @@ from lrprobe.summary.reading import (
 from lrprobe.summary.snapshot import (
     Gradient,
     Watched,
+    as_given,
     cause,
     copied,
     empty_rows,
     gradient_before,
+    may_overwrite,
     measured_rows,
     remember,
     tracked_figures,
@@ -465,10 +467,10 @@ class Share:
             grad = param.grad
             partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
             if (
-                w.rule is None
+                grad is not None
                 and not closure
-                and grad is not None
                 and not (grad.is_sparse or partial)
+                and may_overwrite(w, optimizer)
             ):
                 where = None if piece.tracked is None else piece.tracked[0]
                 kept.grads[piece.row] = gradient_before(real(grad), piece.check, where)
@@ -615,7 +617,7 @@ class _Taken:
             for piece, entry in batch:
                 self._sampled_rates(piece, entry, group, rule)
         self._tracked(batch, group, rule)
-        self._add(pieces, parts, checks)
+        self._add(pieces, as_given(parts, [self.kept.grads.get(p.row) for p in pieces]), checks)
 
     def _small(
         self, batch: list[tuple[Piece, Entry]], group: Mapping[str, Any], rule: Rule, old: Tensor

@@ -7,7 +7,6 @@ against the step really taken. What comes out is a ``Raw``: a few tensors, still
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lrprobe.names import Place
 from lrprobe.rules.base import Entry, Rule, Scalar, Slice, SparseRows, Update
 from lrprobe.summary import figures
 from lrprobe.summary.large import large_figures
@@ -45,7 +45,7 @@ class Watched:
     Attributes:
         name: its name in the frame.
         group: index of its parameter group.
-        ref: weak reference to it.
+        ref: where its optimizer has it.
         rule: the equation of its optimizer; None where its rate can only be measured.
         tracked: flat positions whose elements are recorded, or None.
         numel: its real elements (a complex one counts twice).
@@ -55,7 +55,7 @@ class Watched:
 
     name: str
     group: int
-    ref: weakref.ref[Tensor]
+    ref: Place
     rule: Rule | None
     tracked: Tensor | None
     numel: int
@@ -103,7 +103,7 @@ class Before:
     tracked: dict[int, Tensor] = field(default_factory=dict)
     scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
     grads: dict[int, Gradient] = field(default_factory=dict)
-    """Of parameters without a rule, whose optimizer may overwrite them."""
+    """Of those that the optimizer may overwrite."""
     errors: dict[int, str] = field(default_factory=dict)
     """Position of a parameter to what its rule raised."""
 
@@ -193,8 +193,9 @@ def before(
         alike[shape, flat.dtype, flat.device].append((i, flat))
         if w.tracked is not None:
             kept.tracked[i] = positions(flat, w.tracked.to(flat.device, non_blocking=True))
-        if w.rule is None and not closure and param.grad is not None and not param.grad.is_sparse:
-            grad = real(param.grad)
+        there = param.grad is not None and not param.grad.is_sparse and not closure
+        if there and may_overwrite(w, optimizer):
+            grad = real(cast("Tensor", param.grad))
             kept.grads[i] = gradient_before(grad, _sample_of(grad), w.tracked)
     for some in alike.values():
         tensors = [flat for _, flat in some]
@@ -223,6 +224,23 @@ def remember(
             errors[at] = cause(error)
 
 
+def may_overwrite(w: Watched, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer may leave something else where a gradient was."""
+    if w.rule is None or w.rule.overwrites is None:
+        return w.rule is None
+    return w.rule.overwrites(optimizer.param_groups[w.group])
+
+
+def as_given(parts: Tensor, grads: Sequence[Gradient | None]) -> Tensor:
+    """PARTS of the gradients as they stood before the step, where all of them were kept."""
+    known = [each.figures for each in grads if each is not None]
+    if len(known) == len(grads):
+        columns = zip(("gg", "zeros"), torch.stack(known).unbind(1), strict=True)
+        for name, values in columns:
+            parts[:, figures.PARTS.index(name)] = values
+    return parts
+
+
 def gradient_before(grad: Tensor, sample: Positions, tracked: Tensor | None) -> Gradient:
     """A gradient as it stands, of an optimizer that may overwrite it."""
     return Gradient(
@@ -239,7 +257,7 @@ def at_rest(optimizer: torch.optim.Optimizer) -> bool | None:
         lr = group.get("lr")
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             known = None
-        elif lr is None or lr != 0:
+        elif lr is None or (lr.any() if isinstance(lr, Tensor) else lr != 0):
             return False
     return known
 
@@ -338,7 +356,8 @@ def after(
         if param is None:
             continue
         if param.grad is None or i not in kept.samples:
-            raw.rows.append(_norms_only(i, real(param)))
+            if param.device.type != "meta":  # which has no values
+                raw.rows.append(_norms_only(i, real(param)))
             continue
         raw.stepped.append(i)
         seen.add(id(param))
@@ -422,6 +441,9 @@ def _reconstructed(
         result = _read_whole(batch, group, rule, kept)
     else:
         result = _read_large(batch, group, rule, kept, how)
+    for rows in result:
+        if rows.parts is not None:
+            as_given(rows.parts, [kept.grads.get(i) for i in rows.at])
     return result + _tracked(batch, group, rule, watched, kept)
 
 
@@ -532,11 +554,7 @@ def measured_rows(
     parts = checks.new_full((len(entries), len(figures.PARTS)), torch.nan)
     for name, values in figures.plain_figures(entries, counts=True).items():
         parts[:, figures.PARTS.index(name)] = values
-    if known:
-        before_step = torch.stack([each.figures for each in known])
-        for name, values in zip(("gg", "zeros"), before_step.unbind(1), strict=True):
-            parts[:, figures.PARTS.index(name)] = values
-    return parts, checks, rates
+    return as_given(parts, grads), checks, rates
 
 
 def _tracked(
@@ -615,14 +633,17 @@ def empty_rows(
         for name in ("rms_grad", "rms_update"):  # or they would hide those of other parameters
             if getattr(update, name) is not None:
                 parts[:, figures.PARTS.index(name)] = 0.0
-    checks = torch.zeros((len(batch), len(figures.CHECKS)), dtype=torch.float64)
-    return Rows([i for i, _ in batch], parts=parts, checks=checks.to(like.device))
+    checks = parts.new_zeros((len(batch), len(figures.CHECKS)))
+    return Rows([i for i, _ in batch], parts=parts, checks=checks)
 
 
 def _norms_only(i: int, param: Tensor) -> Rows:
-    parts = torch.full((1, len(figures.PARTS)), torch.nan, dtype=torch.float64)
-    parts = parts.to(param.device)
-    parts[0, figures.PARTS.index("pp")] = figures.square_sum(param)
+    shape = (1, len(figures.PARTS))
+    parts = torch.full(shape, torch.nan, dtype=torch.float64, device=param.device)
+    try:
+        parts[0, figures.PARTS.index("pp")] = figures.square_sum(param)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return Rows([i])  # of a subclass that holds its values in a way of its own
     return Rows([i], parts=parts)
 
 
