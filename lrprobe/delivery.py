@@ -1,8 +1,10 @@
 """Hands records to sinks in the background, so that no sink ever stops or slows the training.
 
-One daemon thread serves the whole process: a sink is called by one thread at a time, however many
-probes share it. All that the thread works on belongs to it alone; others talk to it through one
-queue, which is safe even from a finalizer that interrupts whatever a thread was doing.
+One daemon thread makes the records and serves the sinks in memory and on disk. Any other sink may
+wait for a network, or for ever, and has a thread of its own, so that it holds up none of these. A
+sink is called by one thread at a time, however many probes share it. All that a thread works on
+belongs to it alone; others talk to it through one queue, which is safe even from a finalizer that
+interrupts whatever a thread was doing.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ WAITING_BYTES = 256 * 2**20
 _FLUSH_SECS = 1.0  # of a sink that does not say
 _PAUSES = (1.0, 60.0)  # seconds to the first retry of a failing sink, doubling up to the second
 _STALL_SECS = 1.0  # how long a hanging sink may hold up the training, once, when all is full
-_EXIT_SECS = 60.0  # how long a hanging sink may hold up the end of the process
+_EXIT_SECS = 60.0  # how long a hanging sink may hold up close(), or the end of the process
+_NEAR = ("memory", "parquet", "tensorboard", "jsonl")  # modules of the sinks in memory and on disk
 
 
 class Delivery:
@@ -53,8 +56,14 @@ class Delivery:
 
     def __init__(self, sinks: Sequence[Sink], owned: Iterable[Sink] = ()) -> None:
         """Start the thread where it does not run."""
-        self._line = _Line(sinks, owned)
-        self._line.courier.open(self._line)
+        self._sinks = tuple(sinks)
+        owned = list(owned)
+        far = [sink for sink in sinks if not _is_near(sink)]
+        others = [_Line([sink], _among(owned, [sink]), _courier_of(sink)) for sink in far]
+        near = [sink for sink in sinks if _is_near(sink)]
+        self._line = _Line(near, _among(owned, near), _courier, others)
+        for line in (*others, self._line):
+            line.courier.open(line)
         self._finalizer = weakref.finalize(self, _abandon, self._line)
         self._finalizer.atexit = False  # at exit somebody has to wait, which _at_exit does
 
@@ -72,91 +81,126 @@ class Delivery:
             False where it was not taken: too much waits already (that is counted as lost), the
             delivery is closed, or this is a forked child.
         """
-        line = self._line
-        if line.closed or line.pid != os.getpid():
-            return False
-        if line.full(nbytes):
-            line.wait_for_room(nbytes)
-        with line.lock:
-            above = line.full(nbytes)
-            if above:
-                line.overflow += 1
-            else:
-                line.waiting += 1
-                line.waiting_bytes += nbytes
-        if above:
-            if line.overflow == 1:
-                line.say(
-                    f"{line.waiting:,} records ({line.waiting_bytes:,} bytes) wait for their sinks,"
-                    " which is the bound; records are lost until the sinks keep up"
-                )
-            return False
-        line.courier.send(partial(line.courier.deliver, line, make, nbytes))
-        return True
+        return self._line.put(make, nbytes)
 
-    def drain(self, timeout: float | None = None) -> bool:
+    def drain(self, timeout: float | None = None, *, near: bool = False) -> bool:
         """Wait until all that was put has been written, or has failed to be.
 
         Args:
             timeout: seconds to wait at most; None waits as long as it takes.
+            near: for the sinks in memory and on disk alone.
 
         Returns:
             False where the time was too short.
         """
-        done = threading.Event()
-        return self._wait(done.set, done, timeout)
+
+        def ask(line: _Line, done: threading.Event) -> None:
+            line.courier.send(done.set)
+
+        return self._wait(ask, timeout, near=near)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """As ``drain``; then try failing sinks again, and flush all."""
-        done = threading.Event()
-        return self._wait(partial(self._line.courier.flush, self._line, done), done, timeout)
+        """As ``drain``; then try failing sinks again, and flush all.
+
+        Without a timeout a sink that is not in memory or on disk is waited for a minute.
+        """
+
+        def ask(line: _Line, done: threading.Event) -> None:
+            line.courier.send(partial(line.courier.flush, line, done))
+
+        return self._wait(ask, timeout, patience=_EXIT_SECS)
 
     def close(self, timeout: float | None = None) -> bool:
         """As ``flush``; then close the sinks that are owned; idempotent.
 
         ``problems`` then says how many records were lost, if any.
         """
-        line = self._line
         self._finalizer.detach()
-        if line.pid != os.getpid():
+        if self._line.pid != os.getpid():
             return True
-        line.close()
-        return line.courier.wait(line.finished, timeout)
+        self._line.close()
+        return self._wait(None, timeout, patience=_EXIT_SECS)
 
     def problems(self) -> list[str]:
         """Messages since the last call, for the training thread to warn of."""
-        return self._line.said()
+        return [message for line in self._line.all for message in line.said()]
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
         """Where records go, sinks that others share among them."""
-        return self._line.sinks
+        return self._sinks
 
     @property
     def lost(self) -> int:
         """Records lost so far, counted once for each sink that lacks them."""
         line = self._line
-        return (line.overflow + line.unmade) * len(line.sinks) + sum(line.lost.values())
+        unmade = (line.overflow + line.unmade) * len(self._sinks)
+        late = sum(other.overflow for other in line.others)
+        return unmade + late + sum(sum(each.lost.values()) for each in line.all)
 
     def _wait(
-        self, command: Callable[[], None], done: threading.Event, timeout: float | None
+        self,
+        ask: Callable[[_Line, threading.Event], None] | None,
+        timeout: float | None,
+        *,
+        near: bool = False,
+        patience: float | None = None,
     ) -> bool:
-        line = self._line
-        if line.pid != os.getpid():
+        """Ask each line for something and wait for it: what the first does the others then have.
+
+        Args:
+            ask: has the event set when it is done; a line that closes is waited for to finish.
+            timeout: seconds in all; None for no end.
+            near: leave the others out.
+            patience: seconds for each of the others; None for no end.
+        """
+        if self._line.pid != os.getpid():
             return True
-        if line.closed:
-            return line.courier.wait(line.finished, timeout)
-        line.courier.send(command)
-        return line.courier.wait(done, timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        whole = True
+        for line in self._line.all[:1] if near else self._line.all:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if line is not self._line and patience is not None:
+                left = patience if left is None else min(left, patience)
+            done = line.finished
+            if ask is not None and not line.closed:
+                done = threading.Event()
+                ask(line, done)
+            since = time.monotonic()
+            if not line.courier.wait(done, left):
+                whole = False
+                if patience is not None and time.monotonic() - since >= patience:
+                    line.say(f"{_name(line.sinks[0])} did not finish within {patience:g} seconds")
+        return whole
+
+
+def _is_near(sink: Sink) -> bool:
+    """Whether a sink is one of ours that writes to memory or to a disk."""
+    package, _, module = type(sink).__module__.rpartition(".")
+    return package == "lrprobe.sinks" and module in _NEAR
+
+
+def _among(owned: Sequence[Sink], sinks: Sequence[Sink]) -> list[Sink]:
+    return [one for one in owned if any(one is sink for sink in sinks)]
 
 
 class _Line:
-    """What a ``Delivery`` shares with the thread, which must not keep the ``Delivery`` alive."""
+    """What a ``Delivery`` shares with a thread, which must not keep the ``Delivery`` alive.
 
-    def __init__(self, sinks: Sequence[Sink], owned: Iterable[Sink]) -> None:
+    Its records go on to ``others``, each a line of one sink that has a thread of its own.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        owned: Iterable[Sink],
+        courier: _Courier,
+        others: Sequence[_Line] = (),
+    ) -> None:
         self.sinks = tuple(sinks)
         self.owned = tuple(owned)
-        self.courier = _courier
+        self.courier = courier
+        self.others = tuple(others)
         self.pid = os.getpid()
         self.closed = False  # nothing more is taken
         self.finished = threading.Event()  # all is written
@@ -167,10 +211,40 @@ class _Line:
         self.overflow = 0
         self.stuck_at = -1  # records that waited when the thread was last seen to hang
 
+        self.hangs = False  # it was waited for in vain at the end of the process
         self.unmade = 0
         self.making = True  # False after a failure, so that only the first of a row is told
         self.lost: Counter[str] = Counter()  # by the name of the sink
         self._messages: deque[str] = deque()
+
+    @property
+    def all(self) -> tuple[_Line, ...]:
+        """This line, and those that its records go on to."""
+        return (self, *self.others)
+
+    def put(self, make: Callable[[], Record | None], nbytes: int) -> bool:
+        """As ``Delivery.put``."""
+        if self.closed or self.pid != os.getpid():
+            return False
+        if self.full(nbytes):
+            self.wait_for_room(nbytes)
+        with self.lock:
+            above = self.full(nbytes)
+            if above:
+                self.overflow += 1
+            else:
+                self.waiting += 1
+                self.waiting_bytes += nbytes
+        if above:
+            if self.overflow == 1:
+                whom = _name(self.sinks[0]) if len(self.sinks) == 1 else "their sinks"
+                self.say(
+                    f"{self.waiting:,} records ({self.waiting_bytes:,} bytes) wait for {whom}, "
+                    "which is the bound; records are lost until the sinks keep up"
+                )
+            return False
+        self.courier.send(partial(self.courier.deliver, self, make, nbytes))
+        return True
 
     def full(self, nbytes: int) -> bool:
         """Whether as much waits as may."""
@@ -192,6 +266,19 @@ class _Line:
         if not self.closed:
             self.closed = True
             self.courier.send(partial(self.courier.close, self))
+
+    def finish(self, until: float, *, close: bool) -> None:
+        """At the end of the process: have all that was put written by then."""
+        done = self.finished if close else threading.Event()
+        if close:
+            self.close()
+        else:
+            self.courier.send(partial(self.courier.flush, self, done))
+        left = 0.0 if self.hangs else max(0.0, until - time.monotonic())
+        if not self.courier.wait(done, left) and not self.hangs:
+            self.hangs = True
+            names = ", ".join(map(_name, self.sinks))
+            self.say(f"{names} did not finish within {_EXIT_SECS:g} seconds")
 
     def say(self, message: str) -> None:
         self._messages.append(message)
@@ -331,7 +418,6 @@ class _Courier:
     """The background thread and what it works on."""
 
     def __init__(self) -> None:
-        self.unsaid: deque[str] = deque()  # problems of abandoned lines, told at exit
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # for the two below
         self._thread: threading.Thread | None = None
@@ -364,21 +450,10 @@ class _Courier:
             if left <= 0 or thread is None or not thread.is_alive():
                 return done.is_set()
 
-    def finish(self, close: bool, timeout: float) -> None:
-        """Write all that was put, by all lines."""
-        end = time.monotonic() + timeout
+    def lines(self) -> list[_Line]:
+        """Those that are not finished."""
         with self._lock:
-            lines = list(self._lines)
-        for line in lines:
-            done = line.finished if close else threading.Event()
-            if close:
-                line.close()
-            else:
-                self.send(partial(self.flush, line, done))
-            if not self.wait(done, max(0.0, end - time.monotonic())):
-                line.say(f"the sinks did not finish within {timeout:g} seconds")
-            if close:
-                self.unsaid.extend(line.said())
+            return list(self._lines)
 
     # What only the thread itself calls.
 
@@ -397,6 +472,8 @@ class _Courier:
                 channel = self._channels.get(id(sink))
                 if channel is not None:
                     channel.offer(record, line)
+            for other in line.others:
+                other.put(partial(_itself, record), record.nbytes)
         with line.lock:
             line.waiting -= 1
             line.waiting_bytes -= nbytes
@@ -420,8 +497,10 @@ class _Courier:
             if line.unmade:
                 line.say(f"{line.unmade:,} records were lost since they could not be made")
         finally:
+            for other in line.others:
+                other.close()
             if line.abandoned:
-                self.unsaid.extend(line.said())
+                _unsaid.extend(line.said())
             with self._lock:
                 self._lines.discard(line)
             line.finished.set()
@@ -448,7 +527,7 @@ class _Courier:
                 try:
                     command()
                 except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
-                    self.unsaid.append(f"the delivery of records failed: {_cause(error)}")
+                    _unsaid.append(f"the delivery of records failed: {_cause(error)}")
                 # Or the frame of a waiting thread would keep the last record alive.
                 del command
             now = time.monotonic()
@@ -477,29 +556,59 @@ def _cause(error: BaseException) -> str:
 def _abandon(line: _Line) -> None:
     """What a garbage-collected ``Delivery`` leaves: nobody waits, and no lock may be taken."""
     if line.pid == os.getpid():
-        line.abandoned = True
+        for each in line.all:
+            each.abandoned = True
         line.close()
 
 
+def _itself(record: Record) -> Record:
+    return record
+
+
+_unsaid: deque[str] = deque()
+"""Problems of lines that nobody will ask, told at exit."""
 _courier = _Courier()
+_couriers: weakref.WeakValueDictionary[int, _Courier] = weakref.WeakValueDictionary()
+"""id of a sink that has a thread of its own to that; its lines and the thread keep it alive."""
+
+
+def _courier_of(sink: Sink) -> _Courier:
+    found = _couriers.get(id(sink))
+    if found is None:
+        found = _couriers[id(sink)] = _Courier()
+    return found
 
 
 def _after_fork() -> None:
-    """Give a forked child a courier of its own: locks and thread of the old are its parent's."""
+    """Give a forked child a courier of its own: locks and threads of the old are its parent's."""
     global _courier  # noqa: PLW0603 - one for the process is what it is
     _courier = _Courier()
+    _couriers.clear()
+    _unsaid.clear()
+
+
+def _finish(*, close: bool) -> None:
+    """Write all that was put: what is near first, then the others, a minute for each of the two."""
+    near = _courier.lines()
+    far = [line for each in list(_couriers.values()) for line in each.lines()]
+    for lines in (near, far):
+        until = time.monotonic() + _EXIT_SECS
+        for line in lines:
+            line.finish(until, close=close)
+    if close:
+        _unsaid.extend(message for line in (*near, *far) for message in line.said())
 
 
 def _before_threads_end() -> None:
     # A forked multiprocessing.Process ends without atexit, but not without this.
-    _courier.finish(close=False, timeout=_EXIT_SECS)
+    _finish(close=False)
 
 
 def _at_exit() -> None:
     # After the non-daemon threads have ended: one of them may have been the training.
-    _courier.finish(close=True, timeout=_EXIT_SECS)
-    while _courier.unsaid:
-        warn(_courier.unsaid.popleft())
+    _finish(close=True)
+    while _unsaid:
+        warn(_unsaid.popleft())
 
 
 if hasattr(os, "register_at_fork"):

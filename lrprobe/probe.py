@@ -356,7 +356,7 @@ class Probe:
     def _wait(self) -> None:
         if not self._closed:
             self.collect(wait=True)
-            self._delivery.drain()
+            self._delivery.drain(near=True)
             self._tell()
 
     def _tell(self) -> None:

@@ -230,8 +230,9 @@ def test_the_bound_counts_bytes_too(sink, monkeypatch):
 
 
 @pytest.mark.parametrize(("bound", "nbytes"), [(5, 0), (1000, delivery.WAITING_BYTES // 5)])
-def test_a_hanging_sink_fills_no_memory(sink, monkeypatch, bound, nbytes):
+def test_a_hanging_disk_fills_no_memory(sink, monkeypatch, bound, nbytes):
     """While a sink hangs a bounded number waits; the rest is refused, told once and counted."""
+    monkeypatch.setattr(delivery, "_is_near", lambda sink: True)
     monkeypatch.setattr(delivery, "WAITING_RECORDS", bound)
     sender = Delivery([sink])
     sink.gate.clear()
@@ -246,6 +247,28 @@ def test_a_hanging_sink_fills_no_memory(sink, monkeypatch, bound, nbytes):
     assert "records are lost until the sinks keep up" in first
     assert last == "7 records were lost while too many waited for the sinks"
     assert sender.lost == 7
+
+
+@pytest.mark.parametrize("bound", ["WAITING_RECORDS", "WAITING_BYTES"])
+def test_a_hanging_sink_holds_up_no_other(sink, monkeypatch, bound, tmp_path):
+    """A disk has every record, at once; what is too much for the one that hangs is counted."""
+    size = make_record(1).nbytes if bound == "WAITING_BYTES" else 1
+    monkeypatch.setattr(delivery, bound, 5 * size)
+    disk = lrprobe.sinks.Parquet(tmp_path / "run.parquet")
+    sender = Delivery([sink, disk], owned=[disk])
+    sink.gate.clear()
+    for step in range(12):
+        assert sender.put(lambda step=step: make_record(step))
+        assert sender.drain(near=True)
+    assert sender.flush(timeout=0.5) is False
+    assert lrprobe.read(tmp_path / "run.parquet", by="model")["step"].tolist() == [*range(12)]
+    monkeypatch.setattr(delivery, "_EXIT_SECS", 0.1)
+    assert sender.close() is False
+    assert "Kept() did not finish within 0.1 seconds" in sender.problems()
+    assert sender.lost == 7
+    sink.gate.set()
+    assert sender.close()
+    assert sink.steps == [0, 1, 2, 3, 4]
 
 
 def test_a_record_that_cannot_be_made_is_told(sink):
@@ -411,7 +434,7 @@ def test_the_thread_ends_and_comes_back(sink):
     """No thread is left when the last delivery is closed, and a later one has it again."""
     for step in range(3):
         senders = [Delivery([sink]), Delivery([sink])]
-        assert len(running()) == 1
+        assert len(running()) == 2  # one of the sink's own, which is not ours
         put(senders[0], step)
         senders[0].close()
         put(senders[1], step)

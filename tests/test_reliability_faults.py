@@ -113,8 +113,8 @@ def test_what_is_lost_is_said_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, probe = training(10, to=sink)
-        probe.frame()
-        (channel,) = [c for c in delivery._courier._channels.values() if c.sink is sink]
+        probe._delivery.drain()
+        (channel,) = delivery._courier_of(sink)._channels.values()
         assert len(channel.backlog) == 4
         probe.close()
     first, last = messages(caught)
