@@ -92,9 +92,12 @@ class Finding:
 class Findings(Sequence[Finding]):
     """Findings, most severe first, then notes. A sequence that prints well."""
 
-    def __init__(self, found: Sequence[Finding], looked_at: str = "") -> None:
+    def __init__(
+        self, found: Sequence[Finding], looked_at: str = "", left_out: Sequence[str] = ()
+    ) -> None:
         self._found = tuple(found)
         self._looked_at = looked_at
+        self._left_out = tuple(left_out)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -110,6 +113,11 @@ class Findings(Sequence[Finding]):
     def looked_at(self) -> str:
         """What the findings are about, in words: how many steps of how many parameters."""
         return self._looked_at
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What was not looked for, and why, a sentence each."""
+        return self._left_out
 
     def __len__(self) -> int:
         return len(self._found)
@@ -152,7 +160,7 @@ class Findings(Sequence[Finding]):
         return f"{text} ({self._looked_at})" if self._looked_at else text
 
     def __repr__(self) -> str:
-        lines = [self.summary()]
+        lines = [self.summary(), *self.left_out]
         for same in self.grouped():
             head = same[0]
             where = " of ".join(shown(word) for word in (head.optimizer, head.run) if word)
@@ -168,6 +176,7 @@ class Findings(Sequence[Finding]):
 
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{html.escape(self.summary())}</b></p>"]
+        parts += [f"<p>{html.escape(sentence)}</p>" for sentence in self.left_out]
         for same in self.grouped():
             head = same[0]
             where = " of ".join(word for word in (head.optimizer, head.run) if word)
@@ -233,7 +242,9 @@ def diagnose(
         raise ValueError("this is no frame of lrprobe's: it has no column 'step'")
     found: list[tuple[tuple[int, str, str, float], Finding]] = []
     counts = []
+    most = 0
     for series in series_of(frame):
+        most = max(most, len(series.steps))
         counts.append(f"{len(series.steps):,} steps × {_count(len(series.names), series.key)}")
         series.options.update((hyperparameters or {}).get(series.optimizer, {}))
         for rank, check in enumerate(CHECKS):
@@ -249,7 +260,23 @@ def diagnose(
     )
     if len(set(counts)) > 3:
         looked_at += "; and others"
-    return Findings([finding for _, finding in found], looked_at)
+    left_out = tuple(_left_out(frame, most))
+    return Findings([finding for _, finding in found], looked_at, left_out)
+
+
+def _left_out(frame: pd.DataFrame, most: int) -> Iterator[str]:
+    """What was not looked for, given the columns and the most recorded steps of a run."""
+    missing = {check.code: [c for c in check.needs if c not in frame] for check in CHECKS}
+    codes = [code for code, columns in missing.items() if columns]
+    if codes:
+        columns = sorted({column for each in missing.values() for column in each})
+        yield (
+            f"Not looked for, since there is no {', '.join(columns)} (a logdir has few figures, a "
+            f"dataset or probe.frame() all): {', '.join(codes)}"
+        )
+    if most < MANY:
+        few = "Nothing was recorded" if not most else f"Only {_count(most, 'step')} recorded"
+        yield f"{few}: most checks need {FEW}, and rates that collapse or explode {MANY}"
 
 
 # The checks, each for one series.
@@ -276,6 +303,8 @@ class Hit(NamedTuple):
 ADAM_FAMILY = ("adam", "nadam", "radam", "adamax", "sparse_adam")
 FEW = 3
 """Recorded steps below which nothing is said to be always so."""
+MANY = 10
+"""Those below which nothing is said of how rates develop."""
 
 # Measured over healthy runs on the digits: docs/findings.md has the margin to the worst of them.
 EPS_SHARE = 0.5
@@ -289,27 +318,40 @@ RATE_DRIFT, RATE_JUMP = 2.0, 1.0
 UNEXPLAINED, TURNED = 5e-2, 1e-2
 FLAT, VARIED = 1.001, 1.5
 ADAGRAD_DECAY = 0.1
+LASTING, VANISHED = 0.1, 0.07
 FRESH, FRESH_JUMP, SMALL_JUMP, FRESH_MOMENTUM = 1e-3, 3.0, 0.02, 0.01
 
 
 def _nonfinite(series: Series) -> Iterator[Hit]:
-    bad = np.logical_and(series["nonfinite"] > 0, series.stepped)
+    if "nonfinite" in series:
+        bad = np.logical_and(series["nonfinite"] > 0, series.stepped)
+    elif "update_norm" in series:  # of a logdir, which every step has, once there was one
+        norm = series["update_norm"]
+        known = np.maximum.accumulate(np.isfinite(norm), axis=0)
+        bad = series.stepped & known & ~np.isfinite(norm)
+    else:
+        return
     if not bad.any():
         return
     row = int(bad.any(axis=1).argmax())
     column = int(bad[row].argmax())
+    beside = int(bad[row].sum()) - 1
+    values = {"beside": beside, "parameters": len(series.names), "all": bad.any(axis=0).sum()}
+    if "nonfinite" in series:
+        evidence = "{elements:,.0f} of {numel:,.0f} elements are NaN or infinite"
+        values |= {"elements": series["nonfinite"][row, column], "numel": series.numel[column]}
+    else:
+        evidence = "the norm of its update is NaN or infinite"
+    if beside:
+        evidence += ", and {beside:,.0f} other of {parameters:,.0f} parameters have such at this "
+        evidence += "recorded step, too: which came first is not known"
+    else:
+        evidence += "; it is the first of {parameters:,.0f}"
     yield Hit(
         series.names[column],
         series.steps[bad.any(axis=1)],
-        "{elements:,.0f} of {numel:,.0f} elements are NaN or infinite; it is the first, with "
-        "{beside:,.0f} other of {parameters:,.0f} at the same recorded step; in the end {all:,.0f}",
-        {
-            "elements": series["nonfinite"][row, column],
-            "numel": series.numel[column],
-            "beside": bad[row].sum() - 1,
-            "parameters": len(series.names),
-            "all": bad.any(axis=0).sum(),
-        },
+        evidence + "; in the end {all:,.0f} have",
+        values,
     )
 
 
@@ -476,6 +518,44 @@ def _never_steps(series: Series) -> Iterator[Hit]:
         yield Hit(series.names[column], steps, evidence, values)
 
 
+def _no_gradient(series: Series) -> Iterator[Hit]:
+    """Matrices whose gradient is exactly 0 up to the end; those that never moved are told above."""
+    rows = len(series.steps)
+    zero = series.stepped & (series["grad_norm"] == 0)
+    since = _since(zero | ~series.stepped)
+    moved = np.ones(series.shape[1], dtype=bool)
+    if "update_norm" in series:
+        moved = (series.stepped & (series["update_norm"] != 0)).any(axis=0)
+    for column in np.flatnonzero(matrices(series) & moved & zero.any(axis=0)):
+        seen = np.flatnonzero(zero[:, column])
+        seen = seen[seen >= since[column]]
+        if len(seen) < max(FEW, LASTING * rows):
+            continue
+        evidence = "its gradient is exactly 0 in the last {count:,.0f} of {all:,.0f} recorded steps"
+        values = {"count": len(seen), "all": rows}
+        yield Hit(series.names[column], series.steps[seen], evidence, values, len(seen))
+
+
+def _decayed(series: Series) -> Iterator[Hit]:
+    norm = series["param_norm"]
+    share = last(norm) / peak(norm)
+    for column in np.flatnonzero(matrices(series) & (share < VANISHED)):
+        row = int(np.nanargmax(norm[:, column]))
+        evidence = "its norm fell from {most:.3g} to {norm:.3g}, {share:.1%} of it"
+        values = {
+            "most": norm[row, column],
+            "norm": last(norm)[column],
+            "share": share[column],
+        }
+        yield Hit(series.names[column], series.steps[row:], evidence, values, 1 / share[column])
+
+
+def _since(where: Bools) -> Ints:
+    """From which row on it is so up to the end: (columns,)."""
+    result: Ints = len(where) - np.logical_and.accumulate(where[::-1], axis=0).sum(axis=0)
+    return result
+
+
 def _groups(series: Series) -> tuple[list[str], Floats]:
     """Names of the parameter groups, and the rate of each: (steps, groups)."""
     numbers = np.unique(series.group[~np.isnan(series.group)])
@@ -488,11 +568,18 @@ def _groups(series: Series) -> tuple[list[str], Floats]:
 def _group_rate_zero(series: Series) -> Iterator[Hit]:
     names, rates = _groups(series)
     known = ~np.isnan(rates)
-    zero = (known.sum(axis=0) >= FEW) & (peak(rates) == 0)
-    for column in np.flatnonzero(zero):
-        steps = series.steps[known[:, column]]
-        evidence = "lr is 0 in all {count:,.0f} recorded steps"
-        yield Hit(names[column], steps, evidence, {"count": len(steps)})
+    since = _since((rates == 0) | ~known)
+    for column in range(len(names)):
+        count = int(known[:, column].sum())
+        zero = np.flatnonzero(known[:, column])
+        zero = zero[zero >= since[column]]
+        if len(zero) < max(FEW, LASTING * count):
+            continue
+        evidence = "lr is 0 in all {steps:,.0f} recorded steps"
+        if len(zero) < count:
+            evidence = "lr is 0 in the last {count:,.0f} of {steps:,.0f} recorded steps"
+        values = {"count": len(zero), "steps": count}
+        yield Hit(names[column], series.steps[zero], evidence, values)
 
 
 def _group_off_schedule(series: Series) -> Iterator[Hit]:
@@ -600,7 +687,7 @@ def _rate(series: Series) -> Floats:
 def _rate_changes(series: Series, sign: int) -> Iterator[Hit]:
     rate = _rate(series)
     count = len(rate)
-    if count < 10:
+    if count < MANY:
         return
     settled, base = max(2, count // 10), max(4, count // 4)
     change = rate - quantile(rate[settled:base], 0.5)
@@ -667,6 +754,7 @@ def _short_warmup(series: Series) -> Iterator[Hit]:
         return
     beta = 0.99 if series.ruled_by("rmsprop").any() else 0.999
     beta = float(series.options.get("alpha", series.options.get("betas", (0, beta))[1]))
+    known = "alpha" in series.options or "betas" in series.options
     memory = 1 / (1 - beta) if beta < 1 else np.inf
     lr = np.fmax.reduce(np.where(family, series["lr"], np.nan), axis=1)
     top = int((lr >= 0.99 * np.nanmax(lr)).argmax())
@@ -679,7 +767,7 @@ def _short_warmup(series: Series) -> Iterator[Hit]:
         series.names[int(family.any(axis=0).argmax())],
         series.steps[: top + 1],
         "lr was at its peak at step {warmup:,.0f}; the second moment remembers 1/(1−β₂) = "
-        "{memory:,.0f} steps (β₂ = {beta:.4g})",
+        "{memory:,.0f} steps (β₂ = {beta:.4g}" + (")" if known else ", torch's default, assumed)"),
         {"warmup": series.steps[top], "memory": memory, "beta": beta},
     )
 
@@ -747,7 +835,7 @@ def matrices(series: Series) -> Bools:
             result[at] = size >= 1024
         else:
             beside = numel.get(f"{path}{separator}bias", 0.0)
-            result[at] = not own.endswith("bias") and not size <= beside
+            result[at] = not re.search(r"bias(_|$)", own) and not size <= beside
     return result
 
 
@@ -791,7 +879,7 @@ CHECKS: tuple[Check, ...] = (
         "finding",
         "nonfinite",
         _nonfinite,
-        ("nonfinite",),
+        (),
         "Values that are not finite reached a step",
         "The loss or one layer overflowed; from then on NaN spreads to every parameter, and the "
         "run cannot recover.",
@@ -847,13 +935,36 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "finding",
+        "no-gradient",
+        _no_gradient,
+        ("grad_norm", "lr"),
+        "A layer gets a gradient of exactly 0",
+        "Its units, or those behind it, are dead (a ReLU that is never active, a saturated gate): "
+        "often a few steps that were far too long killed them, early in the run. Or the loss does "
+        "not depend on it any more, or is exactly 0.",
+        "Look at update_ratio in the steps before, and lower lr or warm up where it is above 0.1; "
+        "look at the activations. A masked or finished part of the net is no fault.",
+    ),
+    Check(
+        "finding",
+        "decayed-away",
+        _decayed,
+        ("param_norm",),
+        "A layer's weights have decayed away",
+        "Weight decay is stronger than the gradient: each step takes the share lr·λ of a weight "
+        "away, so that after 1/(lr·λ) steps little is left.",
+        "Lower weight_decay (0.01 to 0.1 is usual for AdamW), and give biases and norms none.",
+    ),
+    Check(
+        "finding",
         "group-rate-zero",
         _group_rate_zero,
         ("group", "lr"),
-        "A parameter group's rate is always 0",
-        "The group's lr was set to 0, or a scheduler multiplies by 0 (LambdaLR with one function "
-        "that never returns anything else).",
-        "Set the group's lr, or take the group out of the optimizer.",
+        "A parameter group's rate is 0",
+        "The group's lr was set to 0, or a scheduler multiplies by 0. Where it became 0 before the "
+        "end: the schedule was made for fewer steps than are taken.",
+        "Set the group's lr, or take the group out of the optimizer; give the scheduler as many "
+        "steps as the training takes (batches, not epochs, where it is stepped for each batch).",
     ),
     Check(
         "finding",
@@ -861,10 +972,10 @@ CHECKS: tuple[Check, ...] = (
         _group_off_schedule,
         ("group", "lr"),
         "A parameter group does not follow the others' schedule",
-        "The group was added after the scheduler was made, or its lr is written back by code that "
-        "knows of the first group only (param_groups[0]).",
-        "Make the scheduler after all groups are there; set lr in a loop over "
-        "optimizer.param_groups.",
+        "Its lr is set by code that knows of the first group only (param_groups[0]), or its own "
+        "function of a LambdaLR is constant. It is no fault where that is meant.",
+        "Set lr in a loop over optimizer.param_groups; give each group the function that it is to "
+        "follow.",
     ),
     Check(
         "finding",

@@ -169,9 +169,10 @@ def _runs(frame: pd.DataFrame, runs: Runs) -> str:
 
 def _findings(found: Findings) -> str:
     parts = [f"<p class=summary>{html.escape(found.summary())}</p>"]
+    parts += [f"<p>{html.escape(sentence)}.</p>" for sentence in found.left_out]
     if not found.findings:
         parts.append(
-            "<p>Nothing that lrprobe looks for is wrong in these runs, as far as their figures "
+            "<p>Nothing of what was looked for is wrong in these runs, as far as their figures "
             "tell.</p>"
         )
     parts += map(_card, found.grouped())
@@ -266,7 +267,7 @@ def _pictures(frame: pd.DataFrame, found: Findings) -> Iterator[tuple[str, str, 
     if "lr" in frame and frame["lr"].notna().any():
         yield (
             "Learning rate of the groups",
-            "As it stood during each step, after the scheduler.",
+            "As it stood during each step.",
             _png(lambda: _lr(frame)),
         )
     if "effective_lr_p50" in frame:

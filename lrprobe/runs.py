@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lrprobe.read import _run_names, read
 from lrprobe.record import Level
 from lrprobe.series import latest
+from lrprobe.text import listed, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,11 +168,16 @@ def find(path: Path) -> list[Path]:
     if not path.is_dir() or is_dataset(path) or is_logdir(path):
         return [path]  # if it is no run either, reading it says what is wrong
     inside = sorted(each for each in path.iterdir() if each.is_dir())
-    for kind in (is_dataset, is_logdir):
-        runs = [each for each in inside if kind(each)]
-        if runs:
-            return runs
-    return [path]
+    datasets = [each for each in inside if is_dataset(each)]
+    logdirs = [each for each in inside if is_logdir(each)]
+    there = {each.name.removesuffix(".parquet") for each in datasets}
+    alone = [each.name for each in logdirs if each.name not in there]
+    if datasets and alone:
+        warn(
+            f"{str(path)!r} has datasets, which are read, and beside them logdirs of other runs, "
+            f"which are not: {listed(alone)}. Name these to read them"
+        )
+    return datasets or logdirs or [path]
 
 
 def is_dataset(path: Path) -> bool:

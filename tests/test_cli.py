@@ -58,6 +58,16 @@ def test_a_dataset_whose_writer_was_killed_at_once_is_no_error(
     assert capsys.readouterr().err == ""
 
 
+def test_a_folder_says_which_runs_it_leaves_out(tmp_path: Path) -> None:
+    """Of both kinds the datasets are read; a logdir that one of them has too is no other run."""
+    record(tmp_path / "a.parquet", every=10)
+    record(tmp_path / "a", every=10)
+    assert main(["diagnose", str(tmp_path)]) == 0
+    record(tmp_path / "b", every=10)
+    with pytest.warns(UserWarning, match="which are not: b"):
+        main(["diagnose", str(tmp_path)])
+
+
 def test_diagnose_for_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """CSV and JSON have what to_frame has."""
     path = folder / "faulty.parquet"

@@ -374,6 +374,76 @@ def test_a_parameter_that_never_steps(healthy: pd.DataFrame) -> None:
     assert "never-steps" not in found(healthy)
 
 
+def test_a_layer_that_dies() -> None:
+    """Its gradient is exactly 0 from some step on, though weight decay still moves it."""
+
+    def die(step: int, model: nn.Module, _: Any) -> None:
+        if step > 30:
+            model[0].weight.grad.zero_()
+
+    def decayed(m: nn.Module) -> optim.Optimizer:
+        return optim.AdamW(m.parameters(), lr=1e-3)
+
+    finding = only("no-gradient", train(decayed, steps=50, tamper=die), "0.weight")
+    assert finding.steps == Steps(31, 50, 20)
+    assert "in the last 20 of 50 recorded steps" in finding.evidence
+
+    def sometimes(step: int, model: nn.Module, _: Any) -> None:
+        if step % 2:
+            model[0].weight.grad.zero_()
+
+    assert "no-gradient" not in found(train(decayed, steps=50, tamper=sometimes))
+
+
+def test_a_rate_that_kills_a_net_is_found_without_a_nan() -> None:
+    """Too large a rate leaves every unit dead, and every figure finite."""
+    codes = found(train(lambda m: optim.SGD(m.parameters(), lr=50.0, momentum=0.9), steps=100))
+    assert "no-gradient" in codes
+
+
+def test_weights_that_decay_away(healthy: pd.DataFrame) -> None:
+    """A decay that outweighs every gradient leaves nothing of a matrix."""
+    strong = train(lambda m: optim.AdamW(m.parameters(), lr=1e-3, weight_decay=100.0), steps=60)
+    assert only("decayed-away", strong).numbers["share"] < 0.07
+    assert not {"decayed-away", "no-gradient"} & set(found(healthy))
+
+
+def test_a_schedule_that_ends_too_early() -> None:
+    """The rate is 0 in a tail of the run; in the last step alone it may be."""
+
+    def ends(after: int) -> Any:
+        return lambda o: optim.lr_scheduler.LambdaLR(o, lambda t: max(0.0, 1 - t / after))
+
+    finding = only("group-rate-zero", train(adam(), steps=40, schedule=ends(20)), "group 0")
+    assert finding.steps.last == 40
+    assert "in the last 20 of 40" in finding.evidence
+    assert "group-rate-zero" not in found(train(adam(), steps=40, schedule=ends(40)))
+
+
+def test_what_cannot_be_looked_for_is_said(tmp_path: Path) -> None:
+    """A logdir has few figures, and a short run few steps; a NaN is found all the same."""
+
+    def ruin(step: int, model: nn.Module, _: Any) -> None:
+        if step == 12:
+            model[0].weight.grad[0, 0] = torch.nan
+
+    train(adam(), steps=20, tamper=ruin, to=tmp_path / "logdir")
+    result = lrprobe.diagnose(lrprobe.read(tmp_path / "logdir"))
+    assert [each.code for each in result.findings] == ["nonfinite"]
+    assert result[0].parameter == "0.weight"
+    assert result[0].steps.first == 12
+    (sentence,) = result.left_out
+    assert "Not looked for, since there is no eps_fraction" in sentence
+    assert "never-steps" in sentence
+    assert sentence in repr(result)
+    assert sentence in result._repr_html_().replace("&#x27;", "'")
+    few = lrprobe.diagnose(train(adam(), steps=2))
+    assert few.left_out == (
+        "Only 2 steps recorded: most checks need 3, and rates that collapse or explode 10",
+    )
+    assert lrprobe.diagnose(train(adam(), steps=10)).left_out == ()
+
+
 def two_groups(rate: float = 1e-3) -> Make:
     return lambda m: optim.Adam([{"params": m[0].parameters()}, {"params": m[2].parameters(),
                                                                  "lr": rate}])  # fmt: skip
@@ -571,7 +641,8 @@ def test_the_result_prints_in_a_terminal_and_a_notebook(faulty: pd.DataFrame) ->
     page = result._repr_html_()
     assert "0.bias&lt;b&gt;" in page
     assert "<b>," not in page
-    assert repr(lrprobe.diagnose(faulty.iloc[:0])) == "No findings"
+    empty = repr(lrprobe.diagnose(faulty.iloc[:0]))
+    assert empty.startswith("No findings\nNothing was recorded: most checks need 3")
 
 
 def test_the_result_as_a_frame(faulty: pd.DataFrame) -> None:
