@@ -1,6 +1,6 @@
 """See the learning rate that a PyTorch optimizer really uses, element by element."""
 
-from lrprobe import plot, sinks, testing
+from lrprobe import plot, report, sinks, testing
 from lrprobe.diagnosis import Finding, Findings, diagnose
 from lrprobe.inspect import StepView, effective_lr, inspect_step
 from lrprobe.probe import Probe, attach
@@ -25,6 +25,7 @@ __all__ = [
     "plot",
     "read",
     "register_rule",
+    "report",
     "sinks",
     "testing",
 ]

@@ -46,6 +46,11 @@ class StepView:
     rule: str
     error: float
 
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.effective_lr.shape)) or "a scalar"
+        dtype = str(self.effective_lr.dtype).removeprefix("torch.")
+        return f"<StepView {shape} {dtype}, rule {self.rule}, error {self.error:.2g}>"
+
 
 class Steps(Mapping[str, StepView]):
     """Name to :class:`StepView`, of the last step taken inside ``inspect_step``."""
@@ -73,6 +78,12 @@ class Steps(Mapping[str, StepView]):
 
     def __len__(self) -> int:
         return len(self._views)
+
+    def __repr__(self) -> str:
+        if not self._taken:
+            return "<no step yet>"
+        views = (f"{name!r}: {view!r}" for name, view in self._views.items())
+        return f"{{{', '.join(views)}}}"
 
 
 @contextmanager

@@ -188,6 +188,7 @@ def update_ratio(
             ax.plot(line["step"], line["update_ratio"], color=_PALE, linewidth=0.5, alpha=0.5)
     for label, style in zip(reversed(shown), STYLES, strict=False):
         ax.plot(lines[label]["step"], lines[label]["update_ratio"], label=label, **style)
+    _span(ax, frame["step"], frame.loc[frame["update_ratio"] > 0, "step"])
     ink = ax.xaxis.label.get_color()  # light on a dark background
     ax.axhline(1e-3, color=ink, linestyle=(0, (1, 2)), zorder=3, label="1e-3, the guide")
     ax.set_yscale("log", nonpositive="clip")
@@ -374,9 +375,22 @@ def _over_steps(
         if (shown > 0).any() and not (shown < 0).any() and value not in _SHARES:
             ax.set_yscale("log", nonpositive="clip")
         _entitle(ax, title)
+        _span(ax, frame["step"], rows.loc[rows[value].notna(), "step"])
         ax.autoscale_view()  # to the limits of the scale it has now
     _annotate(drawn, _STEPS, unit(value))
     return drawn
+
+
+def _span(ax: Axes, steps: pd.Series, known: pd.Series) -> None:
+    """Show all recorded steps, and in grey the last of them where nothing is known any more.
+
+    Else a run that became NaN would look like a shorter one.
+    """
+    first, last = float(steps.min()), float(steps.max())
+    ax.update_datalim([(first, 1.0), (last, 1.0)], updatey=False)
+    end = float(known.max()) if len(known) else first
+    if end < last:
+        ax.axvspan(end, last, color=_MISSING, alpha=0.5, linewidth=0, label="no figure")
 
 
 def _scale(*cells: NDArray[np.float64]) -> LogNorm:

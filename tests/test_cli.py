@@ -347,3 +347,22 @@ def test_the_entry_point_is_declared() -> None:
     """pip makes the command from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"lrprobe": "lrprobe.cli:main"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--epochs", "x"], "takes a whole number of at least 1"),
+        (["demo", "--epochs", "0"], "takes a whole number of at least 1"),
+        (["show", "run", "--interval", "abc"], "takes a positive number of seconds"),
+        (["show", "run", "--interval", "-1"], "takes a positive number of seconds"),
+    ],
+)
+def test_a_wrong_number_is_a_clear_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what is allowed."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err

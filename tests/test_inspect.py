@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from typing import Any
 
@@ -255,3 +256,18 @@ def test_inspect_step_with_a_closure() -> None:
         predicted = before * (1 - view.decay) - view.effective_lr * view.direction
         torch.testing.assert_close(predicted, param.detach(), rtol=1e-12, atol=1e-14)
         assert math.isfinite(view.error)
+
+
+def test_a_step_is_shown_in_a_line_each() -> None:
+    """Names, shapes and rules, and no tensor; before the step that there is none."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    with lrprobe.inspect_step(optimizer, model) as step:
+        assert repr(step) == "<no step yet>"
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    weight, bias = (
+        rf"'{n}': <StepView {s} float32, rule adam, error [\de.-]+>"
+        for n, s in (("weight", "2×3"), ("bias", "2"))
+    )
+    assert re.fullmatch(f"{{{weight}, {bias}}}", repr(step))

@@ -50,6 +50,23 @@ def test_the_band_goes_from_p05_to_p95() -> None:
     assert (heights.min(), heights.max()) == pytest.approx((0.01, 30.0))
 
 
+@pytest.mark.parametrize("draw", [lrprobe.plot.rate, lrprobe.plot.update_ratio])
+def test_a_run_that_became_nan_is_as_long_as_it_was(draw) -> None:
+    """The steps of which nothing is known are there, in grey; a whole run has none such."""
+    frame = frame_of(["weight"], update_ratio=1e-3)
+    ruined = frame.mask(frame["step"] > 10, np.nan).assign(
+        step=frame["step"], parameter="weight", optimizer="Adam", attempt=0
+    )
+    for each, spans in ((frame, 0), (ruined, 1)):
+        ax = np.atleast_1d(draw(each))[0]
+        assert ax.get_xlim()[0] <= 1
+        assert ax.get_xlim()[1] >= 30
+        grey = [patch for patch in ax.patches if patch.get_label() == "no figure"]
+        assert len(grey) == spans
+    assert grey[0].get_x() == 10
+    assert grey[0].get_width() == 20
+
+
 def test_the_frame_stays_as_it_was() -> None:
     """Drawing changes nothing of it."""
     frame = frame_of(["weight"])
