@@ -620,7 +620,12 @@ def killed(folder: Path) -> None:
     sink = lrprobe.sinks.Parquet(folder / "killed.parquet", flush_secs=0.5)
     lrprobe.attach(optimizer, model, every=1, to=sink)
     train(model, optimizer, part=part, steps=6)
-    time.sleep(2)  # for what is written in the background
+    end = time.monotonic() + 60
+    while dist.get_rank() == 0 and time.monotonic() < end:  # for what is written in the background
+        if lrprobe.read(folder / "killed.parquet")["step"].nunique() >= 5:
+            break
+        time.sleep(0.05)
+    dist.barrier()
     if dist.get_rank() == dist.get_world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     train(model, optimizer, part=part, steps=6)

@@ -1,4 +1,4 @@
-"""Tensors to additive figures, on the device: nothing here reads a value on the host.
+"""Tensors to additive figures, on the device: nothing here reads a value that is not on the host.
 
 A row of figures belongs to one parameter; its columns are ``PARTS``. All of them are sums, extremes
 or a mean with its squared deviations, so that rows of shards, modules and groups merge.

@@ -49,7 +49,7 @@ class Watched:
         rule: the equation of its optimizer; None where its rate can only be measured.
         tracked: flat positions whose elements are recorded, or None.
         numel: its real elements (a complex one counts twice).
-        initial_lr: what the frame shows; NaN until first seen.
+        initial_lr: what the frame shows; None until first seen.
         bad_steps: recorded steps in a row that the rule did not explain.
     """
 
