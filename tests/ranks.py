@@ -459,7 +459,7 @@ def counted(wrap: Callable[[Net], tuple[nn.Module, tuple[int, int]]]) -> Any:
     probe.close()
     for name, original in originals.items():
         setattr(dist, name, original)
-    exchange = probe.hooks[0].exchange
+    exchange = probe._recorder.hooks[0].exchange
     expected = exchange._table.nbytes if exchange is not None else None
     return {"steps": steps, "close": list(calls), "expected": expected}
 

@@ -499,7 +499,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have():
         held, release = threading.Event(), threading.Event()
 
         def hold():
-            with probe._lock:
+            with probe._recorder._lock:
                 held.set()
                 release.wait()
 

@@ -404,7 +404,7 @@ def test_merging_any_split_gives_the_figures_of_the_whole(
     rule, lr = find_rule(type(optimizer)), optimizer.param_groups[0]["lr"]
     assert rule is not None
     probe = lrprobe.attach(optimizer, every=1, track=3)
-    where = probe.hooks[0].watched[0].tracked
+    where = probe._recorder.hooks[0].watched[0].tracked
     table = Table([Row("group0.param0", 0, shape, rule.name, tolerance(whole.dtype, rule), where)])
     shares = [
         Share(
@@ -546,8 +546,8 @@ def test_figures_that_fail_on_their_way_are_given_up() -> None:
     probe, optimizer = a_probe()
     optimizer.step()
     with pytest.warns(UserWarning, match="could not be recorded: RuntimeError: connection reset"):
-        probe.add(probe.hooks[0], Broken())
-    probe.add(probe.hooks[0], Broken())
+        probe._recorder.add(probe._recorder.hooks[0], Broken())
+    probe._recorder.add(probe._recorder.hooks[0], Broken())
     optimizer.step()
     assert probe.frame()["step"].tolist() == [1, 2]
     assert probe.state_dict() == {"steps": {"SGD": 2}}
@@ -566,7 +566,7 @@ def test_closing_waits_a_minute_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "time", time)
     never = SimpleNamespace(is_completed=lambda: False)
     probe, _ = a_probe()
-    (hooks,) = probe.hooks
+    (hooks,) = probe._recorder.hooks
     exchange = Exchange.__new__(Exchange)
     exchange._world = SimpleNamespace(rank=0)
     info = StepInfo(step=1, time=0.0, optimizer="SGD", samples=math.nan, run={})
@@ -574,7 +574,7 @@ def test_closing_waits_a_minute_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = [Merging(exchange, table, buffers, [never], info, still=False) for _ in range(3)]
     exchange._previous = waiting[-1]
     hooks.exchange = exchange
-    probe._waiting.extend((hooks, each) for each in waiting)
+    probe._recorder._waiting.extend((hooks, each) for each in waiting)
     with (
         pytest.warns(UserWarning, match="3 steps of SGD could not be recorded"),
         pytest.warns(UserWarning, match="within 60 s"),
@@ -625,7 +625,7 @@ def test_alone_a_process_group_is_no_matter() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         probe = lrprobe.attach(optim.SGD(model.parameters(), lr=0.1), model, process_group=None)
-    assert probe.hooks[0].exchange is None
+    assert probe._recorder.hooks[0].exchange is None
     probe.close()
 
 

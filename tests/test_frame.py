@@ -358,7 +358,7 @@ def test_a_state_that_is_not_finite_shows(case: Case) -> None:
         for _ in range(3):
             param.grad = torch.randn_like(param)
             optimizer.step()
-        watched = probe.hooks[0].watched
+        watched = probe._recorder.hooks[0].watched
         kept = snapshot.before(watched, optimizer)
         optimizer.step()
         states = {k: v for k, v in optimizer.state[param].items() if v.shape == param.shape}

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import lrprobe
 from lrprobe import delivery, sinks
+from lrprobe.recorder import open_recorders
 
 SEED = 0
 
@@ -113,7 +114,7 @@ def test_what_is_lost_is_said_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, probe = training(10, to=sink)
-        probe._delivery.drain()
+        probe._recorder._delivery.drain()
         (channel,) = delivery._courier_of(sink)._channels.values()
         assert len(channel.backlog) == 4
         probe.close()
@@ -486,7 +487,7 @@ def test_optimizers_of_one_name_in_one_sink_are_told_apart(tmp_path: Path) -> No
         assert frame[["optimizer", "step"]].to_numpy().tolist() == [["SGD", 1], ["SGD#1", 1]]
         assert frame["lr"].tolist() == [0.1, 0.2]
     with lrprobe.attach(two, to=memory, every=1) as alone:
-        assert [hooks.name for hooks in alone.hooks] == ["SGD"]
+        assert [hooks.name for hooks in alone._recorder.hooks] == ["SGD"]
 
 
 def test_a_probe_is_asked_from_another_thread() -> None:
@@ -502,8 +503,8 @@ def test_a_probe_is_asked_from_another_thread() -> None:
     def look() -> None:
         try:
             while not done.is_set():
-                for probe in list(lrprobe.probe._open_probes):
-                    frame = probe.frame()
+                for recorder in list(open_recorders):
+                    frame = lrprobe.Probe(recorder).frame()
                     assert (frame.groupby("step").size() == 2).all()
                     seen.append(int(frame["step"].max()))
         except BaseException as error:  # noqa: BLE001 - to be seen in the test

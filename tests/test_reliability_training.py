@@ -643,8 +643,8 @@ def test_no_error_of_ours_reaches_the_training(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            if every == 100 and probe.hooks[0].schedule.step == 0:
-                probe.hooks[0].schedule.step = 1  # the first is always due
+            if every == 100 and probe._recorder.hooks[0].schedule.step == 0:
+                probe._recorder.hooks[0].schedule.step = 1  # the first is always due
             optimizer.step()
         probe.close()
     messages = [str(w.message) for w in said]

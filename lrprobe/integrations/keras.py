@@ -76,5 +76,5 @@ class LRProbeCallback(keras.callbacks.Callback):
         self._waits = False
         options = {"step": lambda: steps.number, **self._options}
         self.probe = lrprobe.attach(steps.stand_ins, to=self._to, **options)
-        steps.watch(self.probe.hooks)
+        steps.watch(self.probe._recorder.hooks)  # noqa: SLF001 - nobody else needs them
         self._steps = steps
