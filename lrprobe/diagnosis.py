@@ -274,9 +274,11 @@ def _left_out(frame: pd.DataFrame, most: int) -> Iterator[str]:
             f"Not looked for, since there is no {', '.join(columns)} (a logdir has few figures, a "
             f"dataset or probe.frame() all): {', '.join(codes)}"
         )
-    if most < MANY:
-        few = "Nothing was recorded" if not most else f"Only {_count(most, 'step')} recorded"
-        yield f"{few}: most checks need {FEW}, and rates that collapse or explode {MANY}"
+    few = f"Only {_count(most, 'step')} recorded" if most else "Nothing was recorded"
+    if most < FEW:
+        yield f"{few}: most checks need {FEW} steps"
+    elif most < MANY:
+        yield f"{few}: it takes {MANY} to see rates collapse or explode"
 
 
 # The checks, each for one series.
