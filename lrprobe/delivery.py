@@ -62,16 +62,20 @@ class Delivery:
         others = [_Line([sink], _among(owned, [sink]), _courier_of(sink)) for sink in far]
         near = [sink for sink in sinks if _is_near(sink)]
         self._line = _Line(near, _among(owned, near), _courier, others)
-        for line in (*others, self._line):
-            line.courier.open(line)
+        for line in self._line.all:
+            try:
+                line.courier.open(line)
+            except BaseException:
+                self._line.close()
+                raise
         self._finalizer = weakref.finalize(self, _abandon, self._line)
         self._finalizer.atexit = False  # at exit somebody has to wait, which _at_exit does
 
     def put(self, make: Callable[[], Record | None], nbytes: int = 0) -> bool:
         """Have the record that ``make`` returns written; takes microseconds.
 
-        Where too much waits already, it lets the thread catch up first; where the thread makes no
-        progress for a second (a sink that hangs), records are lost, and counted, until it does.
+        Where too much waits already, it lets the threads catch up first; where one makes no
+        progress for a second (a sink that hangs), records are lost for it, and counted, until then.
 
         Args:
             make: run in the background thread; None means that there is nothing to write.
@@ -81,7 +85,12 @@ class Delivery:
             False where it was not taken: too much waits already (that is counted as lost), the
             delivery is closed, or this is a forked child.
         """
-        return self._line.put(make, nbytes)
+        line = self._line
+        if line.closed or line.pid != os.getpid() or not line.take(nbytes):
+            return False
+        others = [other for other in line.others if other.take(nbytes)]
+        line.courier.send(partial(line.courier.deliver, line, make, nbytes, others))
+        return True
 
     def drain(self, timeout: float | None = None, *, near: bool = False) -> bool:
         """Wait until all that was put has been written, or has failed to be.
@@ -175,9 +184,9 @@ class Delivery:
 
 
 def _is_near(sink: Sink) -> bool:
-    """Whether a sink is one of ours that writes to memory or to a disk."""
-    package, _, module = type(sink).__module__.rpartition(".")
-    return package == "lrprobe.sinks" and module in _NEAR
+    """Whether a sink is, or is made of, one of ours that writes to memory or to a disk."""
+    modules = {cls.__module__ for cls in type(sink).__mro__}
+    return not modules.isdisjoint(f"lrprobe.sinks.{name}" for name in _NEAR)
 
 
 def _among(owned: Sequence[Sink], sinks: Sequence[Sink]) -> list[Sink]:
@@ -222,10 +231,8 @@ class _Line:
         """This line, and those that its records go on to."""
         return (self, *self.others)
 
-    def put(self, make: Callable[[], Record | None], nbytes: int) -> bool:
-        """As ``Delivery.put``."""
-        if self.closed or self.pid != os.getpid():
-            return False
+    def take(self, nbytes: int) -> bool:
+        """Make room for a record, which then waits; False where there is none."""
         if self.full(nbytes):
             self.wait_for_room(nbytes)
         with self.lock:
@@ -235,16 +242,19 @@ class _Line:
             else:
                 self.waiting += 1
                 self.waiting_bytes += nbytes
-        if above:
-            if self.overflow == 1:
-                whom = _name(self.sinks[0]) if len(self.sinks) == 1 else "their sinks"
-                self.say(
-                    f"{self.waiting:,} records ({self.waiting_bytes:,} bytes) wait for {whom}, "
-                    "which is the bound; records are lost until the sinks keep up"
-                )
-            return False
-        self.courier.send(partial(self.courier.deliver, self, make, nbytes))
-        return True
+        if above and self.overflow == 1:
+            whom = _name(self.sinks[0]) if len(self.sinks) == 1 else "their sinks"
+            self.say(
+                f"{self.waiting:,} records ({self.waiting_bytes:,} bytes) wait for {whom}, "
+                "which is the bound; records are lost until the sinks keep up"
+            )
+        return not above
+
+    def release(self, nbytes: int, now: int | None = None) -> None:
+        """One that was taken waits no more, or has another size ``now``."""
+        with self.lock:
+            self.waiting -= now is None
+            self.waiting_bytes += (now or 0) - nbytes
 
     def full(self, nbytes: int) -> bool:
         """Whether as much waits as may."""
@@ -457,7 +467,13 @@ class _Courier:
 
     # What only the thread itself calls.
 
-    def deliver(self, line: _Line, make: Callable[[], Record | None], nbytes: int) -> None:
+    def deliver(
+        self,
+        line: _Line,
+        make: Callable[[], Record | None],
+        nbytes: int,
+        others: Sequence[_Line] = (),
+    ) -> None:
         try:
             record = make()
             line.making = True
@@ -472,11 +488,14 @@ class _Courier:
                 channel = self._channels.get(id(sink))
                 if channel is not None:
                     channel.offer(record, line)
-            for other in line.others:
-                other.put(partial(_itself, record), record.nbytes)
-        with line.lock:
-            line.waiting -= 1
-            line.waiting_bytes -= nbytes
+        for other in others:  # each has taken it
+            if record is None:
+                other.release(nbytes)
+            else:
+                other.release(nbytes, now=record.nbytes)
+                made = partial(_itself, record)
+                other.courier.send(partial(other.courier.deliver, other, made, record.nbytes))
+        line.release(nbytes)
 
     def flush(self, line: _Line, done: threading.Event) -> None:
         try:

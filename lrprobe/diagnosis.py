@@ -541,7 +541,10 @@ def _no_gradient(series: Series) -> Iterator[Hit]:
 def _decayed(series: Series) -> Iterator[Hit]:
     norm = series["param_norm"]
     share = last(norm) / peak(norm)
-    for column in np.flatnonzero(matrices(series) & (share < VANISHED)):
+    # A decay that is coupled is in no column, but in the hyperparameters, where they are known.
+    decays = np.max(np.nan_to_num(series["decay"]), axis=0) > 0
+    decays |= float(series.options.get("weight_decay") or 0) > 0
+    for column in np.flatnonzero(matrices(series) & decays & (share < VANISHED)):
         row = int(np.nanargmax(norm[:, column]))
         evidence = "its norm fell from {most:.3g} to {norm:.3g}, {share:.1%} of it"
         values = {
@@ -951,7 +954,7 @@ CHECKS: tuple[Check, ...] = (
         "finding",
         "decayed-away",
         _decayed,
-        ("param_norm",),
+        ("param_norm", "decay"),
         "A layer's weights have decayed away",
         "Weight decay is stronger than the gradient: each step takes the share lr·λ of a weight "
         "away, so that after 1/(lr·λ) steps little is left.",

@@ -131,7 +131,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
-        _LAST.discard(self._handles[0].id)
+        _LAST.remove(self._handles[0].id)
         for handle in self._handles:
             handle.remove()
         if self._passes is not None:
@@ -305,7 +305,7 @@ class Hooks:
         gone = self._given.keys() - {at for params in seen for at, _ in params}
         self.options.names.forget(gone)
         given = {at: name for at, name in self._given.items() if at not in gone}
-        named = list(name_parameters(optimizer, self.options.names.now() | given))
+        named = list(name_parameters(optimizer, self.options.names.now(given)))
         self._given = {id(param): name for _, name, param in named}
         known = {(w.name, w.ref.id, w.numel): w for w in self.watched}
         rule = find_rule(type(optimizer))
@@ -338,8 +338,10 @@ class Hooks:
         if fixed == self._fixed:
             return
         before, self._fixed = self._fixed, fixed
-        for old, new in zip(before, fixed, strict=False):
-            self._changes.update(key for key in old.keys() & new if old[key] != new[key])
+        pairs = list(zip(before, fixed, strict=False))
+        self._changes.update(
+            {key for old, new in pairs for key in old.keys() & new if old[key] != new[key]}
+        )
         if before:
             self._owner.describe()
 
@@ -401,6 +403,10 @@ class _Last:
         self._hooks[optimizer].remove(hook)
         if not self._hooks[optimizer]:
             del self._hooks[optimizer]
+
+    def remove(self, hook: int) -> None:
+        """As ``discard``; not for a finalizer, which may run while the hooks are gone through."""
+        self.discard(hook)
         if not self._optimizers and self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -65,10 +65,14 @@ class Names:
         self._first = parameter_names(model)
         self._model = None if model is None else weakref.ref(model)
 
-    def now(self) -> dict[int, str]:
-        """id of each parameter to its name; one that left the model has that which it had."""
+    def now(self, given: Mapping[int, str] | None = None) -> dict[int, str]:
+        """id of each parameter to its name; one that left the model has that which it had.
+
+        ``given`` has names that were used before: the model's go first, since another parameter
+        may have got the id of one that is gone.
+        """
         model = self._model() if self._model is not None else None
-        return self._first | parameter_names(model)
+        return self._first | dict(given or {}) | parameter_names(model)
 
     def forget(self, gone: Iterable[int]) -> None:
         """Parameters with these ids left an optimizer: the next with such an id is another."""
@@ -100,11 +104,12 @@ class Place:
         optimizer = self.optimizer()
         if optimizer is None:
             return None
-        try:
-            param: Tensor = optimizer.param_groups[self.group]["params"][self.index]
-        except IndexError:
-            return None
-        return param if id(param) == self.id else None
+        groups = optimizer.param_groups
+        if self.group < len(groups) and self.index < len(groups[self.group]["params"]):
+            param: Tensor = groups[self.group]["params"][self.index]
+            if id(param) == self.id:
+                return param
+        return next((p for group in groups for p in group["params"] if id(p) == self.id), None)
 
 
 def places(optimizer: Optimizer) -> list[Place]:
@@ -147,14 +152,18 @@ def name_parameters(
             name = names.get(id(param)) or (own[at] if own else f"group{index}.param{at}")
             given.append((index, name, param))
     wanted = {name for _, name, _ in given}
-    taken: set[str] = set()
+    unique: dict[int, str] = {}
     counts: dict[str, Iterator[int]] = {}
-    for index, name, param in given:
-        unique = name
-        while unique in taken or (unique != name and unique in wanted):
-            unique = f"{name}#{next(counts.setdefault(name, itertools.count(1)))}"
-        taken.add(unique)
-        yield index, unique, param
+    taken: set[str] = set()
+    # Those whose names are known keep them, whoever comes before them.
+    for at in sorted(range(len(given)), key=lambda at: id(given[at][2]) not in names):
+        name = own = given[at][1]
+        while name in taken or (name != own and name in wanted):
+            name = f"{own}#{next(counts.setdefault(own, itertools.count(1)))}"
+        taken.add(name)
+        unique[at] = name
+    for at, (index, _, param) in enumerate(given):
+        yield index, unique[at], param
 
 
 def module_of(name: str) -> str:

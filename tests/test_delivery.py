@@ -252,8 +252,8 @@ def test_a_hanging_disk_fills_no_memory(sink, monkeypatch, bound, nbytes):
 @pytest.mark.parametrize("bound", ["WAITING_RECORDS", "WAITING_BYTES"])
 def test_a_hanging_sink_holds_up_no_other(sink, monkeypatch, bound, tmp_path):
     """A disk has every record, at once; what is too much for the one that hangs is counted."""
-    size = make_record(1).nbytes if bound == "WAITING_BYTES" else 1
-    monkeypatch.setattr(delivery, bound, 5 * size)
+    most = 5 * make_record(1).nbytes - 1 if bound == "WAITING_BYTES" else 5
+    monkeypatch.setattr(delivery, bound, most)
     disk = lrprobe.sinks.Parquet(tmp_path / "run.parquet")
     sender = Delivery([sink, disk], owned=[disk])
     sink.gate.clear()
@@ -269,6 +269,26 @@ def test_a_hanging_sink_holds_up_no_other(sink, monkeypatch, bound, tmp_path):
     sink.gate.set()
     assert sender.close()
     assert sink.steps == [0, 1, 2, 3, 4]
+
+
+def test_a_slow_sink_holds_up_no_other(sink, monkeypatch):
+    """What it has not caught up with waits for it alone; memory has it at once, also a subclass."""
+    monkeypatch.setattr(delivery, "WAITING_RECORDS", 8)
+
+    class Mine(lrprobe.sinks.Memory):
+        pass
+
+    memory = Mine()
+    sender = Delivery([memory, sink])
+    sink.gate.clear()
+    put(sender, *range(8))
+    assert sender.drain(near=True)
+    assert memory.frame(by="model")["step"].tolist() == [*range(8)]
+    assert not sink.steps
+    sink.gate.set()
+    sender.close()
+    assert sink.steps == [*range(8)]
+    assert sender.lost == 0
 
 
 def test_a_record_that_cannot_be_made_is_told(sink):

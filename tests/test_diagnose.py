@@ -406,6 +406,7 @@ def test_weights_that_decay_away(healthy: pd.DataFrame) -> None:
     strong = train(lambda m: optim.AdamW(m.parameters(), lr=1e-3, weight_decay=100.0), steps=60)
     assert only("decayed-away", strong).numbers["share"] < 0.07
     assert not {"decayed-away", "no-gradient"} & set(found(healthy))
+    assert "decayed-away" not in found(strong.assign(decay=0.0))  # they were drawn to 0 otherwise
 
 
 def test_a_schedule_that_ends_too_early() -> None:
@@ -433,7 +434,7 @@ def test_what_cannot_be_looked_for_is_said(tmp_path: Path) -> None:
     assert result[0].parameter == "0.weight"
     assert result[0].steps.first == 12
     (sentence,) = result.left_out
-    assert "Not looked for, since there is no eps_fraction" in sentence
+    assert "Not looked for, since there is no decay, eps_fraction" in sentence
     assert "never-steps" in sentence
     assert sentence in repr(result)
     assert sentence in result._repr_html_().replace("&#x27;", "'")

@@ -332,6 +332,18 @@ def test_a_json_lines_file_that_is_removed_is_made_anew(tmp_path):
     assert sink.attempt == 0
 
 
+def test_json_lines_go_on_where_they_began(tmp_path, monkeypatch):
+    """A process that goes to another folder writes on in the same file."""
+    monkeypatch.chdir(tmp_path)
+    sink = sinks.JSONL("run.jsonl")
+    sink.write(make_record(0))
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    sink.write(make_record(1))
+    sink.close()
+    assert list(pd.read_json(tmp_path / "run.jsonl", lines=True)["step"].unique()) == [0, 1]
+
+
 def test_a_path_to_json_lines_says_which_sink_it_is(tmp_path):
     """``to=`` takes no such path, and says what to pass."""
     model = nn.Linear(2, 1)

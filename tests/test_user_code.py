@@ -15,7 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import lrprobe
 import lrprobe.hooks
 from lrprobe import rules
-from lrprobe.rules import Rule, Slice, Update
+from lrprobe.names import Names
+from lrprobe.rules import Rule, Slice, Update, sgd
 from lrprobe.testing import check_rule
 
 
@@ -488,3 +489,73 @@ def test_a_parameter_that_cannot_be_read_loses_no_other() -> None:
     frame = probe.frame()
     assert frame["stepped"].tolist() == [False, False, True]
     assert frame["param_norm"].notna().tolist() == [False, False, True]
+
+
+def test_the_models_name_goes_before_that_of_one_with_the_same_id() -> None:
+    """A parameter that is gone may leave its id to another, which is not called after it."""
+    model = net()
+    names = Names(model)
+    weight = model[0].weight
+    assert names.now({id(weight): "gone.weight"})[id(weight)] == "0.weight"
+    names.forget([id(weight)])
+    assert names.now()[id(weight)] == "0.weight"
+
+
+def test_a_new_parameter_takes_no_name_that_is_in_use() -> None:
+    """Put before the others of its group, it is numbered past them."""
+    params = [nn.Parameter(torch.full((2,), float(i))) for i in range(3)]
+    optimizer = torch.optim.SGD(params[:2], lr=0.0)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones(2)
+            optimizer.step()
+            optimizer.param_groups[0]["params"].insert(0, params[2])
+    second = probe.frame().query("step == 2").set_index("parameter")["param_norm"]
+    right = {"group0.param0#1": 8**0.5, "group0.param0": 0.0, "group0.param1": 2**0.5}
+    assert second.to_dict() == pytest.approx(right)
+
+
+def test_a_hyperparameter_of_many_groups_changes_once_at_a_time() -> None:
+    """However many groups have it, its first changes are described."""
+    model = net()
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    keep = Keep()
+    with lrprobe.attach(optimizer, model, every=1, to=keep):
+        for decay in (0.1, 0.2, 0.3):
+            for group in optimizer.param_groups:
+                group["weight_decay"] = decay
+            train(model, optimizer, 1)
+    runs = [record.run["optimizers"]["SGD"]["groups"] for record in keep.records]
+    assert [[group["weight_decay"] for group in run] for run in runs] == [
+        [decay] * 4 for decay in (0.1, 0.2, 0.3)
+    ]
+
+
+def test_passes_are_counted_on_where_a_group_leaves() -> None:
+    """Parameters that stay have another place then."""
+    model = net()
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.01)
+    with lrprobe.attach(optimizer, model, every=2, batch_size=8) as probe:
+        for step in range(1, 9):
+            if step == 5:
+                del optimizer.param_groups[0]
+            for _ in range(3):
+                model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert probe.frame(by="model")["samples"].tolist() == [24.0] * 5
+
+
+def test_torch_chooses_foreach_only_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `fused=False` its step is the loop, also where foreach is the default."""
+    group = {"nesterov": True, "foreach": None, "fused": None, "weight_decay": 0.0}
+    elsewhere = torch.ones(2, device="meta", requires_grad=True)
+    elsewhere.grad = torch.ones(2, device="meta")
+    monkeypatch.setattr(sgd, "_default_to_fused_or_foreach", lambda *_: (False, True))
+    assert sgd._overwrites({**group, "params": [elsewhere]})
+    assert not sgd._overwrites({**group, "params": [elsewhere], "fused": False})
+    assert not sgd._overwrites({**group, "params": [elsewhere], "weight_decay": 0.1})
+    here = nn.Parameter(torch.ones(2))
+    here.grad = torch.ones(2)
+    assert not sgd._overwrites({**group, "params": [here]})

@@ -45,8 +45,10 @@ def _overwrites(group: Mapping[str, Any]) -> bool:
     if group.get("weight_decay", 0.0) != 0:
         return False
     foreach = group.get("foreach", False)
-    if foreach is None:  # torch chooses, by the type and device of all of the group
-        _, foreach = _default_to_fused_or_foreach(list(group["params"][:1]), False, False)
+    if foreach is None and group.get("fused") is None:  # torch chooses, by all of the group
+        params = [p for p in group["params"] if p.grad is not None]
+        if params and params[0].device.type != "cpu":
+            _, foreach = _default_to_fused_or_foreach(params, False, False)
     return bool(foreach)
 
 

@@ -33,9 +33,10 @@ class JSONL:
         self._columns = frame_columns(by)
         self._by = by
         self._path = os.fspath(path)
+        self._where = Path(path).absolute()  # wherever the process goes
         self.attempt = 0
-        Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = Path(self._path).open("a+b", buffering=0)  # noqa: SIM115 - close() closes it
+        self._where.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._where.open("a+b", buffering=0)
         try:
             self._size = self._continue()
         except BaseException:
@@ -48,7 +49,7 @@ class JSONL:
     @property
     def destination(self) -> str:
         """The file's real, absolute path."""
-        return os.path.realpath(self._path)
+        return os.path.realpath(self._where)
 
     def write(self, record: Record) -> None:
         """Append one record.
@@ -80,12 +81,12 @@ class JSONL:
 
     def _look_for_file(self) -> None:
         try:
-            if os.path.samestat(Path(self._path).stat(), os.fstat(self._file.fileno())):
+            if os.path.samestat(self._where.stat(), os.fstat(self._file.fileno())):
                 return
         except FileNotFoundError:
-            Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+            self._where.parent.mkdir(parents=True, exist_ok=True)
         self._file.close()
-        self._file = Path(self._path).open("a+b", buffering=0)  # noqa: SIM115 - as above
+        self._file = self._where.open("a+b", buffering=0)
         attempt, self._size = self.attempt, self._continue()
         self.attempt = attempt
         raise FileNotFoundError(f"the file {self._path!r} was removed; it is made anew")
