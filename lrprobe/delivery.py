@@ -250,11 +250,16 @@ class _Line:
             )
         return not above
 
-    def release(self, nbytes: int, now: int | None = None) -> None:
-        """One that was taken waits no more, or has another size ``now``."""
+    def release(self, nbytes: int) -> None:
+        """One that was taken waits no more."""
         with self.lock:
-            self.waiting -= now is None
-            self.waiting_bytes += (now or 0) - nbytes
+            self.waiting -= 1
+            self.waiting_bytes -= nbytes
+
+    def resize(self, nbytes: int, now: int) -> None:
+        """One that was taken has another size now."""
+        with self.lock:
+            self.waiting_bytes += now - nbytes
 
     def full(self, nbytes: int) -> bool:
         """Whether as much waits as may."""
@@ -492,7 +497,7 @@ class _Courier:
             if record is None:
                 other.release(nbytes)
             else:
-                other.release(nbytes, now=record.nbytes)
+                other.resize(nbytes, record.nbytes)
                 made = partial(_itself, record)
                 other.courier.send(partial(other.courier.deliver, other, made, record.nbytes))
         line.release(nbytes)

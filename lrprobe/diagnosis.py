@@ -523,14 +523,11 @@ def _never_steps(series: Series) -> Iterator[Hit]:
 def _no_gradient(series: Series) -> Iterator[Hit]:
     """Matrices whose gradient is exactly 0 up to the end; those that never moved are told above."""
     rows = len(series.steps)
-    zero = series.stepped & (series["grad_norm"] == 0)
-    since = _since(zero | ~series.stepped)
     moved = np.ones(series.shape[1], dtype=bool)
     if "update_norm" in series:
         moved = (series.stepped & (series["update_norm"] != 0)).any(axis=0)
-    for column in np.flatnonzero(matrices(series) & moved & zero.any(axis=0)):
-        seen = np.flatnonzero(zero[:, column])
-        seen = seen[seen >= since[column]]
+    for column in np.flatnonzero(matrices(series) & moved):
+        seen = _lasting(series["grad_norm"][:, column] == 0, series.stepped[:, column])
         if len(seen) < max(FEW, LASTING * rows):
             continue
         evidence = "its gradient is exactly 0 in the last {count:,.0f} of {all:,.0f} recorded steps"
@@ -555,9 +552,10 @@ def _decayed(series: Series) -> Iterator[Hit]:
         yield Hit(series.names[column], series.steps[row:], evidence, values, 1 / share[column])
 
 
-def _since(where: Bools) -> Ints:
-    """From which row on it is so up to the end: (columns,)."""
-    result: Ints = len(where) - np.logical_and.accumulate(where[::-1], axis=0).sum(axis=0)
+def _lasting(where: Bools, known: Bools) -> Ints:
+    """The last rows of those that are known, in all of which it is so."""
+    rows = np.flatnonzero(known)
+    result: Ints = rows[len(rows) - np.logical_and.accumulate(where[rows][::-1]).sum() :]
     return result
 
 
@@ -573,11 +571,9 @@ def _groups(series: Series) -> tuple[list[str], Floats]:
 def _group_rate_zero(series: Series) -> Iterator[Hit]:
     names, rates = _groups(series)
     known = ~np.isnan(rates)
-    since = _since((rates == 0) | ~known)
     for column in range(len(names)):
         count = int(known[:, column].sum())
-        zero = np.flatnonzero(known[:, column])
-        zero = zero[zero >= since[column]]
+        zero = _lasting(rates[:, column] == 0, known[:, column])
         if len(zero) < max(FEW, LASTING * count):
             continue
         evidence = "lr is 0 in all {steps:,.0f} recorded steps"

@@ -310,7 +310,8 @@ class Hooks:
         known = {(w.name, w.ref.id, w.numel): w for w in self.watched}
         rule = find_rule(type(optimizer))
         self.watched = []
-        for (group, name, param), place in zip(named, places(optimizer), strict=True):
+        found = places(optimizer)
+        for (group, name, param), place in zip(named, found, strict=True):
             numel = _numel(param)
             if numel < 0 or not self.options.chosen.takes(name):
                 continue
@@ -328,7 +329,7 @@ class Hooks:
             watched.group, watched.ref = group, place
             self.watched.append(watched)
         if self._passes is not None:
-            self._passes.watch(places(optimizer))
+            self._passes.watch(found)
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Describe the run anew where one has changed that nothing moves from step to step."""
