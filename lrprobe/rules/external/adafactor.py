@@ -64,4 +64,4 @@ def _adafactor(s: Slice) -> Update:
     )
 
 
-ADAFACTOR = Rule("adafactor", _adafactor, whole=_whole, needs_grad=True, fuse=False)
+ADAFACTOR = Rule("adafactor", _adafactor, whole=_whole, needs_grad=True)

@@ -1,0 +1,234 @@
+"""Figures by a generated loop: one call for all pieces of a kind, on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.engine.distribution import BINS, Bins
+from lrprobe.engine.printer import CHUNK, LANES, LOADED, source
+from lrprobe.engine.program import Symbol
+from lrprobe.engine.recording import Recorded
+
+_THREADED = 1 << 20
+"""Elements from which more than one thread is worth its start."""
+_MOST_THREADS = 8
+_RANGES = 8
+"""Parts of the work for each thread: one that is held up leaves its parts to the others."""
+
+
+def unavailable() -> str:
+    """Why no loop can be compiled here; empty where one can be."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return f"numba cannot be imported ({error})"
+    if _folder() is None:
+        return "there is no folder that generated code could be written to"
+    return ""
+
+
+def figures(
+    recorded: Recorded,
+    addresses: NDArray[np.int64],
+    numel: NDArray[np.int64],
+    dtypes: Sequence[torch.dtype],
+    *,
+    exact: bool,
+) -> tuple[Tensor, Bins]:
+    """Figures of several pieces: (pieces, figures) float64, and the distribution of their rates.
+
+    Args:
+        recorded: what is computed.
+        addresses: of the leaves of each piece: (pieces, leaves).
+        numel: elements of each piece, none of which is empty: (pieces,).
+        dtypes: of the leaves.
+        exact: whether elements are computed in float64.
+    """
+    kernel = _kernel(recorded, tuple(dtypes), exact)
+    layout = _layout(tuple(numel.tolist()), _threads(int(numel.sum())))
+    scalars = recorded.program.table(torch.device("cpu")).numpy()
+    found = [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
+    out = np.empty((len(layout.owner), len(found)))
+    counted = recorded.rate is not None
+    pool = np.empty((int(layout.room.sum()) if counted else 0, 3), np.int64)
+    begin = np.cumsum(layout.room) - layout.room
+    end = begin.copy()
+    scratch = _scratch(layout.threads) if counted else np.zeros((1, 1, 1), np.int64)
+    pieces = layout.owner, layout.start, layout.bounds
+
+    def work(slot: int, parts: Any) -> None:
+        for who in parts:
+            kernel(who, slot, addresses, numel, *pieces, scalars, out, pool, begin, end, scratch)
+
+    parts = iter(range(len(layout.bounds) - 1))  # `next` is atomic under the interpreter's lock
+    helpers = [
+        threading.Thread(target=work, args=(slot, parts), daemon=True)
+        for slot in range(1, layout.threads)
+    ]
+    for thread in helpers:
+        thread.start()
+    work(0, parts)
+    for thread in helpers:
+        thread.join()
+    merge = {"sum": np.add, "min": np.minimum, "max": np.maximum}
+    sums = {
+        i: torch.from_numpy(merge[recorded.table[i].merge].reduceat(out[:, at], layout.first))
+        for at, i in enumerate(found)
+    }
+    table = recorded.filled(sums, torch.from_numpy(numel).double())
+    if not counted:
+        return table, Bins.empty()
+    each = [Bins(p[:, 0], p[:, 1], p[:, 2].astype(np.float64)) for p in _parts(pool, begin, end)]
+    return table, Bins.joined([one for one in each if len(one.owner)])
+
+
+def _parts(
+    pool: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    return [pool[a:b] for a, b in zip(begin, end, strict=True)]
+
+
+class _Layout(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        threads: how many work.
+        owner, start: piece and first element of each chunk.
+        first: number of each piece's first chunk.
+        bounds: first chunk of each range, and the end.
+        room: entries that the counts of each range can need.
+    """
+
+    threads: int
+    owner: NDArray[np.int64]
+    start: NDArray[np.int64]
+    first: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    room: NDArray[np.int64]
+
+
+@lru_cache(maxsize=32)
+def _layout(sizes: tuple[int, ...], threads: int) -> _Layout:
+    numel = np.array(sizes, np.int64)
+    chunks = -(-numel // CHUNK)
+    first = np.cumsum(chunks) - chunks
+    owner = np.repeat(np.arange(len(numel)), chunks)
+    start = (np.arange(len(owner)) - first[owner]) * CHUNK
+    work = np.cumsum(np.minimum(CHUNK, numel[owner] - start) + 64)
+    ranges = _RANGES * threads if threads > 1 else 1
+    cuts = np.searchsorted(work, np.linspace(0, work[-1], ranges + 1)[1:-1])
+    bounds = np.array([0, *cuts, len(owner)], np.int64)
+    room = [
+        int(np.minimum(numel[np.unique(owner[a:b])], BINS).sum())
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return _Layout(threads, owner, start, first, bounds, np.array(room, np.int64))
+
+
+def _threads(elements: int) -> int:
+    return min(torch.get_num_threads(), _MOST_THREADS) if elements >= _THREADED else 1
+
+
+_local = threading.local()
+
+
+def _scratch(threads: int) -> NDArray[np.int64]:
+    """Tables for counting, which every call leaves at zero; each calling thread has its own."""
+    table = getattr(_local, "scratch", None)
+    if table is None or len(table) < threads:
+        table = _local.scratch = np.zeros((threads, LANES, BINS), np.int64)
+    return table  # type: ignore[no-any-return]
+
+
+# ---- compilation --------------------------------------------------------------------------------
+
+_kernels: dict[Any, Callable[..., None]] = {}
+_compiling = threading.Lock()
+
+
+def _kernel(recorded: Recorded, dtypes: tuple[torch.dtype, ...], exact: bool) -> Any:
+    key = recorded.key, dtypes, exact
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _compiling:
+            text = source(recorded, dtypes, exact=exact)
+            kernel = _kernels[key] = _module(text).kernel
+    return kernel
+
+
+def _module(text: str) -> ModuleType:
+    """The text as a module in a real file, next to which numba keeps what it compiled."""
+    name = "lrprobe_" + hashlib.sha256((_version() + text).encode()).hexdigest()[:20]
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = _folder()
+    if folder is None:
+        raise OSError("there is no folder that generated code could be written to")
+    path = folder / f"{name}.py"
+    if not path.exists():  # complete, or not there: other processes read it
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise OSError(f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+@cache
+def _version() -> str:
+    """What the generated text builds on, so that another version does not find it."""
+    from lrprobe.engine import intrinsics
+
+    return Path(intrinsics.__file__).read_text(encoding="utf-8")
+
+
+@cache
+def _folder() -> Path | None:
+    """Where generated code is kept: this user's cache, else a folder of theirs among temporary ones."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    for folder in (Path(home) / "lrprobe", Path(tempfile.gettempdir()) / f"lrprobe-{user}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            about = folder.stat()
+            mine = not hasattr(os, "getuid") or about.st_uid == os.getuid()
+            if mine and not about.st_mode & stat.S_IWOTH:
+                with tempfile.NamedTemporaryFile(dir=folder):
+                    return folder
+        except OSError:
+            continue
+    return None
+
+
+def is_addressable(tensor: Tensor) -> bool:
+    """Whether the elements can be read from the tensor's address on: flat, and all there."""
+    return (
+        tensor.is_contiguous()
+        and tensor.device.type == "cpu"
+        and tensor.dtype in LOADED
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.layout is torch.strided
+        and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        <= tensor.untyped_storage().nbytes()
+    )
