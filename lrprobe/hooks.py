@@ -20,29 +20,19 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lrprobe.arguments import Every, Options, Step
+from lrprobe.engine import Engine, PreStep, copied
+from lrprobe.engine.buffers import blank, fill
+from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
+from lrprobe.engine.flight import MOVED, StepInFlight
+from lrprobe.engine.pieces import WatchedParameter, local
 from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
-from lrprobe.summary.pending import Pending, StepInfo
-from lrprobe.summary.reading import keep_freed_memory
-from lrprobe.summary.shards import Kept
-from lrprobe.summary.snapshot import (
-    Before,
-    How,
-    Watched,
-    after,
-    at_rest,
-    before,
-    copied,
-    has_closure,
-    moves,
-    resting,
-    tolerance,
-)
+from lrprobe.rules.base import has_closure, tolerance
 from lrprobe.text import listed, warn
 
 if TYPE_CHECKING:
-    from lrprobe.distributed import Exchange, Merging
+    from lrprobe.distributed import Exchange
 
 
 class Owner(Protocol):
@@ -55,7 +45,7 @@ class Owner(Protocol):
     def waiting(self) -> bool:
         """Whether figures are still on their way to the host."""
 
-    def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
+    def add(self, hooks: Hooks, step: StepInFlight) -> None:
         """Take the figures of a step."""
 
     def collect(self) -> None:
@@ -72,7 +62,9 @@ class Hooks:
         """Start listening; ``owner`` gets the figures, and holds what describes the run."""
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
-        self.watched: list[Watched] = []
+        self.watched: list[WatchedParameter] = []
+        self.rows: list[Row] = []
+        self.engine = Engine(options.way)
         self._owner = owner
         self.options = options
         self._optimizer = weakref.ref(optimizer)
@@ -83,10 +75,12 @@ class Hooks:
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
         """Where the parameters are spread over ranks."""
+        self.reasons: dict[str, str] = {}
+        """Name of a parameter to what its rule raised in the last recorded step."""
         self._silent = False
         self._depth = 0
         self._number = self.schedule.step
-        self._kept: Before | Kept | None = None
+        self._kept: PreStep | None = None
         self._seen: list[list[tuple[int, int]]] = []
         """By group, id and elements of its parameters."""
         self._given: dict[int, str] = {}
@@ -95,7 +89,6 @@ class Hooks:
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
-        keep_freed_memory()
         self._refresh(optimizer)
         if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
@@ -191,9 +184,9 @@ class Hooks:
             self._refresh(optimizer)
             closure = has_closure(args, kwargs)
             if self.exchange is None:
-                self._kept = before(self.watched, optimizer, closure=closure)
+                self._kept = self.engine.before(self.watched, optimizer, closure=closure)
             else:
-                self._kept = Kept()  # the other ranks must not wait, whatever happens here
+                self._kept = PreStep()  # the other ranks must not wait, whatever happens here
                 self._kept = self.exchange.before(self.watched, optimizer, closure=closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -223,33 +216,33 @@ class Hooks:
                 recorded=kept is not None,
             )
             with _undisturbed():
-                pending = self._figures(optimizer, kept, info)
+                step = self._figures(optimizer, kept, info)
             del kept  # torch lets other threads go on while it frees memory
-            if pending is not None:  # last: a thread begins that holds up this one
-                self._owner.add(self, pending)
+            if step is not None:  # last: a thread begins that holds up this one
+                self._owner.add(self, step)
 
     def _figures(
-        self, optimizer: Optimizer, kept: Before | Kept | None, info: StepInfo
-    ) -> Pending | Merging | None:
+        self, optimizer: Optimizer, kept: PreStep | None, info: StepInfo
+    ) -> StepInFlight | None:
         """Those of the step that was just taken."""
         if self.exchange is not None:
-            return self._exchanged(optimizer, kept, info, self.exchange)
-        if isinstance(kept, Before):
-            how = How(self.options.sample, self.options.compile)
-            raw = after(self.watched, optimizer, kept, how)
-            return Pending(raw, self.watched, info)
-        # Nothing is to be known of it but whether it was a step.
-        return Pending(resting(optimizer), (), info)
-
-    def _exchanged(
-        self, optimizer: Optimizer, kept: Any, info: StepInfo, exchange: Exchange
-    ) -> Merging | None:
-        still = bool(at_rest(optimizer)) and not moves(optimizer)
-        if kept is not None:
-            return exchange.after(optimizer, kept, info, still=still)
-        if still:  # no message will tell of it
-            self.schedule.take_back()
-        return None
+            still = bool(at_rest(optimizer)) and not moves(optimizer)
+            if kept is not None:
+                return self.exchange.after(optimizer, kept, info, still=still)
+            if still:  # no message will tell of it
+                self.schedule.take_back()
+            return None
+        if kept is None:  # nothing is to be known of it but whether it was a step
+            buffers = blank(0, 0, _device(optimizer))
+            buffers.maxima[-1, MOVED] = _moved(optimizer, buffers.maxima.device)
+            return StepInFlight((), buffers, info)
+        figures = self.engine.after(self.watched, optimizer, kept)
+        slots, end = slots_of(self.rows)
+        buffers = blank(len(self.rows), end, _device(optimizer))
+        fill(buffers, figures, range(len(self.rows)), slots, folds=False)
+        buffers.maxima[-1, MOVED] = _moved(optimizer, buffers.maxima.device)
+        self.reasons = {self.rows[i].name: why for i, why in figures.failed.items()}
+        return StepInFlight(self.rows, buffers, info)
 
     def settle(self) -> None:
         """Over ranks, take a recorded step back that was none: all do, before the next one."""
@@ -307,7 +300,7 @@ class Hooks:
         given = {at: name for at, name in self._given.items() if at not in gone}
         named = list(name_parameters(optimizer, self.options.names.now(given)))
         self._given = {id(param): name for _, name, param in named}
-        known = {(w.name, w.ref.id, w.numel): w for w in self.watched}
+        known = {(w.name, w.place.id, w.numel): w for w in self.watched}
         rule = find_rule(type(optimizer))
         self.watched = []
         found = places(optimizer)
@@ -317,19 +310,38 @@ class Hooks:
                 continue
             watched = known.get((name, id(param), numel))
             if watched is None:
-                watched = Watched(
+                watched = WatchedParameter(
                     name=name,
                     group=group,
-                    ref=place,
+                    place=place,
                     rule=rule,
                     tracked=draw(name, numel, self.options.track),
                     numel=numel,
                     initial_lr=_initial_lr(optimizer.param_groups[group]),
                 )
-            watched.group, watched.ref = group, place
+            watched.group, watched.place = group, place
+            watched.group_name = group_name(optimizer, group)
             self.watched.append(watched)
+        self.rows = [self._row(watched, optimizer) for watched in self.watched]
         if self._passes is not None:
             self._passes.watch(found)
+
+    def _row(self, watched: WatchedParameter, optimizer: Optimizer) -> Row:
+        """What the frame shows of a parameter that this process holds whole."""
+        param = watched.place()
+        known = next((row for row in self.rows if row.name == watched.name), None)
+        measured = watched.rule is None or param is None
+        return Row(
+            name=watched.name,
+            group=watched.group,
+            group_name=watched.group_name,
+            shared_rate=watched.rule is not None and watched.rule.shared_rate,
+            shape=(watched.numel,),
+            rule="measured" if watched.rule is None else watched.rule.name,
+            tolerance=0.0 if measured else tolerance(param.dtype, watched.rule),  # type: ignore[union-attr,arg-type]
+            tracked=watched.tracked,
+            bad_steps=0 if known is None else known.bad_steps,
+        )
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Describe the run anew where one has changed that nothing moves from step to step."""
@@ -346,25 +358,19 @@ class Hooks:
         if before:
             self._owner.describe()
 
-    def judge(self, pending: Pending | Merging) -> None:
+    def judge(self, step: StepInFlight) -> None:
         """Parameters whose rule does not explain their steps become measured."""
-        if not isinstance(pending, Pending):
+        if self.exchange is not None:
             return  # all ranks do so together, at the next recorded step
-        failed = {pending.watched[i]: why for i, why in pending.errors.items()}
-        if not pending.skipped:
-            errors = pending.reconstruction_errors()
-            for watched, error in zip(pending.watched, errors, strict=True):
-                param = watched.ref()
-                if watched.rule is None or param is None or math.isnan(error):
-                    continue
-                wrong = error > tolerance(param.dtype, watched.rule)
-                watched.bad_steps = watched.bad_steps + 1 if wrong else 0
-                if watched.bad_steps >= 2:
-                    failed[watched] = f"error {error:.2g} of the step really taken"
-        for watched in failed:
-            watched.rule = None
-        if failed:
-            self.tell_unexplained([w.name for w in failed], next(iter(failed.values())))
+        failed = judged(step.rows, step.arrived())
+        if not failed:
+            return
+        names = [step.rows[at].name for at in failed]
+        for watched in self.watched:
+            if watched.name in names:
+                watched.rule = None
+        why = next(iter(failed.values()))
+        self.tell_unexplained(names, self.reasons.get(names[0], why))
 
     def tell_unexplained(self, names: Sequence[str], reason: str) -> None:
         """Warn of parameters that are measured from now on."""
@@ -430,11 +436,19 @@ class Schedule:
     def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
         self._every = every
         self._source = step if callable(step) else None
+        self._first: int | None = None
         self.step = _steps_taken(optimizer) if step is None or callable(step) else int(step)
 
     def next(self) -> int:
         """The number of the step that is about to be taken."""
-        return int(self._source()) if self._source is not None else self.step + 1
+        number = int(self._source()) if self._source is not None else self.step + 1
+        if self._first is None:
+            self._first = number
+        return number
+
+    def go_on_from(self, step: int) -> None:
+        """Go on counting from there; the next step is a first one again."""
+        self.step, self._first = step, None
 
     def take_back(self) -> int:
         """The last step was none; how much less those after it are numbered."""
@@ -444,13 +458,72 @@ class Schedule:
         return 1
 
     def due(self, step: int) -> bool:
-        """Whether that step is recorded."""
+        """Whether that step is recorded: with a period the first one, and every multiple of it."""
         if callable(self._every):
             return bool(self._every(step))
-        return step == 1 or step % self._every == 0
+        return step == self._first or step % self._every == 0
 
     def __repr__(self) -> str:
         return "step chosen" if callable(self._every) else f"{self._every} steps"
+
+
+def group_name(optimizer: Optimizer, group: int) -> str:
+    """The group's own name, else its number."""
+    given = optimizer.param_groups[group].get("name")
+    return f"group{group}" if given is None else str(given)
+
+
+def _device(optimizer: Optimizer) -> torch.device:
+    """Where figures are brought together: on an accelerator where some parameter is there."""
+    found = {local(p).device for g in optimizer.param_groups for p in g["params"]}
+    far = [device for device in found if device.type not in ("cpu", "meta")]
+    return min(far, key=str) if far else torch.device("cpu")
+
+
+def at_rest(optimizer: Optimizer) -> bool | None:
+    """Whether every rate is 0; None where a device would have to be asked."""
+    known: bool | None = True
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            known = None
+        elif lr is None or (lr.any() if isinstance(lr, Tensor) else lr != 0):
+            return False
+    return known
+
+
+def moves(optimizer: Optimizer) -> bool:
+    """Whether some gradient has an element that is not 0, or none has elements; asks the device."""
+    grads = _gradients(optimizer)
+    return not grads or any(bool(each.any()) for each in grads)
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Those with elements; of a sparse one, the values."""
+    grads = [
+        local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+    ]
+    values = [g._values() if g.is_sparse else g for g in grads if g.numel()]  # noqa: SLF001 - it need not be coalesced for this
+    return [each.detach() for each in values]
+
+
+def _moved(optimizer: Optimizer, device: torch.device) -> Any:
+    """1 where some rate and some gradient is not 0, or there is no gradient; no device is asked.
+
+    Checkpoint libraries take a step with neither, so that there is a state to load into.
+    """
+    if at_rest(optimizer) is False:
+        return 1.0
+    grads = _gradients(optimizer)
+    if not grads:
+        return 1.0
+    rates = [torch.as_tensor(group["lr"]).detach().reshape(()) for group in optimizer.param_groups]
+
+    def some(values: Sequence[Tensor]) -> Tensor:
+        there = [v.any().to(device, torch.float64, non_blocking=True) for v in values]
+        return torch.stack(there).amax()
+
+    return torch.maximum(some(rates), some(grads))
 
 
 def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:

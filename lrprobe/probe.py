@@ -1,6 +1,6 @@
 """attach and Probe: what is recorded of an optimizer, and what a user has of it.
 
-step hook → rule (reconstruct) → summary → recorder → record → sinks
+step hook → engine: rule → figures of each piece → recorder → record → sinks
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lrprobe.arguments import Every, Filter, Options, Step, check_counts
 from lrprobe.delivery import Delivery
 from lrprobe.distributed import join, world
+from lrprobe.engine import ways
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.record import Level
@@ -39,8 +40,6 @@ def attach(
     track: int = 0,
     batch_size: int | None = None,
     step: Step = None,
-    sample: int | None = None,
-    compile: bool = False,  # noqa: A002 - the field's word for it
     process_group: Any = None,
 ) -> Probe:
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
@@ -64,9 +63,6 @@ def attach(
             the columns ``samples`` and ``lr_per_sample``.
         step: where to start counting, or a function that gives the trainer's own step. By default
             the count goes on from the optimizer's state, else from 0.
-        sample: take the figures from this many elements of each parameter instead of all:
-            cheaper, and then they are estimates.
-        compile: fuse rule and summary with ``torch.compile``; the first recorded step is slow.
         process_group: of ``torch.distributed``, where not all ranks attach. All of its ranks must
             call ``attach``; the lowest writes, and its probe has the frame. By default all ranks.
 
@@ -85,9 +81,9 @@ def attach(
     rank = 0 if ranks is None else ranks.rank
     try:
         names = Names(model)
-        check_counts(every, track, batch_size, step, sample)
+        check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
-        options = Options(names, chosen, every, step, track, batch_size, sample, compile)
+        options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
         recorder = _attached(find_optimizers(optimizer), options, to, rank)
     except Exception as error:  # so that the other ranks fail too, and do not wait
         join(ranks, [], model, error)

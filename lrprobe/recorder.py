@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from lrprobe.delivery import Delivery
-from lrprobe.distributed import Merging, finish
+from lrprobe.distributed import finish
+from lrprobe.engine.flight import StepInFlight
 from lrprobe.hooks import Hooks
 from lrprobe.record import SCHEMA_VERSION
 from lrprobe.sinks.memory import Memory
-from lrprobe.summary.pending import Pending
 from lrprobe.text import warn
 
 
@@ -57,7 +57,7 @@ class Recorder:
         self.run: dict[str, Any] = {}
         self.closed = False
         self._delivery = delivery
-        self._waiting: deque[tuple[Hooks, Pending | Merging]] = deque()
+        self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
         self._lock = threading.RLock()  # a frame may be asked for beside the training
         open_recorders.add(self)
 
@@ -106,7 +106,7 @@ class Recorder:
         """Go on counting from there."""
         self.collect(wait=True)
         for hooks in self.hooks:
-            hooks.schedule.step = int(steps[hooks.name])
+            hooks.schedule.go_on_from(int(steps[hooks.name]))
         if any(hooks.schedule.step < hooks.recorded for hooks in self.hooks):
             self._begin_attempt()
 
@@ -125,7 +125,7 @@ class Recorder:
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
         }
 
-    def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
+    def add(self, hooks: Hooks, pending: StepInFlight) -> None:
         """Take the figures of a step, still on the device."""
         with self._lock:
             self._waiting.append((hooks, pending))
@@ -160,7 +160,7 @@ class Recorder:
                     hooks.settle()
         self._tell()
 
-    def _pass_on(self, hooks: Hooks, pending: Pending | Merging) -> None:
+    def _pass_on(self, hooks: Hooks, pending: StepInFlight) -> None:
         if pending.none_taken:
             less = hooks.take_back()
             for others, later in self._waiting:

@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.distribution import BINS, Bins
-from lrprobe.engine.printer import CHUNK, LANES, LOADED, source
-from lrprobe.engine.program import Symbol
+from lrprobe.engine.pieces import sample_runs
+from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
 from lrprobe.engine.recording import Recorded
 
 _THREADED = 1 << 20
 """Elements from which more than one thread is worth its start."""
 _MOST_THREADS = 8
+_ALIGNED = 64
+"""Bytes to which a check sample is aligned: one cache line."""
 _RANGES = 8
 """Parts of the work for each thread: one that is held up leaves its parts to the others."""
 
@@ -50,7 +52,7 @@ def figures(
     dtypes: Sequence[torch.dtype],
     *,
     exact: bool,
-) -> tuple[Tensor, Bins]:
+) -> tuple[Tensor, Bins | None, Tensor | None]:
     """Figures of several pieces: (pieces, figures) float64, and the distribution of their rates.
 
     Args:
@@ -63,7 +65,7 @@ def figures(
     kernel = _kernel(recorded, tuple(dtypes), exact)
     layout = _layout(tuple(numel.tolist()), _threads(int(numel.sum())))
     scalars = recorded.program.table(torch.device("cpu")).numpy()
-    found = [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
+    found = differing(recorded)
     out = np.empty((len(layout.owner), len(found)))
     counted = recorded.rate is not None
     pool = np.empty((int(layout.room.sum()) if counted else 0, 3), np.int64)
@@ -93,15 +95,29 @@ def figures(
     }
     table = recorded.filled(sums, torch.from_numpy(numel).double())
     if not counted:
-        return table, Bins.empty()
+        return table, None, None
     each = [Bins(p[:, 0], p[:, 1], p[:, 2].astype(np.float64)) for p in _parts(pool, begin, end)]
-    return table, Bins.joined([one for one in each if len(one.owner)])
+    return table, Bins.joined([one for one in each if len(one.owner)]), None
 
 
 def _parts(
     pool: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
 ) -> list[NDArray[np.int64]]:
     return [pool[a:b] for a, b in zip(begin, end, strict=True)]
+
+
+def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Check samples of several tensors: a buffer of bytes, and where each sample begins in it."""
+    from lrprobe.engine.intrinsics import gather as copy
+
+    runs = np.array([sample_runs(t.numel()) for t in tensors], np.int64).reshape(-1, 3)
+    size = np.array([t.element_size() for t in tensors], np.int64)
+    room = -(-(runs[:, 0] * runs[:, 1] * size) // _ALIGNED) * _ALIGNED
+    starts = np.cumsum(room) - room
+    buffer = torch.empty(int(room.sum()), dtype=torch.uint8, device="cpu")
+    addresses = np.array([t.data_ptr() for t in tensors], np.int64)
+    copy(addresses, runs, size, buffer.data_ptr() + starts)
+    return buffer, starts.tolist()
 
 
 class _Layout(NamedTuple):
@@ -221,14 +237,13 @@ def _folder() -> Path | None:
 
 
 def is_addressable(tensor: Tensor) -> bool:
-    """Whether the elements can be read from the tensor's address on: flat, and all there."""
+    """Whether elements that lie densely can be read from the tensor's address on: all are there."""
     return (
-        tensor.is_contiguous()
-        and tensor.device.type == "cpu"
+        tensor.device.type == "cpu"
         and tensor.dtype in LOADED
+        and tensor.layout is torch.strided
         and not tensor.is_conj()
         and not tensor.is_neg()
-        and tensor.layout is torch.strided
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         <= tensor.untyped_storage().nbytes()
     )

@@ -151,8 +151,8 @@ class Bins:
         return Bins(self.owner, self.bins, self.counts * (total / now)[self.owner])
 
 
-def unfold(tables: NDArray[Any]) -> Bins:
-    """Folded tables of owners 0, 1, …: (owners, FOLDED)."""
+def unfold(tables: NDArray[Any], owners: Sequence[int] | None = None) -> Bins:
+    """Folded tables: (owners, FOLDED); by default of owners 0, 1, …."""
     each = []
     for owner in np.flatnonzero(tables[:, :OCTAVES].any(axis=1)):
         octaves = tables[owner, :OCTAVES].astype(np.float64)
@@ -164,7 +164,10 @@ def unfold(tables: NDArray[Any]) -> Bins:
         bins = ((found[:, None] - OCTAVES // 2) * 64 + np.arange(64)).reshape(-1)
         some = counts > 0
         each.append(Bins(np.full(int(some.sum()), owner), bins[some], counts[some]))
-    return Bins.joined(each)
+    found = Bins.joined(each)
+    if owners is not None and len(found.owner):
+        found.owner = np.asarray(owners, np.int64)[found.owner]
+    return found
 
 
 def folded(bins: Bins, owners: int) -> Floats:

@@ -188,7 +188,10 @@ class Elements:
     @property
     def previous_grad(self) -> Any:
         """The gradient of the recorded step before this one."""
-        return self._s.old("previous") if self._s.had("previous") else None
+        if not self._s.had("previous"):
+            return None
+        previous = self._s.old("previous")
+        return -previous if self._s.group.get("maximize", False) else previous
 
     @cached_property
     def states(self) -> list[tuple[Any, Any]]:

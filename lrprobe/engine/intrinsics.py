@@ -5,7 +5,7 @@
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -158,4 +158,16 @@ def ulp(value, eps, least):
     """Distance of a non-negative float64 to the next number of a dtype with this ``eps``."""
     power = float64_of(bits64(value) & np.int64(0x7FF0000000000000))
     step = power * eps
-    return step if step > least else least
+    return max(least, step)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def gather(addresses, runs, size, targets):
+    """Copy the check sample of each tensor: (runs, neighbours in each, from start to start)."""
+    for t in range(len(addresses)):
+        count, run, stride = runs[t, 0], runs[t, 1] * size[t], runs[t, 2] * size[t]
+        source = carray(pointer(addresses[t]), ((count - 1) * stride + run,), np.uint8)
+        target = carray(pointer(targets[t]), (count * run,), np.uint8)
+        for r in range(count):
+            for i in range(run):
+                target[r * run + i] = source[r * stride + i]

@@ -34,13 +34,12 @@ class WatchedParameter:
 
     Attributes:
         name: its name in the frame.
-        group: index of its parameter group.
+        group, group_name: index and name of its parameter group.
         place: where its optimizer has it.
         rule: the equation of its optimizer; None where its rate can only be measured.
         tracked: flat positions, in the whole parameter, of elements that are recorded; or None.
         numel: its real elements (a complex one counts twice).
         initial_lr: what the frame shows; None until first seen.
-        bad_steps: recorded steps in a row that the rule did not explain.
         span: the range of a flat buffer that it is; None for a tensor of its own.
         previous_grad: the check sample of the gradient of the last recorded step.
     """
@@ -51,8 +50,8 @@ class WatchedParameter:
     rule: Rule | None
     tracked: Tensor | None
     numel: int
+    group_name: str = ""
     initial_lr: Scalar | None = None
-    bad_steps: int = 0
     span: slice | None = None
     previous_grad: Tensor | None = None
 
@@ -151,24 +150,44 @@ def is_wide(value: Any, shape: torch.Size) -> bool:
         return False
 
 
+def lies_flat(entry: Entry) -> bool:
+    """Whether all tensors of elements have one dense layout, so that memory order is theirs."""
+    param, grad = entry.param, entry.grad
+    shape, strides = param.shape, param.stride()
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.stride() != strides:
+        return False
+    for value in entry.state.values():
+        if isinstance(value, Tensor):
+            if value.shape == shape:
+                if value.stride() != strides:
+                    return False
+            elif value.dim() and is_wide(value, shape):
+                return False
+        elif isinstance(value, Coded):
+            return False
+    return param.is_contiguous() or _is_dense(param)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def flattened(entry: Entry) -> Entry:
-    """The same elements as flat tensors in the order of memory, where all have the same layout."""
-    param = entry.param
-    tensors = [param, entry.grad, *(v for v in entry.state.values() if is_wide(v, param.shape))]
-    if param.dim() == 1 and param.is_contiguous():
+    """The same elements as flat tensors in the order of memory, where all have one layout."""
+    if entry.param.is_contiguous() or not lies_flat(entry):
         return entry
-    strides = param.stride()
-    for tensor in tensors:
-        alike = isinstance(tensor, Tensor) and tensor.shape == param.shape
-        if not alike or cast("Tensor", tensor).stride() != strides:
-            return entry
-    if not param.is_contiguous() and not torch._prims_common.is_non_overlapping_and_dense(param):  # noqa: SLF001
-        return entry
+    shape = entry.param.shape
     state = {
-        name: _flat(value) if is_wide(value, param.shape) else value
+        name: _flat(value) if is_wide(value, shape) else value
         for name, value in entry.state.items()
     }
-    return Entry(_flat(param), _flat(cast("Tensor", entry.grad)), state)
+    return Entry(_flat(entry.param), _flat(cast("Tensor", entry.grad)), state)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ rule and most sums; then, over the rates alone, for their sums and extremes; the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from lrprobe.engine.distribution import BINS, EXACT, SHIFT, STRIDE, ZERO
+from lrprobe.engine.distribution import EXACT, SHIFT, STRIDE, ZERO
 from lrprobe.engine.program import BOOL, REAL, WIDE, Line, Program, Symbol
 from lrprobe.engine.recording import Recorded
 
@@ -65,20 +67,32 @@ def kernel(who, slot, pointers, numel, owner, start, bounds, scalars, out, pool,
         n = min({chunk}, numel[t] - start[c])
 """
 
+PACK = """\
+        m = n
+        if moved < n:  # the rates of elements that move, side by side
+            m = 0
+            for i in range(n):
+                rates[m] = rates[i]
+                m += np.int64(moving[i])
+"""
+
 COUNT = """\
-        if low <= high:
+        if m > 0:
             lowest, highest = min(lowest, low), max(highest, high)
         step = 1 if seen < {exact} else {stride}
-        i = (-start[c]) % step
-        while i < n:
+        i = (-seen) % step
+        while i + {lanes} * step <= m:
             for lane in range({lanes}):
-                if i < n and moving[i] != ZERO:
-                    bits = ordered32(np.float32(rates[i]))
-                    counts[lane, np.int64(bits >> np.int32({shift})) + {zero}] += step
-                i += step
-        seen += np.int64(moved)
+                bits = ordered32(np.float32(rates[i + lane * step]))
+                counts[lane, np.int64(bits >> np.int32({shift})) + {zero}] += step
+            i += {lanes} * step
+        while i < m:
+            bits = ordered32(np.float32(rates[i]))
+            counts[0, np.int64(bits >> np.int32({shift})) + {zero}] += step
+            i += step
+        seen += m
         if c + 1 == bounds[who + 1] or owner[c + 1] != t:
-            if lowest <= highest:
+            if seen > 0:
                 first = np.int64(ordered32(np.float32(value_of(lowest))) >> np.int32({shift}))
                 last = np.int64(ordered32(np.float32(value_of(highest))) >> np.int32({shift}))
                 for b in range(first + {zero}, last + {zero} + 1):
@@ -101,10 +115,9 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
     """
-    names = _Names(recorded.program, recorded.values)
+    names = _Names(recorded.program)
     stages = _staged(recorded)
-    counted = recorded.rate is not None
-    pad = " " * 8
+    pad, inner = " " * 8, " " * 12
     lines = [
         HEAD.format(
             chunk=CHUNK,
@@ -117,57 +130,46 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
             least=-0x8000000000000000 if exact else -0x80000000,
         )
     ]
-    body = [*stages.first, *stages.second]
-    lines += [pad + text for text in names.hoisted(body)]
+    lines += [pad + text for text in names.hoisted([*stages.first, *stages.second])]
     for at, (leaf, dtype) in enumerate(zip(recorded.program.leaves, dtypes, strict=True)):
         _, kind, size = LOADED[dtype]
         lines.append(
             f"{pad}p{at} = carray(pointer(pointers[t, {at}] + start[c] * {size}), (n,), {kind})"
             f"  # {leaf}"
         )
-    found = [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
-    lines += [pad + _begin(recorded, i) for i in found]
-    if counted:
-        lines.append(f"{pad}low, high = ALL, NONE")
+    lines += [f"{pad}{accumulator.begin}" for accumulator in (*stages.sums, *stages.rate_sums)]
     lines.append(f"{pad}for i in range(n):")
-    inner = pad + "    "
     for at, dtype in enumerate(dtypes):
         if f"x{at}" in stages.leaves:
             lines.append(f"{inner}x{at} = real({LOADED[dtype][0].format(f'p{at}[i]')})")
     lines += [inner + names.printed(line) for line in stages.first]
-    lines += [inner + _add(recorded, i) for i in found if i not in stages.later]
+    lines += [inner + accumulator.add for accumulator in stages.sums]
     if recorded.rate is not None and recorded.moves is not None:
-        lines.append(f"{inner}rates[i] = {recorded.rate.label}")
-        lines.append(f"{inner}moving[i] = ONE if {recorded.moves.label} else ZERO")
-        lines.append(f"{pad}moved = ZERO")
-        lines.append(f"{pad}for i in range(n):")
-        lines.append(f"{inner}{recorded.rate.label} = rates[i]")
-        lines.append(f"{inner}{recorded.moves.label} = moving[i] != ZERO")
+        rate, moves = recorded.rate.label, recorded.moves.label
+        lines += [f"{inner}rates[i] = {rate}", f"{inner}moving[i] = ONE if {moves} else ZERO"]
+        lines += [f"{pad}moved = ZERO", f"{pad}for i in range(n):", f"{inner}moved += moving[i]"]
+        lines += [PACK.rstrip(), f"{pad}low, high = ALL, NONE", f"{pad}for i in range(m):"]
+        lines += [f"{inner}{rate} = rates[i]", f"{inner}key = order({rate})"]
+        lines += [f"{inner}low = min(low, key)", f"{inner}high = max(high, key)"]
         lines += [inner + names.printed(line) for line in stages.second]
-        lines += [inner + _add(recorded, i) for i in stages.later]
-        lines.append(f"{inner}moved += moving[i]")
-        lines.append(f"{inner}key = order({recorded.rate.label})")
-        lines.append(f"{inner}low = min(low, key if {recorded.moves.label} else ALL)")
-        lines.append(f"{inner}high = max(high, key if {recorded.moves.label} else NONE)")
-        lines.append(
-            COUNT.format(exact=EXACT, stride=STRIDE, lanes=LANES, shift=SHIFT, zero=ZERO).rstrip()
-        )
-    for column, i in enumerate(found):
-        merge = recorded.table[i].merge
-        value = f"value_of(a{i})" if merge != "sum" else f"a{i}"
-        if merge == "min":
-            value = f"np.inf if a{i} == ALL else value_of(a{i})"
-        elif merge == "max":
-            value = f"-np.inf if a{i} == NONE else value_of(a{i})"
-        lines.append(f"{pad}out[c, {column}] = {value}")
+        lines += [inner + accumulator.add for accumulator in stages.rate_sums]
+        fixed = {"exact": EXACT, "stride": STRIDE, "lanes": LANES, "shift": SHIFT, "zero": ZERO}
+        lines.append(COUNT.format(**fixed).rstrip())
+    for column, i in enumerate(differing(recorded)):
+        lines.append(f"{pad}out[c, {column}] = {stages.results[i]}")
     lines.append("    end[who] = at")
     return "\n".join(lines) + "\n"
+
+
+def differing(recorded: Recorded) -> list[int]:
+    """Numbers of the figures whose values differ by element, which the loop adds up."""
+    return [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
 
 
 class _Names:
     """Variables of a program as the loop calls them."""
 
-    def __init__(self, program: Program, values: Iterable[object]) -> None:
+    def __init__(self, program: Program) -> None:
         self._kinds = {line.target: line.kind for line in program.lines}
 
     def _is_wide(self, line: Line) -> bool:
@@ -193,81 +195,111 @@ class _Names:
         return [f"{name} = {value}" for name, value in used.items()]
 
 
-class _Stages:
-    """Which lines and figures belong to the pass over all tensors, and which to the rates'."""
+@dataclass(frozen=True, slots=True)
+class _Accumulator:
+    """A variable that a figure is added up in: how it begins, and how it takes an element."""
 
-    def __init__(
-        self, first: list[Line], second: list[Line], later: list[int], leaves: set[str]
-    ) -> None:
-        self.first, self.second, self.later, self.leaves = first, second, later, leaves
+    begin: str
+    add: str
+
+
+@dataclass(slots=True)
+class _Stages:
+    """What belongs to the pass over all tensors, and what to that over the rates.
+
+    Attributes:
+        first, second: lines of either.
+        leaves: variables that are read in the first.
+        sums, rate_sums: accumulators of either.
+        results: number of a figure to what it is in the end.
+    """
+
+    first: list[Line]
+    second: list[Line]
+    leaves: set[str]
+    sums: list[_Accumulator] = field(default_factory=list)
+    rate_sums: list[_Accumulator] = field(default_factory=list)
+    results: dict[int, str] = field(default_factory=dict)
 
 
 def _staged(recorded: Recorded) -> _Stages:
     program = recorded.program
     made = {line.target: line for line in program.lines}
+    rate = None if recorded.rate is None else recorded.rate.label
     stops = {s.label for s in (recorded.rate, recorded.moves) if s is not None}
 
     def needed(name: str, stop: set[str], seen: set[str]) -> set[str]:
-        if name in seen:
-            return seen
-        seen.add(name)
-        if name in made and name not in stop:
-            for arg in made[name].args:
+        if name not in seen:
+            seen.add(name)
+            for arg in made[name].args if name in made and name not in stop else ():
                 if isinstance(arg, str):
                     needed(arg, stop, seen)
         return seen
 
-    later: list[int] = []
-    second: set[str] = set()
     first: set[str] = set()
-    for i, value in enumerate(recorded.values):
-        if not isinstance(value, Symbol):
-            continue
+    second: set[str] = set()
+    of_rates: set[int] = set()
+    for i in differing(recorded):
+        label = recorded.values[i].label
+        reads = needed(label, {rate or ""}, set())
         # Of the rates alone: nothing else is read on the way.
-        reads = needed(value.label, stops, set())
-        if recorded.rate is not None and not any(_is_leaf(n) and n not in stops for n in reads):
-            later.append(i)
-            second |= reads - stops
+        if rate in reads and not any(_is_leaf(name) and name != rate for name in reads):
+            of_rates.add(i)
+            second |= reads - {rate}
         else:
-            needed(value.label, set(), first)
+            needed(label, set(), first)
     for name in stops:
         needed(name, set(), first)
-    return _Stages(
+    stages = _Stages(
         [line for line in program.lines if line.target in first],
         [line for line in program.lines if line.target in second],
-        later,
         {name for name in first if _is_leaf(name)},
     )
+    _accumulate(recorded, stages, of_rates)
+    return stages
+
+
+def _accumulate(recorded: Recorded, stages: _Stages, of_rates: set[int]) -> None:
+    """Give each figure an accumulator; those that add up the same share one."""
+    known: dict[tuple[Any, ...], str] = {}
+    moving = None if recorded.moves is None else recorded.moves.label
+    for i in differing(recorded):
+        figure, value = recorded.table[i], recorded.values[i]
+        if moving is not None and value.label == moving and recorded.rate is not None:
+            stages.results[i] = "moved"
+            continue
+        if i in of_rates and figure.merge != "sum" and value.label == recorded.rate.label:  # type: ignore[union-attr]
+            key = "low" if figure.merge == "min" else "high"
+            stages.results[i] = _from_key(key, figure.merge)
+            continue
+        masked = moving if figure.moving and i not in of_rates else None
+        key = figure.merge, value.label, masked
+        if key not in known:
+            known[key] = name = f"a{i}"
+            made = _accumulator(name, figure.merge, value, masked)
+            (stages.rate_sums if i in of_rates else stages.sums).append(made)
+        name = known[key]
+        stages.results[i] = name if figure.merge == "sum" else _from_key(name, figure.merge)
+
+
+def _accumulator(name: str, merge: str, value: Symbol, masked: str | None) -> _Accumulator:
+    label = value.label
+    if merge != "sum":
+        start = "ALL" if merge == "min" else "NONE"
+        key = f"order({label})" if masked is None else f"(order({label}) if {masked} else {start})"
+        return _Accumulator(f"{name} = {start}", f"{name} = {merge}({name}, {key})")
+    if value.kind == BOOL:
+        condition = label if masked is None else f"{label} & {masked}"
+        return _Accumulator(f"{name} = ZERO", f"{name} += ONE if {condition} else ZERO")
+    zero = "np.float64(0)" if value.kind == WIDE else "ZERO"
+    term = label if masked is None else f"({label} if {masked} else {zero})"
+    return _Accumulator(f"{name} = {zero}", f"{name} += {term}")
+
+
+def _from_key(name: str, merge: str) -> str:
+    start, value = ("ALL", "np.inf") if merge == "min" else ("NONE", "-np.inf")
+    return f"{value} if {name} == {start} else value_of({name})"
 
 
 def _is_leaf(name: str) -> bool:
     return name.startswith("x")
-
-
-def _begin(recorded: Recorded, i: int) -> str:
-    merge = recorded.table[i].merge
-    if merge != "sum":
-        return f"a{i} = {'ALL' if merge == 'min' else 'NONE'}"
-    return f"a{i} = {'ZERO' if _kind(recorded, i) == BOOL else 'np.float64(0)'}"
-
-
-def _kind(recorded: Recorded, i: int) -> str:
-    value: Symbol = recorded.values[i]
-    return value.kind
-
-
-def _add(recorded: Recorded, i: int) -> str:
-    """Add one element to a figure."""
-    figure, name = recorded.table[i], recorded.values[i].label
-    moves = recorded.moves.label if figure.moving and recorded.moves is not None else ""
-    if figure.merge == "min":
-        return f"a{i} = min(a{i}, order({name}) if {moves or True} else ALL)"
-    if figure.merge == "max":
-        return f"a{i} = max(a{i}, order({name}) if {moves or True} else NONE)"
-    if _kind(recorded, i) == BOOL:
-        return f"a{i} += ONE if {f'{name} & {moves}' if moves else name} else ZERO"
-    value = f"np.float64({name})"
-    return f"a{i} += {f'({value} if {moves} else 0.0)' if moves else value}"
-
-
-__all__ = ["BINS", "CHUNK", "LANES", "LOADED", "source"]

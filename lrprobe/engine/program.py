@@ -87,7 +87,9 @@ class Program:
     def table(self, device: torch.device) -> Tensor:
         """All scalars: (rows, scalars), float64, without waiting for a device."""
         columns: list[Any] = []
-        numbers = [v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")]
+        numbers = [
+            v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
+        ]
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
         for at, value in enumerate(numbers):
             near[:, at] = value.reshape(-1) if isinstance(value, Tensor) else float(value)

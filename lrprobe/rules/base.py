@@ -285,6 +285,16 @@ class Slice:
         return total
 
     @property
+    def decayed_grad(self) -> Tensor:
+        """The gradient with a coupled weight decay of θ_before, which must have been kept."""
+        if not isinstance(self.coupled, Tensor) and self.coupled == 0:
+            return self.grad
+        before = self.before
+        if before is None:
+            raise RuntimeError("the parameter was not kept from before the step")
+        return self.grad + self.coupled * before
+
+    @property
     def before(self) -> Tensor | None:
         """The parameter before the step, where it was kept (``inspect_step``, the check)."""
         return self._fetch("old param") if "param" in self._kept else None
@@ -350,6 +360,7 @@ class Rule:
         advance: what the state becomes in this step, of what it was (``Slice.old``) and of the
             gradient: name of a state entry to its elements. The check compares it with the state.
         writes: given a group, how often torch writes the parameter in one step; each rounds it.
+        shared_rate: whether all elements of a parameter always have one rate.
         needs_grad: whether ``effective_lr`` itself depends on the gradient.
         overwrites: whether, given a group, the optimizer leaves something else where the gradient
             was; then ``update`` gives the gradient back, and its norm is taken before the step.
@@ -363,6 +374,7 @@ class Rule:
     whole: Callable[[Whole], Mapping[str, Scalar]] | None = None
     advance: Callable[[Slice], Mapping[str, Scalar]] | None = None
     writes: Callable[[Mapping[str, Any]], int] | None = None
+    shared_rate: bool = False
     needs_grad: bool = False
     overwrites: Callable[[Mapping[str, Any]], bool] | None = None
     tolerance: float = 0.0

@@ -53,4 +53,10 @@ def _muon(s: Slice) -> Update:
     return Update(s.lr * adjustment, s["orthogonal"], s.lr * s.group["weight_decay"])
 
 
-MUON = Rule("muon", _muon, whole=_whole)
+def _buffer(s: Slice) -> dict[str, Scalar]:
+    """b ← μb + (1−μ)g."""
+    kept = s.old("momentum_buffer")
+    return {"momentum_buffer": kept + (1 - s.group["momentum"]) * (s.grad - kept)}
+
+
+MUON = Rule("muon", _muon, whole=_whole, advance=_buffer, shared_rate=True)

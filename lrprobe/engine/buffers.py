@@ -1,0 +1,278 @@
+"""The figures of one step as buffers that merge by ``+`` and ``max``, wherever their pieces are.
+
+Rows are those of the frame. What one process has is added up here; ranks add their buffers up with
+an all-reduce; and the host reads them all in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.engine.distribution import FOLDED, Bins, folded
+from lrprobe.engine.figures import CHECKS, FIGURES
+from lrprobe.rules.base import Scalar
+
+_COUNTS = ("pieces", "elements", "with_grad")
+"""Pieces that took the step, and their elements; pieces with a gradient."""
+_ADDED = tuple(f.name for f in (*FIGURES, *CHECKS) if f.merge == "sum")
+SUMS = (*_COUNTS, *_ADDED)
+"""Merged by ``+``: (rows, SUMS)."""
+
+_GREATEST = tuple(f.name for f in FIGURES if f.merge != "sum")
+MAXIMA = (*_GREATEST, "lr", "initial_lr", "skipped", "scale", "failed")
+"""Merged by ``max``, what merges by ``min`` negated: (rows, MAXIMA); −∞ where there is nothing.
+
+``skipped`` is 1 where a fused optimizer skipped the step for the gradient scaler, ``scale`` what
+is then still in the gradients, ``failed`` 1 where a rule raised.
+"""
+
+_NAMES = tuple(f.name for f in (*FIGURES, *CHECKS))
+WIDTH = len(_NAMES)
+"""Columns of a ``Vectors`` table: ``FIGURES``, then ``CHECKS``."""
+
+
+def column(name: str) -> int:
+    """Where a figure is in a ``Vectors`` table."""
+    return _NAMES.index(name)
+
+
+@dataclass(slots=True)
+class Vectors:
+    """Figures of some pieces, where these are.
+
+    Attributes:
+        at: numbers of their parameters.
+        table: (pieces, WIDTH), float64.
+        numel: elements of each piece.
+        bins: how their rates are distributed, if the host knows: owners are places in ``at``.
+        folded: the same on a device: (pieces, FOLDED).
+    """
+
+    at: list[int]
+    table: Tensor
+    numel: list[int]
+    bins: Bins | None = None
+    folded: Tensor | None = None
+
+
+@dataclass(slots=True)
+class StepFigures:
+    """All that is known of one recorded step, before anything crosses to the host.
+
+    Attributes:
+        vectors: of the parameters that had a gradient.
+        resting: number of a parameter without one to Σθ².
+        lr, initial_lr: number of a parameter to its group's rates.
+        failed: number of a parameter to what its rule raised.
+        tracked: number of a parameter to the rate, update, gradient and value of its tracked
+            elements: (4, elements).
+        skipped: nonzero where a fused optimizer skipped the step; None where none can.
+        scale: what is then still in the gradients.
+    """
+
+    vectors: list[Vectors] = field(default_factory=list)
+    resting: dict[int, Tensor] = field(default_factory=dict)
+    lr: dict[int, Scalar] = field(default_factory=dict)
+    initial_lr: dict[int, Scalar] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    tracked: dict[int, Tensor] = field(default_factory=dict)
+    skipped: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Buffers:
+    """What one process adds to the figures of a step.
+
+    Attributes:
+        sums: (rows, SUMS), float64.
+        maxima: (rows + 1, MAXIMA), float64; the last row is the caller's.
+        tracked: values of tracked elements, row by row: (values,), float64.
+        added: ``sums`` and ``tracked``, which are views of it: flat, one message.
+        folded: distributions on a device or on their way between ranks: (rows, FOLDED); or None.
+        folded_rows: which rows those are; None for all.
+        bins: distributions on the host; owners are rows.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    tracked: Tensor
+    added: Tensor
+    folded: Tensor | None = None
+    folded_rows: list[int] | None = None
+    bins: Bins | None = None
+
+    def fold_rows(self, rows: list[int]) -> None:
+        """Keep the distributions of some rows only, as a message between ranks."""
+        if self.folded is None:
+            shape = len(rows), FOLDED
+            self.folded = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
+        elif len(rows) < len(self.folded):
+            self.folded = self.folded[torch.tensor(rows).to(self.folded.device, non_blocking=True)]
+        self.folded_rows = rows
+
+
+def blank(rows: int, tracked: int, device: torch.device) -> Buffers:
+    """Buffers to which nothing was added."""
+    dtype = torch.float64
+    added = torch.zeros(rows * len(SUMS) + tracked, dtype=dtype, device=device)
+    sums, values = added.split([rows * len(SUMS), tracked])
+    maxima = torch.full((rows + 1, len(MAXIMA)), -torch.inf, dtype=dtype, device=device)
+    return Buffers(sums.view(rows, len(SUMS)), maxima, values, added)
+
+
+def fill(
+    buffers: Buffers,
+    figures: StepFigures,
+    row_of: Sequence[int],
+    slots: Mapping[int, Tensor],
+    *,
+    folds: bool,
+) -> None:
+    """Add the figures of a step.
+
+    Args:
+        buffers: where to.
+        figures: the step's.
+        row_of: number of a parameter to its row; −1 where it is not for this process to add.
+        slots: number of a parameter to where its tracked elements go: (4, elements).
+        folds: whether distributions are to be folded, since other ranks add to them.
+    """
+    device = buffers.sums.device
+    for vectors in figures.vectors:
+        _add_vectors(buffers, vectors, row_of, figures.failed, folds=folds)
+    resting = [i for i in figures.resting if row_of[i] >= 0]
+    if resting:
+        at = torch.tensor([row_of[i] for i in resting]).to(device, non_blocking=True)
+        squares = [figures.resting[i].to(device, torch.float64, non_blocking=True) for i in resting]
+        param = SUMS.index("param_square")
+        buffers.sums[:, param] = buffers.sums[:, param].index_add(0, at, torch.stack(squares))
+    _fill_known(buffers, figures, row_of)
+    for i, where in slots.items():
+        if i in figures.tracked and row_of[i] >= 0:
+            values = figures.tracked[i].to(device, torch.float64, non_blocking=True)
+            buffers.tracked.index_put_((where.reshape(-1),), values.reshape(-1))
+
+
+def _add_vectors(
+    buffers: Buffers,
+    vectors: Vectors,
+    row_of: Sequence[int],
+    failed: Mapping[int, str],
+    *,
+    folds: bool,
+) -> None:
+    device = buffers.sums.device
+    rows = [row_of[i] for i in vectors.at]
+    mine = [place for place, row in enumerate(rows) if row >= 0]
+    if not mine:
+        return
+    table = vectors.table.to(device, non_blocking=True)
+    everything = len(mine) == len(rows)
+    if not everything:
+        table = table[torch.tensor(mine).to(device, non_blocking=True)]
+    at = torch.tensor([rows[place] for place in mine]).to(device, non_blocking=True)
+    counts = [[1.0, float(vectors.numel[place]), 1.0] for place in mine]
+    added = [i for i, f in enumerate((*FIGURES, *CHECKS)) if f.merge == "sum"]
+    columns = torch.tensor(added).to(device, non_blocking=True)
+    counted = torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
+    buffers.sums.index_add_(0, at, torch.cat([counted, table[:, columns]], 1))
+    greatest = []
+    for i, figure in enumerate(FIGURES):
+        if figure.merge != "sum":
+            value = -table[:, i] if figure.merge == "min" else table[:, i]
+            greatest.append(_or_nothing(value))
+    raised = [float(vectors.at[place] in failed) for place in mine]
+    others = torch.full((len(mine), 5), -torch.inf, dtype=torch.float64)
+    others[:, -1] = torch.tensor(raised, dtype=torch.float64)
+    values = torch.cat([torch.stack(greatest, 1), others.to(device, non_blocking=True)], 1)
+    index = at.unsqueeze(1).expand(-1, len(MAXIMA))
+    buffers.maxima.scatter_reduce_(0, index, values, "amax")
+    _add_rates(buffers, vectors, rows, folds=folds)
+
+
+def _add_rates(buffers: Buffers, vectors: Vectors, rows: Sequence[int], *, folds: bool) -> None:
+    count, device = len(buffers.sums), buffers.sums.device
+    if vectors.bins is not None and len(vectors.bins.owner):
+        mine = vectors.bins.merged(np.array(rows, np.int64))
+        if folds or device.type != "cpu":
+            there = torch.from_numpy(folded(mine, count)).to(device, non_blocking=True)
+            buffers.folded = there if buffers.folded is None else buffers.folded + there
+        else:
+            before = [] if buffers.bins is None else [buffers.bins]
+            buffers.bins = Bins.joined([*before, mine])
+    if vectors.folded is not None:
+        if buffers.folded is None:
+            buffers.folded = torch.zeros((count, FOLDED), dtype=torch.float64, device=device)
+        mine_at = [place for place, row in enumerate(rows) if row >= 0]
+        at = torch.tensor([rows[place] for place in mine_at]).to(device, non_blocking=True)
+        table = vectors.folded
+        if len(mine_at) < len(rows):
+            table = table[torch.tensor(mine_at).to(table.device, non_blocking=True)]
+        buffers.folded.index_add_(0, at, table.to(device, torch.float64, non_blocking=True))
+
+
+def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -> None:
+    """Rates of the groups, and what a fused optimizer tells of a skipped step."""
+    device = buffers.sums.device
+    for name in ("lr", "initial_lr"):
+        given: Mapping[int, Scalar] = getattr(figures, name)
+        _put(buffers.maxima, name, [(row_of[i], value) for i, value in given.items()])
+    for name, value in (("skipped", figures.skipped), ("scale", figures.scale)):
+        if value is not None:
+            number = torch.as_tensor(value).detach().reshape(()).to(device, torch.float64)
+            number = (number != 0).double() if name == "skipped" else number
+            rows = sorted({row_of[i] for v in figures.vectors for i in v.at if row_of[i] >= 0})
+            if rows:
+                at = torch.tensor(rows).to(device, non_blocking=True)
+                buffers.maxima[at, MAXIMA.index(name)] = number
+
+
+def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
+    target = maxima[:, MAXIMA.index(name)]
+    numbers = [(row, x) for row, x in given if row >= 0 and not isinstance(x, Tensor)]
+    if numbers:  # they cross to the device together
+        rows, values = zip(*numbers, strict=True)
+        there = _or_nothing(torch.tensor(values, dtype=torch.float64))
+        at = torch.tensor(rows).to(maxima.device, non_blocking=True)
+        target.index_copy_(0, at, there.to(maxima.device, non_blocking=True))
+    tensors = [(row, x) for row, x in given if row >= 0 and isinstance(x, Tensor)]
+    if tensors:
+        rows, values = zip(*tensors, strict=True)
+        unique = {id(x): x for x in values}
+        read = {
+            key: x.detach().reshape(()).to(maxima.device, torch.float64, non_blocking=True)
+            for key, x in unique.items()
+        }
+        there = _or_nothing(torch.stack([read[id(x)] for x in values]))
+        target.index_copy_(0, torch.tensor(rows).to(maxima.device, non_blocking=True), there)
+
+
+def _or_nothing(values: Tensor) -> Tensor:
+    return torch.where(values.isnan(), -torch.inf, values)
+
+
+@dataclass(slots=True)
+class Arrived:
+    """The merged buffers on the host."""
+
+    sums: NDArray[np.float64]
+    maxima: NDArray[np.float64]
+    tracked: NDArray[np.float64]
+    bins: Bins
+
+    def sum(self, name: str) -> NDArray[np.float64]:
+        """One of ``SUMS``: (rows,)."""
+        return self.sums[:, SUMS.index(name)]
+
+    def most(self, name: str) -> NDArray[np.float64]:
+        """One of ``MAXIMA``, NaN where there is nothing: (rows,)."""
+        values = self.maxima[: len(self.sums), MAXIMA.index(name)]
+        return np.where(values == -np.inf, np.nan, values)
