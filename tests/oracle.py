@@ -27,21 +27,21 @@ QUANTILES = {
 FIGURES = [
     "effective_lr_mean", "effective_lr_gmean", "effective_lr_std", "effective_lr_min",
     *(f"effective_lr_{p}" for p in QUANTILES),
-    "effective_lr_max", "effective_lr_applied",
+    "effective_lr_max", "effective_lr_applied", "idle_fraction",
     "update_norm", "update_ratio", "update_grad_cosine",
-    "param_norm", "grad_norm", "zero_grad_fraction",
+    "param_norm", "grad_norm", "zero_grad_fraction", "grad_persistence",
     "rms_grad_mean", "rms_update_mean", "eps_fraction",
-    "nonfinite", "lost_fraction", "reconstruction_error",
+    "nonfinite", "lost_fraction", "reconstruction_error", "state_error",
 ]  # fmt: skip
 
 COLUMNS = [
-    "step", "time", "attempt", "optimizer", "group", "parameter", "numel", "rule", "stepped",
+    "step", "time", "attempt", "optimizer", "group", "group_name", "parameter", "numel", "rule", "stepped",
     "lr", "initial_lr", "decay", "samples", "lr_per_sample", *FIGURES,
 ]  # fmt: skip
 
 DTYPES = {
     "step": "int64", "attempt": "int64", "group": "int64", "numel": "int64",
-    "optimizer": "str", "parameter": "str", "module": "str", "rule": "str", "stepped": "bool",
+    "optimizer": "str", "group_name": "str", "parameter": "str", "module": "str", "rule": "str", "stepped": "bool",
 }  # fmt: skip
 
 
@@ -90,6 +90,7 @@ class Truth:
     rate: Array | None = None
     direction: Array | None = None
     grad: Array | None = None
+    previous: Array | None = None
     before: Array | None = None
     same: NDArray[np.bool_] | None = None
     rms_grad: Array | None = None
@@ -129,6 +130,7 @@ class Tape:
     title: str = ""
     first_lr: dict[int, float] = field(default_factory=dict)
     kept: dict[Tensor, Old] = field(default_factory=dict)
+    grads: dict[str, Array] = field(default_factory=dict)
 
     def before(self) -> None:
         """Keep everything."""
@@ -169,6 +171,8 @@ class Tape:
                 if param.grad is not None:
                     state = self.optimizer.state.get(param, {})
                     self._step(truth, param, old, state)
+                    truth.previous = self.grads.get(name)
+                    self.grads[name] = truth.grad
                 truths[name] = truth
         return truths
 
@@ -490,7 +494,8 @@ def _distribution(rate: Array) -> dict[str, float]:
         "effective_lr_min": np.min(rate),
         "effective_lr_max": np.max(rate),
     }
-    for name, q in zip(QUANTILES, np.quantile(rate, list(QUANTILES.values())), strict=True):
+    levels = np.quantile(rate, list(QUANTILES.values()), method="inverted_cdf")
+    for name, q in zip(QUANTILES, levels, strict=True):
         out[f"effective_lr_{name}"] = q
     return out
 
@@ -513,7 +518,7 @@ def figures(truths: Sequence[Truth]) -> dict[str, float]:
     observed = after - before
     with np.errstate(all="ignore"):
         out["update_norm"] = norm(change)
-        out["update_ratio"] = np.float64(norm(change)) / out["param_norm"]
+        out["update_ratio"] = np.float64(norm(change)) / (out["param_norm"] or math.nan)
         out["update_grad_cosine"] = np.sum(uphill * change * grad) / (norm(change) * norm(grad))
         out["grad_norm"] = norm(grad)
         out["nonfinite"] = float(sum(t.nonfinite.sum() for t in moved))
@@ -522,28 +527,37 @@ def figures(truths: Sequence[Truth]) -> dict[str, float]:
         out["reconstruction_error"] = np.float64(norm(beyond)) / scale
         if grad.size:
             out["zero_grad_fraction"] = np.mean(grad == 0)
+        if all(t.previous is not None and t.previous.size == t.grad.size for t in moved):
+            previous = np.concatenate([t.previous for t in moved])
+            out["grad_persistence"] = np.sum(previous * grad) / (norm(previous) * norm(grad))
+        if grad.size:
             out["lost_fraction"] = np.mean((change != 0) & same)
         if any(t.measured for t in moved):
             there = grad != 0
             ratio = np.abs(observed[there]) / np.abs(grad[there])
             if ratio.size:
-                levels = np.quantile(ratio, list(QUANTILES.values()))
+                levels = np.quantile(ratio, list(QUANTILES.values()), method="inverted_cdf")
                 out |= {f"effective_lr_{k}": q for k, q in zip(QUANTILES, levels, strict=True)}
             out["effective_lr_applied"] = norm(observed) / np.float64(norm(grad))
             out["reconstruction_error"] = out["lost_fraction"] = math.nan  # none was intended
+            out["idle_fraction"] = float(np.mean(observed == 0)) if observed.size else math.nan
             return out
         rate = np.concatenate([t.rate for t in moved])
         direction = np.concatenate([t.direction for t in moved])
+        moves = direction != 0  # what does not move got no rate
+        if moves.any():
+            out |= _distribution(rate[moves])
         if rate.size:
-            out |= _distribution(rate)
+            out["idle_fraction"] = 1 - np.mean(moves)
         out["effective_lr_applied"] = norm(rate * direction) / np.float64(norm(direction))
         for name, key in (("rms_grad_mean", "rms_grad"), ("rms_update_mean", "rms_update")):
             values = [getattr(t, key) for t in moved if getattr(t, key) is not None]
             if values and grad.size:
                 out[name] = np.mean(np.concatenate(values))
-        with_eps = [t.eps for t in moved if t.eps is not None]
-        if with_eps and grad.size:
-            out["eps_fraction"] = np.mean(np.concatenate([s <= eps for s, eps in with_eps]))
+        with_eps = [(t.eps, t.direction != 0) for t in moved if t.eps is not None]
+        below = [(statistic <= eps)[some] for (statistic, eps), some in with_eps]
+        if sum(map(len, below)):
+            out["eps_fraction"] = np.mean(np.concatenate(below))
     return {key: float(value) for key, value in out.items()}
 
 

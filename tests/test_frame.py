@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lrprobe
-from lrprobe.summary import snapshot
-from lrprobe.summary.figures import PARTS
 
 FLOAT32_SCALARS = 3e-4  # 1 − 0.999 in float32, at the first step
 AMSGRAD = [case for case in CASES if case.kwargs.get("amsgrad")][:1]  # a state nobody reads
 RTOL = {EXACT: 1e-9, FLOAT32: FLOAT32_SCALARS, MUON: 5e-2}
 
-SPREAD = {"effective_lr_std": (1e-9, 1e-12)}
+COARSE = {
+    **{f"effective_lr_{name}": (0.01, 0.0) for name in (*QUANTILES, "gmean")},
+    "grad_persistence": (1e-6, 1e-9),
+}
+SPREAD = {"effective_lr_std": (1e-9, 1e-7), **COARSE}
 
 
 @pytest.fixture(autouse=True)
@@ -121,13 +123,14 @@ def test_every_column_is_numpys(case: Case) -> None:
     rtol = RTOL[case.tolerance]
     if case.measured:
         rtol = 1e-6
-    looser = {"effective_lr_std": (rtol, 1e-12), "update_grad_cosine": (rtol, rtol)}
+    looser = {"effective_lr_std": (rtol, 1e-7), "update_grad_cosine": (rtol, rtol), **COARSE}
     for step, truths in enumerate(steps, 1):
         for name, truth in truths.items():
             row = rows[step, name]
             where = f"{case.id}, step {step}, {name} of {truth.after.size}"
             right = oracle.row(truth)
             error = right.pop("reconstruction_error")
+            del right["state_error"]  # tests/engine/test_check.py has it
             if not truth.after.size:  # test_parameters_of_every_kind has the figures of nothing
                 right = {key: right[key] for key in ("numel", "stepped", "lr", "initial_lr")}
             check_error(row, error, case.tolerance, where)

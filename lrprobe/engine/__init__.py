@@ -186,7 +186,7 @@ class Engine:
                 found.vectors.append(_empty(i, entry, optimizer.param_groups[w.group], rule))
                 continue
             flat = lies_flat(entry)
-            key = flat, *_kind(w.group, rule, entry, pre.samples.names(i))
+            key = flat, "grad" in pre.samples.names(i), *_kind(w.group, rule, entry)
             if key not in batches:
                 batches[key] = Batch([], [], optimizer.param_groups[w.group], rule, flat)
             batches[key].at.append(i)
@@ -205,8 +205,10 @@ class Engine:
         """Figures of a batch by its rule; of what that cannot read, measured ones."""
         if batch.rule is not None:
             try:
-                for entry in batch.entries:
-                    eager.add_whole(entry, batch.group, batch.rule)
+                if batch.rule.whole is not None:
+                    for entry in batch.entries:
+                        eager.add_whole(entry, batch.group, batch.rule)
+                    batch.flat = batch.flat and all(map(lies_flat, batch.entries))
                 return [self._checked_figures(batch, pre)]
             except torch.OutOfMemoryError:  # which is no fault of the rule's
                 raise
@@ -302,6 +304,8 @@ class Engine:
                 watched[i].previous_grad = pre.samples.tensor(i, "grad").clone()
             elif isinstance(entry.grad, Tensor):
                 wanted.append(Wanted(i, "previous", entry.grad))
+            else:
+                watched[i].previous_grad = sample(entry.grad, entry.param.shape)
         samples = Samples.of(wanted, self.ways)
         for each in wanted:
             watched[each.at].previous_grad = samples.tensor(each.at, "previous")
@@ -338,12 +342,10 @@ class _Leaves:
         for name in self._names:
             old = name.removeprefix("old ") if name.startswith("old ") else None
             if old is not None and self._samples is not None:
-                row.append(self._samples.address(i, old))
-                dtypes.append(self._samples.dtype(i, old))
+                row.append(self._samples.address(i, old, entry.param.device))
+                dtypes.append(_leaf(entry, "grad" if old == "previous" else old).dtype)
                 continue
-            tensor = entry.state.get(name)
-            if name in ("param", "grad"):
-                tensor = entry.param if name == "param" else entry.grad
+            tensor = _leaf(entry, name)
             if not isinstance(tensor, Tensor) or tensor.shape != entry.param.shape:
                 return False
             if not self._way.is_addressable(tensor):
@@ -372,11 +374,18 @@ class _Leaves:
         return table
 
 
+def _leaf(entry: Entry, name: str) -> Any:
+    """A tensor of an entry, by the name that programs have for it."""
+    if name in ("param", "grad"):
+        return entry.param if name == "param" else entry.grad
+    return entry.state.get(name)
+
+
 def _recorded(
     table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
 ) -> Recorded | None:
     """The batch's program; None where it has to be eager."""
-    kept = () if samples is None else samples.names(batch.at[0])
+    kept = () if samples is None else [samples.names(i) for i in batch.at]
     try:
         return record(table, batch.entries, batch.group, batch.rule, rates=rates, kept=kept)
     except UnknownOperationError as error:
@@ -428,7 +437,7 @@ def _empty(i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) ->
     return Vectors([i], torch.cat([found.cpu(), checks]).unsqueeze(0), [0])
 
 
-def _kind(group: int, rule: Rule | None, entry: Entry, kept: Sequence[str]) -> tuple[Any, ...]:
+def _kind(group: int, rule: Rule | None, entry: Entry) -> tuple[Any, ...]:
     """What pieces that are read together have in common."""
     wide = tuple(
         (name, value.dtype, value.shape == entry.param.shape)
@@ -437,7 +446,7 @@ def _kind(group: int, rule: Rule | None, entry: Entry, kept: Sequence[str]) -> t
         for name, value in entry.state.items()
     )
     grad = "sparse" if isinstance(entry.grad, SparseRows) else entry.grad.dtype
-    return group, rule, entry.param.dtype, entry.param.device, grad, wide, tuple(kept)
+    return group, rule, entry.param.dtype, entry.param.device, grad, wide
 
 
 def _ask_rule(

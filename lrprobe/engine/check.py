@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrprobe.engine.pieces import sample, sample_runs
+from lrprobe.engine.pieces import SAMPLE, sample, sample_runs
+
+
+@cache
+def zeros(device: torch.device) -> Tensor:
+    """A check sample of zeros of any dtype."""
+    return torch.zeros(SAMPLE * 8, dtype=torch.uint8, device=device)
 
 
 class Wanted(NamedTuple):
-    """One tensor of which a sample is kept: the parameter's number, what it is, and its elements."""
+    """A tensor of which a sample is kept: number of the parameter, name of the tensor."""
 
     at: int
     name: str
@@ -55,14 +62,12 @@ class Samples:
         """What was kept of a parameter, sorted."""
         return sorted(self._names.get(at, ()))
 
-    def address(self, at: int, name: str) -> int:
-        """Where a sample begins."""
+    def address(self, at: int, name: str, device: torch.device) -> int:
+        """Where a sample begins; that of zeros where nothing was kept."""
+        if (at, name) not in self._places:
+            return zeros(device).data_ptr()
         buffer, start, _, _ = self._places[at, name]
         return buffer.data_ptr() + start
-
-    def dtype(self, at: int, name: str) -> torch.dtype:
-        """The dtype of a sample."""
-        return self._places[at, name][2]
 
     def tensor(self, at: int, name: str) -> Tensor:
         """A sample: flat."""

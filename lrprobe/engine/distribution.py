@@ -148,7 +148,7 @@ class Bins:
         if not len(self.owner):
             return self
         now = np.bincount(self.owner, self.counts, len(total))
-        return Bins(self.owner, self.bins, self.counts * (total / now)[self.owner])
+        return Bins(self.owner, self.bins, self.counts * total[self.owner] / now[self.owner])
 
 
 def unfold(tables: NDArray[Any], owners: Sequence[int] | None = None) -> Bins:
@@ -213,10 +213,10 @@ def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
     at = np.searchsorted(upto, rank).clip(starts[:, None], ends[:, None] - 1)
     inside = bins.bins[at]
     value = (edges(inside) + edges(inside + 1)) / 2
-    value = np.where(inside >= _INFINITE, np.inf, value)
+    value = np.where(inside >= _INFINITE, np.inf, np.where(inside == 0, 0.0, value))
     least = np.where(np.isnan(low), -np.inf, low)[rows, None]
     most = np.where(np.isnan(high), np.inf, high)[rows, None]
-    result[rows] = value.clip(least, most)
+    result[rows] = np.fmax(np.fmin(value, most), least)
     return result
 
 

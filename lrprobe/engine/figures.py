@@ -60,7 +60,7 @@ class Elements:
     def raw_grad(self) -> Tensor:
         """The gradient of the step, also where the optimizer has overwritten it."""
         given = None if self._update is None else self._update.grad
-        if given is None and self._update is None and self._s.had("grad"):
+        if given is None and self._update is None and self._s.keeps("grad"):
             old = self._s.old("grad")  # an optimizer without a rule may have overwritten it
             assert isinstance(old, Tensor)
             given = -old if self._s.group.get("maximize", False) else old
@@ -188,7 +188,7 @@ class Elements:
     @property
     def previous_grad(self) -> Any:
         """The gradient of the recorded step before this one."""
-        if not self._s.had("previous"):
+        if not self._s.keeps("previous"):
             return None
         previous = self._s.old("previous")
         return -previous if self._s.group.get("maximize", False) else previous

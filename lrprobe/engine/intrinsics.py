@@ -138,7 +138,8 @@ def fast_log2_32(value):
     q = np.float32(-0.32590124011039734) + m * (np.float32(0.19429320096969604) + m * q)
     q = np.float32(-0.7205854058265686) + m * (np.float32(0.4735531508922577) + m * q)
     q = m * (np.float32(1.442667841911316) + m * q)
-    return np.float32(np.int32((bits >> np.int32(23)) - np.int32(127))) + q
+    log = np.float32(np.int32((bits >> np.int32(23)) - np.int32(127))) + q
+    return log if bits != np.int32(0) else np.float32(-np.inf)
 
 
 @njit(inline="always")
@@ -150,7 +151,8 @@ def fast_log2_64(value):
     q = -0.0795568972826004 + m * 0.015529675409197807
     q = -0.32590124011039734 + m * (0.19429320096969604 + m * q)
     q = -0.7205854058265686 + m * (0.4735531508922577 + m * q)
-    return np.float64((bits >> np.int64(52)) - np.int64(1023)) + m * (1.442667841911316 + m * q)
+    log = np.float64((bits >> np.int64(52)) - np.int64(1023)) + m * (1.442667841911316 + m * q)
+    return log if bits != np.int64(0) else -np.inf
 
 
 @njit(inline="always")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrprobe.engine.figures import Elements, Figure
 from lrprobe.engine.program import Program, Symbol
-from lrprobe.rules.base import Entry, Rule, Slice
+from lrprobe.rules.base import Entry, Rule, Scalar, Slice, column
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ def record(
     rule: Rule | None,
     *,
     rates: bool,
-    kept: Collection[str] = (),
+    kept: Sequence[Collection[str]] = (),
 ) -> Recorded:
     """Run the rule on symbols, and the table on what it says.
 
@@ -84,14 +84,22 @@ def record(
         group: their parameter group.
         rule: their rule; None where there is none.
         rates: whether the rates are to be counted.
-        kept: names of what is known from before the step.
+        kept: of each piece, names of what is known from before the step; nothing for figures that
+            do not ask.
 
     Raises:
         UnknownOperationError: if the rule does something that cannot be printed.
         Exception: what the rule raises.
     """
     program = Program(len(entries))
-    s = Slice(entries, group, program.leaf, kept=kept)
+    names: set[str] = set()
+    if kept:  # what some pieces lack is read as zeros, so that all steps have one text
+        names = {"param", "previous", *entries[0].wide_state(), *kept[0]}
+
+    def had(name: str) -> Scalar:
+        return column([float(name in each) for each in kept], entries[0].param.device)
+
+    s = Slice(entries, group, program.leaf, kept=names, had=had)
     e = Elements(s, rule)
     values = [figure.of(e) for figure in table]
     counted = moves = None

@@ -164,6 +164,7 @@ class Slice:
         fetch: Fetch,
         memo: dict[Any, Any] | None = None,
         kept: Collection[str] = (),
+        had: Callable[[str], Scalar] | None = None,
     ) -> None:
         """Describe it.
 
@@ -173,9 +174,11 @@ class Slice:
             fetch: reads the elements.
             memo: keeps scalars for other slices of the same entries.
             kept: names of what is known from before the step.
+            had: 1 for each entry that had such a state then, else 0; by default all had.
         """
         self.group = group
         self._kept = kept
+        self._had = had
         self._memo = {} if memo is None else memo
         self._entries = entries
         self._fetch = fetch
@@ -199,9 +202,10 @@ class Slice:
     @cached_property
     def touched(self) -> Scalar:
         """1 at elements whose row a sparse gradient has, 0 elsewhere; 1 where it is dense."""
-        if not any(isinstance(entry.grad, SparseRows) for entry in self._entries):
-            return 1.0
-        return self._fetch("touched")
+        entry = self._entries[0]
+        if isinstance(entry.grad, SparseRows) or "touched" in entry.state:
+            return self._fetch("touched")
+        return 1.0
 
     def __contains__(self, name: str) -> bool:
         return all(e.state.get(name) is not None for e in self._entries)
@@ -216,7 +220,7 @@ class Slice:
         if len(values) == 1:
             value = values[0]
             return value.detach() if isinstance(value, Tensor) else value
-        return _column(values, self._entries[0].param.device)
+        return column(values, self._entries[0].param.device)
 
     def t(self, *float32_if: str) -> Tensor:
         """The number of this step, from 1, in float64.
@@ -301,10 +305,19 @@ class Slice:
 
     def old(self, name: str, default: float = 0.0) -> Scalar:
         """A state entry as it was before the step; ``default`` where there was none yet."""
-        return self._fetch(f"old {name}") if name in self._kept else default
+        if name not in self._kept:
+            return default
+        value = self._fetch(f"old {name}")  # 0 where there was none
+        return value if default == 0 else value + default * (1 - self.had(name))
 
-    def had(self, name: str) -> bool:
-        """Whether a state entry was there before the step."""
+    def had(self, name: str) -> Scalar:
+        """1 where a state entry was there before the step, else 0."""
+        if self._had is None or name not in self._kept:
+            return float(name in self._kept)
+        return self._had(name)
+
+    def keeps(self, name: str) -> bool:
+        """Whether ``old`` can tell of it."""
         return name in self._kept
 
     @property
@@ -412,7 +425,7 @@ def nonzero(value: Any) -> Tensor:
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
-def _column(values: Sequence[Any], device: torch.device) -> Tensor:
+def column(values: Sequence[Any], device: torch.device) -> Tensor:
     """One number a row: 0-dim where all are known to be the same, else (rows, 1)."""
     first = values[0]
     if not all(isinstance(value, Tensor) for value in values):

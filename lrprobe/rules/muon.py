@@ -21,7 +21,7 @@ def _orthogonalise(matrix: Tensor, group: Any) -> Tensor:
         gram = x @ x.T
         polynomial = gram.addmm(gram, gram, beta=b, alpha=c)
         x = x.addmm(polynomial, x, beta=a)
-    return cast("Tensor", x.T if tall else x)
+    return cast("Tensor", x.T.contiguous() if tall else x)
 
 
 def _whole(whole: Whole) -> dict[str, Scalar]:

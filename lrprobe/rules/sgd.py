@@ -86,10 +86,9 @@ def _buffer(s: Slice) -> dict[str, Scalar]:
     grad = s.decayed_grad
     if s.group["nesterov"] and _overwrites(s.group):  # g is not there any more
         return {}
-    if not s.had("momentum_buffer"):
-        return {"momentum_buffer": grad}
     kept = s.group["momentum"] * s.old("momentum_buffer")
-    return {"momentum_buffer": kept + (1 - s.group["dampening"]) * grad}
+    damped = 1 - s.group["dampening"] * s.had("momentum_buffer")
+    return {"momentum_buffer": kept + damped * grad}
 
 
 def _rprop_state(s: Slice) -> dict[str, Scalar]:
