@@ -322,11 +322,11 @@ class Hooks:
             watched.group, watched.place = group, place
             watched.group_name = group_name(optimizer, group)
             self.watched.append(watched)
-        self.rows = [self._row(watched, optimizer) for watched in self.watched]
+        self.rows = [self._row(watched) for watched in self.watched]
         if self._passes is not None:
             self._passes.watch(found)
 
-    def _row(self, watched: WatchedParameter, optimizer: Optimizer) -> Row:
+    def _row(self, watched: WatchedParameter) -> Row:
         """What the frame shows of a parameter that this process holds whole."""
         param = watched.place()
         known = next((row for row in self.rows if row.name == watched.name), None)

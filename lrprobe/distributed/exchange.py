@@ -121,8 +121,8 @@ class Exchange:
         ]
         counted = counted_rows(rows)
         if counted:
-            buffers.fold_rows(counted)
-            works.append(self._reduce(buffers.folded, torch.distributed.ReduceOp.SUM))
+            folded = buffers.fold_rows(counted)
+            works.append(self._reduce(folded, torch.distributed.ReduceOp.SUM))
         step = StepInFlight(rows, buffers, info, works, reads_rates=self.leads)
         self._previous, self._still = step, still
         if failure is not None:

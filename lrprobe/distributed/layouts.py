@@ -192,6 +192,7 @@ def _chunks(ranges: Sequence[tuple[int, int]], count: int) -> list[list[tuple[in
 
 
 def ranks_of(group: Any) -> list[int]:
+    """Global ranks of a process group."""
     return list(torch.distributed.get_process_group_ranks(group))
 
 

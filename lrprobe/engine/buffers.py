@@ -109,7 +109,7 @@ class Buffers:
     folded_rows: list[int] | None = None
     bins: Bins | None = None
 
-    def fold_rows(self, rows: list[int]) -> None:
+    def fold_rows(self, rows: list[int]) -> Tensor:
         """Keep the distributions of some rows only, as a message between ranks."""
         if self.folded is None:
             shape = len(rows), FOLDED
@@ -117,13 +117,14 @@ class Buffers:
         elif len(rows) < len(self.folded):
             self.folded = self.folded[torch.tensor(rows).to(self.folded.device, non_blocking=True)]
         self.folded_rows = rows
+        return self.folded
 
 
 def blank(rows: int, tracked: int, device: torch.device) -> Buffers:
     """Buffers to which nothing was added."""
     dtype = torch.float64
     added = torch.zeros(rows * len(SUMS) + tracked, dtype=dtype, device=device)
-    sums, values = added.split([rows * len(SUMS), tracked])
+    sums, values = torch.split(added, [rows * len(SUMS), tracked])
     maxima = torch.full((rows + 1, len(MAXIMA)), -torch.inf, dtype=dtype, device=device)
     return Buffers(sums.view(rows, len(SUMS)), maxima, values, added)
 

@@ -308,7 +308,8 @@ def _state_error(told: Any) -> Floats:
         residual, change = told(f"state{i}_residual"), told(f"state{i}_change")
         errors.append(np.where(change > 0, np.sqrt(residual / change), np.nan))
         errors[-1] = np.where((change == 0) & (residual > 0), np.inf, errors[-1])
-    return np.fmax.reduce(errors)
+    worst: Floats = np.fmax.reduce(errors)
+    return worst
 
 
 def merged_numbers(values: Floats, label: Ints, rows: int) -> Floats:

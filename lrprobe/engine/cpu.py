@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import stat
 import sys
@@ -152,7 +153,7 @@ def _layout(sizes: tuple[int, ...], threads: int) -> _Layout:
     bounds = np.array([0, *cuts, len(owner)], np.int64)
     room = [
         int(np.minimum(numel[np.unique(owner[a:b])], BINS).sum())
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in itertools.pairwise(bounds)
     ]
     return _Layout(threads, owner, start, first, bounds, np.array(room, np.int64))
 
@@ -169,7 +170,7 @@ def _scratch(threads: int) -> NDArray[np.int64]:
     table = getattr(_local, "scratch", None)
     if table is None or len(table) < threads:
         table = _local.scratch = np.zeros((threads, LANES, BINS), np.int64)
-    return table  # type: ignore[no-any-return]
+    return table
 
 
 # ---- compilation --------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def _version() -> str:
 
 @cache
 def _folder() -> Path | None:
-    """Where generated code is kept: this user's cache, else a folder of theirs among temporary ones."""
+    """Where generated code is kept: in this user's cache, else in a temporary folder of theirs."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     for folder in (Path(home) / "lrprobe", Path(tempfile.gettempdir()) / f"lrprobe-{user}"):

@@ -82,8 +82,8 @@ def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateC
 
 def fold(table: Tensor) -> Tensor:
     """Counts as they travel: (..., BINS) to (..., FOLDED), float64."""
-    octaves = table.unflatten(-1, (OCTAVES, -1)).sum(-1)
-    fine = table.unflatten(-1, (-1, FINE)).sum(-2)
+    octaves = table.reshape(*table.shape[:-1], OCTAVES, -1).sum(-1)
+    fine = table.reshape(*table.shape[:-1], -1, FINE).sum(-2)
     return torch.cat([octaves, fine], -1).double()
 
 
@@ -164,10 +164,10 @@ def unfold(tables: NDArray[Any], owners: Sequence[int] | None = None) -> Bins:
         bins = ((found[:, None] - OCTAVES // 2) * 64 + np.arange(64)).reshape(-1)
         some = counts > 0
         each.append(Bins(np.full(int(some.sum()), owner), bins[some], counts[some]))
-    found = Bins.joined(each)
-    if owners is not None and len(found.owner):
-        found.owner = np.asarray(owners, np.int64)[found.owner]
-    return found
+    bins_of = Bins.joined(each)
+    if owners is not None and len(bins_of.owner):
+        bins_of.owner = np.asarray(owners, np.int64)[bins_of.owner]
+    return bins_of
 
 
 def folded(bins: Bins, owners: int) -> Floats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -61,8 +61,7 @@ class Elements:
         """The gradient of the step, also where the optimizer has overwritten it."""
         given = None if self._update is None else self._update.grad
         if given is None and self._update is None and self._s.keeps("grad"):
-            old = self._s.old("grad")  # an optimizer without a rule may have overwritten it
-            assert isinstance(old, Tensor)
+            old: Any = self._s.old("grad")  # an optimizer without a rule may have overwritten it
             given = -old if self._s.group.get("maximize", False) else old
         return self._s.grad if given is None else given
 
@@ -151,9 +150,7 @@ class Elements:
     @property
     def before(self) -> Tensor:
         """θ before the step."""
-        before = self._s.before
-        assert before is not None
-        return before
+        return cast("Tensor", self._s.before)
 
     @cached_property
     def change(self) -> Any:

@@ -1,6 +1,6 @@
 """What generated loops call: addresses as arrays, and floats as their bits."""
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202, ARG001 - numba compiles these; they are no Python functions
 
 import numpy as np

@@ -144,10 +144,9 @@ def is_wide(value: Any, shape: torch.Size) -> bool:
         return True
     if not isinstance(value, Tensor) or not (value.dim() or not shape):
         return False
-    try:
-        return torch.broadcast_shapes(value.shape, shape) == shape
-    except RuntimeError:
-        return False
+    padded = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    pairs = zip(padded, shape, strict=False)
+    return len(padded) == len(shape) and all(own in (1, size) for own, size in pairs)
 
 
 def lies_flat(entry: Entry) -> bool:

@@ -57,7 +57,9 @@ real = {real}
 ONE, ZERO, NONE, ALL = real(1), real(0), {key}({least}), {key}({most})
 
 @njit(nogil=True, error_model="numpy", cache=True, fastmath={{"reassoc", "nsz", "contract", "arcp"}})
-def kernel(who, slot, pointers, numel, owner, start, bounds, scalars, out, pool, begin, end, scratch):
+def kernel(
+    who, slot, pointers, numel, owner, start, bounds, scalars, out, pool, begin, end, scratch
+):
     rates = np.empty({chunk}, real)
     moving = np.empty({chunk}, real)
     counts = scratch[slot]
@@ -269,8 +271,8 @@ def _accumulate(recorded: Recorded, stages: _Stages, of_rates: set[int]) -> None
             stages.results[i] = "moved"
             continue
         if i in of_rates and figure.merge != "sum" and value.label == recorded.rate.label:  # type: ignore[union-attr]
-            key = "low" if figure.merge == "min" else "high"
-            stages.results[i] = _from_key(key, figure.merge)
+            extreme = "low" if figure.merge == "min" else "high"
+            stages.results[i] = _from_key(extreme, figure.merge)
             continue
         masked = moving if figure.moving and i not in of_rates else None
         key = figure.merge, value.label, masked

@@ -97,13 +97,17 @@ class Program:
             return near
         there = iter(near.to(device, non_blocking=True).unbind(1))
         for value in self.scalars:
-            if isinstance(value, Tensor) and value.device.type != "cpu":
+            if _is_far(value):
                 columns.append(value.detach().double().reshape(-1).expand(self.rows))
             else:
                 columns.append(next(there))
         if not columns:
             return near.to(device)
         return torch.stack(columns, 1)
+
+
+def _is_far(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 class Symbol(Tensor):
@@ -114,21 +118,22 @@ class Symbol(Tensor):
     kind: str
 
     @staticmethod
-    def __new__(cls, program: Program, label: str, kind: str) -> Symbol:
+    def __new__(cls: type[Symbol], program: Program, label: str, kind: str) -> Symbol:  # noqa: PYI034 - as __init__
         """Make a tensor without values."""
-        wrapper: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined] # noqa: SLF001
-        return wrapper(cls, (program.rows, 2), dtype=_DTYPES[kind])
+        shape = program.rows, 2
+        made: Symbol = Tensor._make_wrapper_subclass(cls, shape, dtype=_DTYPES[kind])  # noqa: SLF001
+        return made
 
     def __init__(self, program: Program, label: str, kind: str) -> None:
         self.program, self.label, self.kind = program, label, kind
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"<{self.kind} {self.label}>"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Symbol | bool:
+    ) -> Symbol:
         """Note the operation instead of computing it."""
         kwargs = kwargs or {}
         given = [*args, *kwargs.values()]
@@ -171,10 +176,7 @@ def _add(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
     left, right = map(_number, args[:2])
     alpha = kwargs.get("alpha", 1)
     if alpha != 1:
-        if isinstance(right, Symbol):
-            right = program.emit("mul", (right, alpha))
-        else:
-            right = right * alpha
+        right = program.emit("mul", (right, alpha)) if isinstance(right, Symbol) else right * alpha
     if name == "rsub":
         left, right, name = right, left, "sub"
     return program.emit(name, (left, right))
@@ -202,7 +204,7 @@ def _pow(program: Program, _: str, args: Any, __: Any) -> Symbol:
     if known and exponent == -0.5:
         return program.emit("reciprocal", (program.emit("sqrt", (base,)),))
     if known and exponent == 1:
-        return base
+        return _same(program, "pow", args, {})
     raise UnknownOperationError(f"pow with exponent {exponent}")
 
 
@@ -223,8 +225,8 @@ def _clamp(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
         value = program.emit("max", (value, low))
     if high is not None:
         value = program.emit("min", (value, high))
-    assert isinstance(value, Symbol)
-    return value
+    clamped: Symbol = value
+    return clamped
 
 
 def _compare(program: Program, name: str, args: Any, _: Any) -> Symbol:

@@ -110,5 +110,4 @@ def record(
             counted = None
     elif any(isinstance(v, Symbol) and f.moving for f, v in zip(table, values, strict=True)):
         moves = e.moves
-    assert moves is None or isinstance(moves, Symbol)
     return Recorded(program, table, values, counted, moves)

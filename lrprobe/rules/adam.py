@@ -136,7 +136,9 @@ def _adamax_moments(s: Slice) -> dict[str, Scalar]:
     """m ← β₁m + (1−β₁)g, u ← max(β₂u, |g|+ε)."""
     beta1, beta2 = s.group["betas"]
     grad, m = s.decayed_grad, s.old("exp_avg")
-    norm = torch.maximum(beta2 * s.old("exp_inf") * torch.ones_like(grad), grad.abs() + s.group["eps"])
+    norm = torch.maximum(
+        beta2 * s.old("exp_inf") * torch.ones_like(grad), grad.abs() + s.group["eps"]
+    )
     return {"exp_avg": m + (1 - beta1) * (grad - m), "exp_inf": norm}
 
 
