@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lrprobe.arguments import Every, Options, Step
 from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.buffers import blank, fill
+from lrprobe.engine.check import Samples
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
 from lrprobe.engine.flight import MOVED, StepInFlight
 from lrprobe.engine.pieces import WatchedParameter, local
@@ -186,7 +187,7 @@ class Hooks:
             if self.exchange is None:
                 self._kept = self.engine.before(self.watched, optimizer, closure=closure)
             else:
-                self._kept = PreStep()  # the other ranks must not wait, whatever happens here
+                self._kept = PreStep(Samples({}))  # the other ranks must not wait, whatever happens here
                 self._kept = self.exchange.before(self.watched, optimizer, closure=closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:

@@ -8,24 +8,28 @@ Nothing here reads a value that is on a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine import eager
 from lrprobe.engine.buffers import StepFigures, Vectors, column
-from lrprobe.engine.check import Samples, Wanted
+from lrprobe.engine.check import Samples
 from lrprobe.engine.distribution import Bins, fold
 from lrprobe.engine.figures import CHECKS, FIGURES, GRADIENT, Elements, Figure
 from lrprobe.engine.pieces import (
+    SAMPLE,
     WatchedParameter,
     entry_of,
     flattened,
-    lies_flat,
+    is_dense,
+    is_wide,
     local,
     read,
     real,
@@ -36,7 +40,7 @@ from lrprobe.engine.pieces import (
 from lrprobe.engine.program import UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Entry, Rule, Scalar, SparseRows
+from lrprobe.rules.base import Coded, Entry, Rule, Scalar, SparseRows
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """Of a parameter that has no gradient."""
@@ -55,7 +59,7 @@ class PreStep:
         failed: what a rule raised.
     """
 
-    samples: Samples = field(default_factory=Samples)
+    samples: Samples
     grads: dict[int, Tensor] = field(default_factory=dict)
     gradient: dict[int, Tensor] = field(default_factory=dict)
     scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
@@ -71,14 +75,27 @@ class Batch:
         at: numbers of their parameters.
         entries: what rules read of each.
         group, rule: theirs.
-        flat: whether the tensors of each lie densely in one layout.
+        columns: name of a tensor of elements to its address in each piece; nothing where the
+            tensors cannot all be read by address.
+        whole: whether all of those are contiguous.
     """
 
     at: list[int]
     entries: list[Entry]
     group: Mapping[str, Any]
     rule: Rule | None
-    flat: bool
+    columns: dict[str, list[int]] = field(default_factory=dict)
+    whole: bool = True
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.at)))
+
+    def add(self, i: int, entry: Entry, addresses: Mapping[str, int]) -> None:
+        """Take a piece."""
+        self.at.append(i)
+        self.entries.append(entry)
+        for name, address in addresses.items():
+            self.columns.setdefault(name, []).append(address)
 
 
 class Engine:
@@ -95,8 +112,7 @@ class Engine:
         closure: bool = False,
     ) -> PreStep:
         """Keep what cannot be told after the step; with a closure there is no gradient yet."""
-        pre = PreStep()
-        wanted: list[Wanted] = []
+        pre = PreStep(Samples(self.ways))
         for i, w in enumerate(watched):
             param = w.place()
             # What is frozen is stepped all the same where an old gradient was left.
@@ -107,20 +123,23 @@ class Engine:
                 w.initial_lr = copied(group["initial_lr"])
             _ask_rule(w, param, state, group, pre, i)
             flat = real(param, w.span)
-            wanted.append(Wanted(i, "param", flat))
+            pre.samples.want(i, "param", flat)
             if w.tracked is not None:
                 at = w.tracked.to(flat.device, non_blocking=True)
                 pre.tracked[i] = {"param": _tracked_of(flat, at)}
             if w.rule is not None and w.rule.advance is not None:
+                shape = param.shape
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == param.shape:
-                        wanted.append(Wanted(i, name, real(value, w.span)))
+                    if isinstance(value, Tensor) and value.shape == shape and name != "step":
+                        pre.samples.want(i, name, real(value, w.span))
             if param.grad is not None and not closure:
                 pre.grads[i] = param.grad
-                self._keep_gradient(i, w, param, group, pre, wanted)
-            if w.previous_grad is not None and len(w.previous_grad) == _checked(flat.numel()):
-                wanted.append(Wanted(i, "previous", w.previous_grad))
-        pre.samples = Samples.of(wanted, self.ways)
+                self._keep_gradient(i, w, param, group, pre)
+            if w.previous is not None and w.previous[0].length(w.previous[1], "previous") == (
+                _checked(flat.numel())
+            ):
+                pre.samples.borrow(i, "previous", *w.previous)
+        pre.samples.take()
         return pre
 
     def _keep_gradient(
@@ -130,16 +149,17 @@ class Engine:
         param: Tensor,
         group: Mapping[str, Any],
         pre: PreStep,
-        wanted: list[Wanted],
     ) -> None:
         """Where the optimizer may leave something else in its stead."""
         grad = param.grad
         overwrites = w.rule is None or (w.rule.overwrites is not None and w.rule.overwrites(group))
+        if not overwrites:
+            return
         partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
-        if grad is None or not overwrites or grad.is_sparse or partial:
+        if grad is None or grad.is_sparse or partial:
             return
         flat = real(grad, w.span)
-        wanted.append(Wanted(i, "grad", flat))
+        pre.samples.want(i, "grad", flat)
         if w.tracked is not None:
             at = w.tracked.to(flat.device, non_blocking=True)
             pre.tracked[i]["grad"] = _tracked_of(flat, at)
@@ -166,6 +186,7 @@ class Engine:
         rates = [_rate_of(group) for group in optimizer.param_groups]
         batches: dict[Any, Batch] = {}
         resting: list[tuple[int, Tensor]] = []
+        latest = Samples(self.ways)
         for i, w in enumerate(watched):
             param = w.place()
             if param is None:
@@ -185,16 +206,17 @@ class Engine:
             if entry.param.numel() == 0:
                 found.vectors.append(_empty(i, entry, optimizer.param_groups[w.group], rule))
                 continue
-            flat = lies_flat(entry)
-            key = flat, "grad" in pre.samples.names(i), *_kind(w.group, rule, entry)
+            kind, addresses, contiguous = self._described(entry)
+            key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
             if key not in batches:
-                batches[key] = Batch([], [], optimizer.param_groups[w.group], rule, flat)
-            batches[key].at.append(i)
-            batches[key].entries.append(entry)
+                batches[key] = Batch([], [], optimizer.param_groups[w.group], rule)
+                batches[key].whole = contiguous
+            batches[key].add(i, entry, addresses)
         for batch in batches.values():
             found.vectors += self._summarised(batch, pre, found)
             self._track(batch, watched, pre, found)
-            self._remember_gradients(batch, watched, pre)
+            self._remember_gradients(batch, watched, pre, latest)
+        latest.take()
         for i, param in resting:
             square = self._resting(param, watched[i].span)
             if square is not None:
@@ -206,9 +228,7 @@ class Engine:
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
-                    for entry in batch.entries:
-                        eager.add_whole(entry, batch.group, batch.rule)
-                    batch.flat = batch.flat and all(map(lies_flat, batch.entries))
+                    self._add_whole(batch)
                 return [self._checked_figures(batch, pre)]
             except torch.OutOfMemoryError:  # which is no fault of the rule's
                 raise
@@ -218,12 +238,63 @@ class Engine:
                         vectors
                         for i, entry in zip(batch.at, batch.entries, strict=True)
                         for vectors in self._summarised(
-                            Batch([i], [entry], batch.group, batch.rule, batch.flat), pre, found
+                            self._batch_of(i, entry, batch.group, batch.rule), pre, found
                         )
                     ]
                 found.failed[batch.at[0]] = cause(error)
                 batch.rule = None
         return [self._checked_figures(batch, pre)]
+
+    def _add_whole(self, batch: Batch) -> None:
+        """Add figures of whole parameters, whose tensors then have addresses too."""
+        if batch.rule is not None:
+            for entry in batch.entries:
+                eager.add_whole(entry, batch.group, batch.rule)
+        found = [self._described(entry) for entry in batch.entries]
+        alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
+        names = found[0][1] if alike else ()
+        batch.columns = {name: [addresses[name] for _, addresses, _ in found] for name in names}
+
+    def _batch_of(self, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) -> Batch:
+        """A batch of one piece."""
+        _, addresses, contiguous = self._described(entry)
+        batch = Batch([], [], group, rule, whole=contiguous)
+        batch.add(i, entry, addresses if entry.param.numel() else {})
+        return batch
+
+    def _described(self, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
+        """What pieces that are read together have in common; the addresses of the elements.
+
+        There are none where the tensors have not all one dense layout. And whether that is the
+        contiguous one.
+        """
+        param, grad = entry.param, entry.grad
+        shape, strides, device = param.shape, param.stride(), param.device
+        way = self.ways.get("cpu" if param.is_cpu else device.type)
+        if isinstance(grad, Tensor):
+            tensors: list[tuple[str, Any]] = [("param", param), ("grad", grad)]
+        else:
+            way, tensors = None, [("param", param)]
+        addresses: dict[str, int] = {}
+        kinds: list[Any] = [device, type(grad) is SparseRows]
+        for name, value in (*tensors, *entry.state.items()):
+            if not isinstance(value, Tensor):
+                kinds.append((name, value is None))
+                way = None if isinstance(value, Coded) else way
+                continue
+            same = value.shape == shape
+            kinds.append((name, value.dtype, same))
+            if same and (shape or value.device == device):
+                if way is None or value.stride() != strides or not way.is_addressable(value):
+                    way = None
+                else:
+                    addresses[name] = value.data_ptr()
+            elif value.dim() and is_wide(value, shape):
+                way = None  # it is broadcast
+        contiguous = param.is_contiguous()
+        if way is None or not (contiguous or is_dense(param)):
+            addresses = {}
+        return (*kinds, bool(addresses)), addresses, contiguous
 
     def _checked_figures(self, batch: Batch, pre: PreStep) -> Vectors:
         """``FIGURES`` and ``CHECKS`` of a batch."""
@@ -254,18 +325,19 @@ class Engine:
         """
         way = self.ways.get(batch.entries[0].param.device.type)
         recorded = None
-        if way is not None and batch.flat:
+        if way is not None and batch.columns:
             recorded = _recorded(table, batch, rates=rates, samples=samples)
         if way is None or recorded is None:
             return _eager(table, batch, rates=rates, samples=samples)
-        leaves = _Leaves(recorded, way, samples)
-        if not all(map(leaves.add, batch.at, batch.entries)):
+        found = _addresses(recorded, batch, samples, way)
+        if found is None:
             return _eager(table, batch, rates=rates, samples=samples)
+        addresses, dtypes, _alive = found
         numel = [entry.param.numel() for entry in batch.entries]
         taken = numel if samples is None else [_checked(n) for n in numel]
         exact = samples is not None or batch.entries[0].param.dtype == torch.float64
         values, bins, folds = way.figures(
-            recorded, leaves.addresses(), np.array(taken, np.int64), leaves.dtypes, exact=exact
+            recorded, addresses, np.array(taken, np.int64), dtypes, exact=exact
         )
         return Vectors(batch.at, values, numel, bins, folds)
 
@@ -295,20 +367,17 @@ class Engine:
             found.tracked[i] = torch.stack([rate, change, sign * e.grad, e.param])
 
     def _remember_gradients(
-        self, batch: Batch, watched: Sequence[WatchedParameter], pre: PreStep
+        self, batch: Batch, watched: Sequence[WatchedParameter], pre: PreStep, latest: Samples
     ) -> None:
         """Keep the check sample of each gradient for the next recorded step."""
-        wanted = []
         for i, entry in zip(batch.at, batch.entries, strict=True):
             if "grad" in pre.samples.names(i):  # which the optimizer may have overwritten
-                watched[i].previous_grad = pre.samples.tensor(i, "grad").clone()
+                latest.put(i, "previous", pre.samples.tensor(i, "grad").clone())
             elif isinstance(entry.grad, Tensor):
-                wanted.append(Wanted(i, "previous", entry.grad))
+                latest.want(i, "previous", entry.grad)
             else:
-                watched[i].previous_grad = sample(entry.grad, entry.param.shape)
-        samples = Samples.of(wanted, self.ways)
-        for each in wanted:
-            watched[each.at].previous_grad = samples.tensor(each.at, "previous")
+                latest.put(i, "previous", sample(entry.grad, entry.param.shape))
+            watched[i].previous = latest, i
 
     def _resting(self, param: Tensor, span: slice | None) -> Tensor | None:
         """Σθ² of a parameter that took no step."""
@@ -319,59 +388,47 @@ class Engine:
 
     def _of_one(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""
-        entry = Entry(tensor, tensor)
-        batch = Batch([0], [entry], {}, None, lies_flat(entry) and tensor.numel() > 0)
+        batch = self._batch_of(0, Entry(tensor, tensor), {}, None)
         return self._figures(table, batch, rates=False).table[0]
 
 
-class _Leaves:
-    """Addresses of the tensors that a recorded program reads, checked before they are used."""
+def _addresses(
+    recorded: Recorded, batch: Batch, samples: Samples | None, way: ModuleType
+) -> tuple[NDArray[np.int64], list[torch.dtype], list[Tensor]] | None:
+    """Addresses and dtypes of the leaves of each piece, and what must live until they are read.
 
-    def __init__(self, recorded: Recorded, way: Any, samples: Samples | None) -> None:
-        self._names = recorded.program.leaves
-        self._way = way
-        self._samples = samples
-        self._rows: list[list[int]] = []
-        self._gathered: list[tuple[int, int, Tensor]] = []
-        self._alive: list[Tensor] = []
-        self.dtypes: list[torch.dtype] = []
-
-    def add(self, i: int, entry: Entry) -> bool:
-        """Take a piece; False where one of its tensors cannot be read so."""
-        row, dtypes = [], []
-        for name in self._names:
-            old = name.removeprefix("old ") if name.startswith("old ") else None
-            if old is not None and self._samples is not None:
-                row.append(self._samples.address(i, old, entry.param.device))
-                dtypes.append(_leaf(entry, "grad" if old == "previous" else old).dtype)
-                continue
-            tensor = _leaf(entry, name)
-            if not isinstance(tensor, Tensor) or tensor.shape != entry.param.shape:
-                return False
-            if not self._way.is_addressable(tensor):
-                return False
-            if self._samples is not None and not tensor.is_contiguous():
-                tensor = sample(tensor, tensor.shape)
-                self._alive.append(tensor)
-            elif self._samples is not None and sample_runs(tensor.numel())[0] > 1:
-                self._gathered.append((len(self._rows), len(row), tensor))
-            row.append(tensor.data_ptr())
-            dtypes.append(tensor.dtype)
-        if self.dtypes and dtypes != self.dtypes:
-            return False
-        self.dtypes = dtypes
-        self._rows.append(row)
-        return True
-
-    def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Of the leaves of each piece: (pieces, leaves)."""
-        table = np.array(self._rows, np.int64).reshape(len(self._rows), len(self._names))
-        if self._gathered:
-            buffer, starts = self._way.gather([tensor for _, _, tensor in self._gathered])
-            self._alive.append(buffer)
-            for (piece, leaf, _), start in zip(self._gathered, starts, strict=True):
-                table[piece, leaf] = buffer.data_ptr() + start
-        return table
+    None where a tensor that the program reads has none.
+    """
+    columns, dtypes, alive = [], [], []
+    large = [n for n, entry in enumerate(batch.entries) if entry.param.numel() > SAMPLE]
+    for leaf in recorded.program.leaves:
+        name = leaf.removeprefix("old ")
+        source = "grad" if name == "previous" else name
+        if source not in batch.columns:
+            return None
+        dtypes.append(_leaf(batch.entries[0], source).dtype)
+        if samples is None:
+            columns.append(batch.columns[name])
+            continue
+        if leaf != name:
+            device = batch.entries[0].param.device
+            columns.append([samples.address(i, name, device) for i in batch.at])
+            continue
+        column = list(batch.columns[name])
+        tensors = {n: _leaf(batch.entries[n], name) for n in (large if batch.whole else batch)}
+        odd = {n: sample(t, t.shape) for n, t in tensors.items() if not t.is_contiguous()}
+        even = [n for n in large if n not in odd]
+        if even:
+            buffer, starts = way.gather([tensors[n] for n in even])
+            alive.append(buffer)
+            for n, start in zip(even, starts, strict=True):
+                column[n] = buffer.data_ptr() + start
+        for n, copy in odd.items():
+            alive.append(copy)
+            column[n] = copy.data_ptr()
+        columns.append(column)
+    table = np.array(columns, np.int64).reshape(len(columns), len(batch.at)).T
+    return np.ascontiguousarray(table), dtypes, alive
 
 
 def _leaf(entry: Entry, name: str) -> Any:
@@ -435,18 +492,6 @@ def _empty(i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) ->
     found, _ = eager.figures(FIGURES, entry, group, rule, rates=False, dtype=torch.float64)
     checks = torch.zeros(len(CHECKS), dtype=torch.float64)
     return Vectors([i], torch.cat([found.cpu(), checks]).unsqueeze(0), [0])
-
-
-def _kind(group: int, rule: Rule | None, entry: Entry) -> tuple[Any, ...]:
-    """What pieces that are read together have in common."""
-    wide = tuple(
-        (name, value.dtype, value.shape == entry.param.shape)
-        if isinstance(value, Tensor)
-        else (name, value is None)
-        for name, value in entry.state.items()
-    )
-    grad = "sparse" if isinstance(entry.grad, SparseRows) else entry.grad.dtype
-    return group, rule, entry.param.dtype, entry.param.device, grad, wide
 
 
 def _ask_rule(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,61 +17,74 @@ def zeros(device: torch.device) -> Tensor:
     return torch.zeros(SAMPLE * 8, dtype=torch.uint8, device=device)
 
 
-class Wanted(NamedTuple):
-    """A tensor of which a sample is kept: number of the parameter, name of the tensor."""
-
-    at: int
-    name: str
-    tensor: Tensor
-
-
 class Samples:
-    """Check samples of many tensors, those of one way in one buffer."""
+    """Check samples of many tensors; those of one device that lie flat there in one buffer."""
 
-    def __init__(self) -> None:
-        self._places: dict[tuple[int, str], tuple[Tensor, int, torch.dtype, int]] = {}
-        self._names: dict[int, list[str]] = defaultdict(list)
+    def __init__(self, ways: dict[str, ModuleType]) -> None:
+        self._ways = ways
+        self._buffers: list[Tensor] = []
+        self._places: dict[int, dict[str, tuple[int, int, torch.dtype, int]]] = {}
+        """Number of the parameter and name of the tensor to buffer, byte, dtype and elements."""
+        self._wanted: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
+        self._borrowed: Tensor | None = None
+        self._borrowed_number = 0
 
-    @classmethod
-    def of(cls, wanted: Sequence[Wanted], ways: dict[str, ModuleType]) -> Samples:
-        """Copy them: at once where a way of their device can, else one by one."""
-        samples = cls()
-        together: dict[torch.device, list[Wanted]] = defaultdict(list)
-        for each in wanted:
-            way = ways.get(each.tensor.device.type)
-            if way is not None and each.tensor.is_contiguous() and way.is_addressable(each.tensor):
-                together[each.tensor.device].append(each)
-            else:
-                kept = sample(each.tensor, each.tensor.shape).clone()
-                samples._add(each.at, each.name, kept, 0, kept)
-        for device, some in together.items():
-            buffer, starts = ways[device.type].gather([each.tensor for each in some])
-            for each, start in zip(some, starts, strict=True):
-                samples._add(each.at, each.name, buffer, start, each.tensor)
-        return samples
+    def want(self, at: int, name: str, tensor: Tensor) -> None:
+        """Have a sample of a tensor taken when ``take`` is called, at the latest."""
+        way = self._ways.get("cpu" if tensor.is_cpu else tensor.device.type)
+        if way is not None and tensor.is_contiguous() and way.is_addressable(tensor):
+            self._wanted.setdefault(tensor.device, []).append((at, name, tensor))
+        else:
+            self.put(at, name, sample(tensor, tensor.shape).clone())
 
-    def _add(self, at: int, name: str, buffer: Tensor, start: int, of: Tensor) -> None:
-        runs, run, _ = sample_runs(of.numel())
-        self._places[at, name] = buffer, start, of.dtype, runs * run
-        self._names[at].append(name)
+    def put(self, at: int, name: str, kept: Tensor) -> None:
+        """Take a sample that was made already: flat."""
+        self._places.setdefault(at, {})[name] = len(self._buffers), 0, kept.dtype, len(kept)
+        self._buffers.append(kept)
 
-    def names(self, at: int) -> list[str]:
-        """What was kept of a parameter, sorted."""
-        return sorted(self._names.get(at, ()))
+    def borrow(self, at: int, name: str, other: Samples, their: int) -> None:
+        """Have a sample that other samples keep."""
+        number, start, dtype, numel = other._places[their][name]
+        buffer = other._buffers[number]
+        if self._borrowed is not buffer:
+            self._borrowed = buffer
+            self._buffers.append(buffer)
+            self._borrowed_number = len(self._buffers) - 1
+        self._places.setdefault(at, {})[name] = self._borrowed_number, start, dtype, numel
+
+    def take(self) -> None:
+        """Copy the samples that are wanted, at once."""
+        for device, some in self._wanted.items():
+            buffer, starts = self._ways[device.type].gather([tensor for _, _, tensor in some])
+            for (at, name, tensor), start in zip(some, starts, strict=True):
+                runs, run, _ = sample_runs(tensor.numel())
+                place = len(self._buffers), start, tensor.dtype, runs * run
+                self._places.setdefault(at, {})[name] = place
+            self._buffers.append(buffer)
+        self._wanted = {}
+
+    def names(self, at: int) -> dict[str, tuple[int, int, torch.dtype, int]]:
+        """What was kept of a parameter."""
+        return self._places.get(at, {})
 
     def address(self, at: int, name: str, device: torch.device) -> int:
         """Where a sample begins; that of zeros where nothing was kept."""
-        if (at, name) not in self._places:
+        place = self._places.get(at, {}).get(name)
+        if place is None:
             return zeros(device).data_ptr()
-        buffer, start, _, _ = self._places[at, name]
-        return buffer.data_ptr() + start
+        return self._buffers[place[0]].data_ptr() + place[1]
 
     def tensor(self, at: int, name: str) -> Tensor:
         """A sample: flat."""
-        buffer, start, dtype, numel = self._places[at, name]
+        number, start, dtype, numel = self._places[at][name]
+        buffer = self._buffers[number]
         if buffer.dtype == dtype:
-            return buffer.reshape(-1)[:numel]
+            return buffer[:numel]
         return buffer[start : start + numel * dtype.itemsize].view(dtype)
+
+    def length(self, at: int, name: str) -> int:
+        """Elements of a sample; 0 where nothing was kept."""
+        return self._places.get(at, {}).get(name, (0, 0, None, 0))[3]
 
     def old(self, at: int) -> dict[str, Tensor]:
         """All that was kept of a parameter."""

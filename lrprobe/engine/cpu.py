@@ -240,11 +240,11 @@ def _folder() -> Path | None:
 def is_addressable(tensor: Tensor) -> bool:
     """Whether elements that lie densely can be read from the tensor's address on: all are there."""
     return (
-        tensor.device.type == "cpu"
+        tensor.is_cpu
         and tensor.dtype in LOADED
         and tensor.layout is torch.strided
-        and not tensor.is_conj()
-        and not tensor.is_neg()
+        # Only a view has the negative bit; asking for it lets other threads run in between.
+        and not (tensor._is_view() and tensor.is_neg())  # noqa: SLF001 - torch has no other way
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         <= tensor.untyped_storage().nbytes()
     )

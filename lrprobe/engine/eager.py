@@ -65,7 +65,7 @@ def add_whole(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
     if rule.whole is not None:
         exact = torch.float64 if entry.param.numel() <= BLOCK else precision(entry.param)
         made = Whole(entry, group, lambda: slices(entry, group, exact))
-        entry.state.update(rule.whole(made))
+        entry.add(rule.whole(made))
 
 
 def figures(

@@ -24,6 +24,8 @@ SAMPLE = 4096
 RUN = 128
 """Neighbours in the check sample of a larger one."""
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 At: TypeAlias = slice | Tensor
 """Elements in row-major order: a range, or flat positions."""
 
@@ -41,7 +43,8 @@ class WatchedParameter:
         numel: its real elements (a complex one counts twice).
         initial_lr: what the frame shows; None until first seen.
         span: the range of a flat buffer that it is; None for a tensor of its own.
-        previous_grad: the check sample of the gradient of the last recorded step.
+        previous: where the check sample of the gradient of the last recorded step is kept, and
+            its number there.
     """
 
     name: str
@@ -53,12 +56,12 @@ class WatchedParameter:
     group_name: str = ""
     initial_lr: Scalar | None = None
     span: slice | None = None
-    previous_grad: Tensor | None = None
+    previous: tuple[Any, int] | None = None
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a ``DTensor``; any other tensor itself."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):  # which is nearly always so
+    if type(tensor) in _PLAIN:  # which is nearly always so
         return tensor
     # Looked up among what is imported: a class that is not loaded has no instances.
     module = sys.modules.get("torch.distributed.tensor")
@@ -88,6 +91,8 @@ def entry_of(
         gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
     else:
         gradient = real(grad.to_dense() if grad.is_sparse else grad, span)
+    if type(param) in _PLAIN and span is None and not extra and not param.dtype.is_complex:
+        return Entry(param, gradient, state)  # as it is: nobody writes into it
     wide = None if span is None else param.shape
     entries = {}
     for name, value in state.items():
@@ -164,10 +169,10 @@ def lies_flat(entry: Entry) -> bool:
                 return False
         elif isinstance(value, Coded):
             return False
-    return param.is_contiguous() or _is_dense(param)
+    return param.is_contiguous() or is_dense(param)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a range of memory, in whatever order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -102,7 +102,8 @@ def record(
     s = Slice(entries, group, program.leaf, kept=names, had=had)
     e = Elements(s, rule)
     values = [figure.of(e) for figure in table]
-    counted = moves = None
+    counted: Any = None
+    moves: Any = None
     if rates:
         counted = e.measured_rate if rule is None else e.rate
         moves = e.has_grad if rule is None else e.moves

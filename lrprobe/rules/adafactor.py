@@ -26,7 +26,7 @@ def _whole(whole: Whole) -> dict[str, Scalar]:
         mean = state["row_var"].mean(dim=-2, keepdim=True)
         figures["row_mean"] = mean.clamp(min=state["eps1"])
     # Seen by the slices below, as they read the same state.
-    whole.entry.state.update(figures)
+    whole.entry.add(figures)
     squares = whole.sum(lambda s: (s.grad / _denominator(s)).square())
     figures["rms_scaled"] = (squares / max(whole.entry.param.numel(), 1)).sqrt()
     return figures

@@ -131,7 +131,11 @@ class Entry:
 
     param: Tensor
     grad: Tensor | SparseRows
-    state: dict[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Add to the state as rules see it; the optimizer's own stays as it is."""
+        self.state = {**self.state, **values}
 
     def wide_state(self) -> dict[str, Tensor]:
         """The floating state entries that are shaped like the parameter.

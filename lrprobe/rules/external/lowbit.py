@@ -87,7 +87,7 @@ def _bnb_ademamix(s: Slice) -> Update:
 
 def _bnb_lamb_whole(whole: Whole) -> dict[str, Any]:
     moments = _bnb_whole(whole)
-    whole.entry.state.update(moments)
+    whole.entry.add(moments)
     eps = whole.group["eps"]
 
     def normalised(s: Slice) -> Tensor:
@@ -124,7 +124,7 @@ def _bnb_lamb(s: Slice) -> Update:
 
 def _bnb_lars_whole(whole: Whole) -> dict[str, Any]:
     moments = _bnb_whole(whole)
-    whole.entry.state.update(moments)
+    whole.entry.add(moments)
     trust: Scalar = 1.0
     if not isinstance(moments["moment1"], Coded):
         trust = _bounded(0.02, whole, whole.sum(lambda s: s["moment1"].square()))
