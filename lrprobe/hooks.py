@@ -17,19 +17,20 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lrprobe.arguments import Every, Options, Step
+from lrprobe.arguments import Options
 from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.buffers import blank, fill
 from lrprobe.engine.check import Samples
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
 from lrprobe.engine.flight import MOVED, StepInFlight
-from lrprobe.engine.pieces import WatchedParameter, local
+from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
+from lrprobe.resting import at_rest, device_of, moved, moves
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import has_closure, tolerance
+from lrprobe.schedule import Schedule
 from lrprobe.text import listed, warn
 
 if TYPE_CHECKING:
@@ -100,11 +101,9 @@ class Hooks:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        # Before the user's own post-hooks, which may step a scheduler or drop the gradients, and
-        # after the pre-hooks, also those to come, which may clip them.
+        # Before the user's own post-hooks, which may step a scheduler or drop the gradients.
         hooks: Any = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no `prepend`
         hooks.move_to_end(self._handles[1].id, last=False)
-        _LAST.add(optimizer, self._handles[0].id)
 
     def join(self, data_parallel: int, flat: Sequence[Tensor], *, silent: bool) -> None:
         """Take part among other ranks.
@@ -123,9 +122,13 @@ class Hooks:
         if self._passes is not None:
             self._passes.tell(passes)
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, while it lives."""
+        return self._optimizer()
+
     def remove(self) -> None:
         """Leave the optimizer as it was."""
-        _LAST.remove(self._handles[0].id)
         for handle in self._handles:
             handle.remove()
         if self._passes is not None:
@@ -183,11 +186,12 @@ class Hooks:
             return
         with self._harmless(), _undisturbed():
             self._refresh(optimizer)
-            closure = has_closure(args, kwargs)
+            # What runs after this may still change the gradients, or make them.
+            closure = has_closure(args, kwargs) or not self._is_last(optimizer)
             if self.exchange is None:
                 self._kept = self.engine.before(self.watched, optimizer, closure=closure)
             else:
-                self._kept = PreStep(Samples({}))  # the other ranks must not wait, whatever happens here
+                self._kept = PreStep(Samples({}))  # the others must not wait, whatever happens
                 self._kept = self.exchange.before(self.watched, optimizer, closure=closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -200,6 +204,8 @@ class Hooks:
         self._depth = 0
         kept, self._kept = self._kept, None
         self.schedule.step = self._number
+        if not self._is_last(optimizer):  # pre-hooks that clip are to run before ours
+            _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
             if kept is None and not at_rest(optimizer):
@@ -234,14 +240,14 @@ class Hooks:
                 self.schedule.take_back()
             return None
         if kept is None:  # nothing is to be known of it but whether it was a step
-            buffers = blank(0, 0, _device(optimizer))
-            buffers.maxima[-1, MOVED] = _moved(optimizer, buffers.maxima.device)
+            buffers = blank(0, 0, device_of(optimizer))
+            buffers.maxima[-1, MOVED] = moved(optimizer, buffers.maxima.device)
             return StepInFlight((), buffers, info)
         figures = self.engine.after(self.watched, optimizer, kept)
         slots, end = slots_of(self.rows)
-        buffers = blank(len(self.rows), end, _device(optimizer))
+        buffers = blank(len(self.rows), end, device_of(optimizer))
         fill(buffers, figures, range(len(self.rows)), slots, folds=False)
-        buffers.maxima[-1, MOVED] = _moved(optimizer, buffers.maxima.device)
+        buffers.maxima[-1, MOVED] = moved(optimizer, buffers.maxima.device)
         self.reasons = {self.rows[i].name: why for i, why in figures.failed.items()}
         return StepInFlight(self.rows, buffers, info)
 
@@ -253,6 +259,16 @@ class Hooks:
     def take_back(self) -> int:
         """A record tells that its step was none; how much less those after it are numbered."""
         return self.schedule.take_back() if self.exchange is None else 0  # else see `settle`
+
+    def _is_last(self, optimizer: Optimizer) -> bool:
+        """Whether no pre-hook of the optimizer runs after ours, but for other probes'."""
+        hooks = _pre_hooks(optimizer)
+        for number in reversed(hooks):
+            if number == self._handles[0].id:
+                return True
+            if not isinstance(getattr(hooks[number], "__self__", None), Hooks):
+                return False
+        return True
 
     def _in_capture(self) -> bool:
         """Whether a CUDA graph is being captured, which would replay what is done now."""
@@ -382,149 +398,15 @@ class Hooks:
         )
 
 
-class _Last:
-    """Keeps pre-hooks the last of their optimizers, however late others are registered.
-
-    By a hook of all optimizers, which runs before those of one, and is there while it is needed.
-    """
-
-    def __init__(self) -> None:
-        self._optimizers: dict[int, tuple[int, weakref.finalize[..., Optimizer]]] = {}
-        """Pre-hook to the id of its optimizer, and what forgets it with that."""
-        self._hooks: dict[int, list[int]] = {}
-        """id of an optimizer to its pre-hooks."""
-        self._handle: Any = None
-
-    def add(self, optimizer: Optimizer, hook: int) -> None:
-        forget = weakref.finalize(optimizer, self.discard, hook)
-        forget.atexit = False
-        self._optimizers[hook] = id(optimizer), forget
-        self._hooks.setdefault(id(optimizer), []).append(hook)
-        if self._handle is None:
-            self._handle = register_optimizer_step_pre_hook(self._run)
-
-    def discard(self, hook: int) -> None:
-        if hook not in self._optimizers:
-            return
-        optimizer, forget = self._optimizers.pop(hook)
-        forget.detach()
-        self._hooks[optimizer].remove(hook)
-        if not self._hooks[optimizer]:
-            del self._hooks[optimizer]
-
-    def remove(self, hook: int) -> None:
-        """As ``discard``; not for a finalizer, which may run while the hooks are gone through."""
-        self.discard(hook)
-        if not self._optimizers and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _run(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for hook in self._hooks.get(id(optimizer), ()):
-            hooks: Any = optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - as above
-            if hook in hooks:  # or it is of another optimizer, which had the same id
-                hooks.move_to_end(hook)
-
-
-_LAST = _Last()
-
-
-class Schedule:
-    """Counts the steps of one optimizer, and says which are recorded."""
-
-    def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
-        self._every = every
-        self._source = step if callable(step) else None
-        self._first: int | None = None
-        self.step = _steps_taken(optimizer) if step is None or callable(step) else int(step)
-
-    def next(self) -> int:
-        """The number of the step that is about to be taken."""
-        number = int(self._source()) if self._source is not None else self.step + 1
-        if self._first is None:
-            self._first = number
-        return number
-
-    def go_on_from(self, step: int) -> None:
-        """Go on counting from there; the next step is a first one again."""
-        self.step, self._first = step, None
-
-    def take_back(self) -> int:
-        """The last step was none; how much less those after it are numbered."""
-        if self._source is not None:
-            return 0
-        self.step -= 1
-        return 1
-
-    def due(self, step: int) -> bool:
-        """Whether that step is recorded: with a period the first one, and every multiple of it."""
-        if callable(self._every):
-            return bool(self._every(step))
-        return step == self._first or step % self._every == 0
-
-    def __repr__(self) -> str:
-        return "step chosen" if callable(self._every) else f"{self._every} steps"
+def _pre_hooks(optimizer: Optimizer) -> Any:
+    hooks: Any = optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - torch has no way to order them
+    return hooks
 
 
 def group_name(optimizer: Optimizer, group: int) -> str:
     """The group's own name, else its number."""
     given = optimizer.param_groups[group].get("name")
     return f"group{group}" if given is None else str(given)
-
-
-def _device(optimizer: Optimizer) -> torch.device:
-    """Where figures are brought together: on an accelerator where some parameter is there."""
-    found = {local(p).device for g in optimizer.param_groups for p in g["params"]}
-    far = [device for device in found if device.type not in ("cpu", "meta")]
-    return min(far, key=str) if far else torch.device("cpu")
-
-
-def at_rest(optimizer: Optimizer) -> bool | None:
-    """Whether every rate is 0; None where a device would have to be asked."""
-    known: bool | None = True
-    for group in optimizer.param_groups:
-        lr = group.get("lr")
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            known = None
-        elif lr is None or (lr.any() if isinstance(lr, Tensor) else lr != 0):
-            return False
-    return known
-
-
-def moves(optimizer: Optimizer) -> bool:
-    """Whether some gradient has an element that is not 0, or none has elements; asks the device."""
-    grads = _gradients(optimizer)
-    return not grads or any(bool(each.any()) for each in grads)
-
-
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Those with elements; of a sparse one, the values."""
-    grads = [
-        local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-    ]
-    values = [g._values() if g.is_sparse else g for g in grads if g.numel()]  # noqa: SLF001 - it need not be coalesced for this
-    return [each.detach() for each in values]
-
-
-def _moved(optimizer: Optimizer, device: torch.device) -> Any:
-    """1 where some rate and some gradient is not 0, or there is no gradient; no device is asked.
-
-    Checkpoint libraries take a step with neither, so that there is a state to load into.
-    """
-    if at_rest(optimizer) is False:
-        return 1.0
-    grads = _gradients(optimizer)
-    if not grads:
-        return 1.0
-    rates = [torch.as_tensor(group["lr"]).detach().reshape(()) for group in optimizer.param_groups]
-
-    def some(values: Sequence[Tensor]) -> Tensor:
-        there = [v.any().to(device, torch.float64, non_blocking=True) for v in values]
-        return torch.stack(there).amax()
-
-    return torch.maximum(some(rates), some(grads))
 
 
 def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
@@ -534,19 +416,6 @@ def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
         for key, value in group.items()
         if key not in moved and isinstance(value, bool | int | float | str | None)
     }
-
-
-def _steps_taken(optimizer: Optimizer) -> int:
-    states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
-    steps = [state["step"] for state in states if "step" in state]
-    return max(map(_as_count, steps), default=0)
-
-
-def _as_count(step: Any) -> int:
-    try:
-        return int(step)
-    except (ValueError, TypeError, OverflowError, RuntimeError):
-        return 0  # no count that can be gone on from
 
 
 def _numel(param: Tensor) -> int:

@@ -111,13 +111,12 @@ def _attached(
     # A sink may be shared, but not twice by one optimizer; memory alone is a destination too.
     shared: list[Any] = [target.open() for target in found if target.place is None]
     shared += [None] * (not found)
-    places += [
-        f"{'memory' if sink is None else type(sink).__name__} for {name} ({id(sink)}, {id(each)})"
-        for sink in shared
-        for name, each in optimizers.items()
-    ]
-    older = [each for each in list(open_recorders) if set(places) & set(each.places)]
-    release = partial(_close, older, places)
+    older = {
+        each: same
+        for each in list(open_recorders)
+        if (same := _same_destinations(each, places, shared, optimizers))
+    }
+    release = partial(_close, older)
     if rank:  # which has nothing to write
         release()
         recorder = Recorder(None, Delivery([]), places, shared, rank=rank)
@@ -244,11 +243,26 @@ def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[s
     return result
 
 
-def _close(older: Sequence[Recorder], places: Sequence[str]) -> None:
-    for each in older:
-        same = set(places) & set(each.places)
+def _same_destinations(
+    recorder: Recorder,
+    places: Sequence[str],
+    shared: Sequence[Any],
+    optimizers: Mapping[str, Optimizer],
+) -> list[str]:
+    """What another probe records to as well: a path, or a sink (None: memory) of an optimizer."""
+    same = sorted(set(places) & set(recorder.places))
+    sinks = [sink for sink in shared if any(sink is other for other in recorder.shared)]
+    for name, each in optimizers.items():
+        # By living objects: an id may be used again.
+        if any(hooks.optimizer is each for hooks in recorder.hooks):
+            same += [f"{'memory' if s is None else type(s).__name__} for {name}" for s in sinks]
+    return same
+
+
+def _close(older: Mapping[Recorder, Sequence[str]]) -> None:
+    for each, same in older.items():
         warn(
-            f"another probe was recording to {listed(sorted(same))}: it is closed, and this "
+            f"another probe was recording to {listed(same)}: it is closed, and this "
             "one takes its place. (For several optimizers attach once, with a list.)"
         )
         each.close()

@@ -196,22 +196,12 @@ class Engine:
             grad = param.grad if param.grad is not None else pre.grads.get(i)
             if grads is not None and id(param) in grads:
                 grad = grads[id(param)]
-            if grad is None or "param" not in pre.samples.names(i):
-                if param.device.type != "meta":  # which has no values
-                    resting.append((i, param))
-                continue
-            state = optimizer.state.get(param, {})
-            entry = entry_of(param, state, pre.scalars.get(i, {}), grad, w.span)
-            rule = None if i in pre.failed else w.rule
-            if entry.param.numel() == 0:
-                found.vectors.append(_empty(i, entry, optimizer.param_groups[w.group], rule))
-                continue
-            kind, addresses, contiguous = self._described(entry)
-            key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
-            if key not in batches:
-                batches[key] = Batch([], [], optimizer.param_groups[w.group], rule)
-                batches[key].whole = contiguous
-            batches[key].add(i, entry, addresses)
+            if grad is not None and "param" in pre.samples.names(i):
+                group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
+                entry = entry_of(param, state, pre.scalars.get(i, {}), grad, w.span)
+                self._sort(i, w, entry, group, pre, batches, found)
+            elif param.device.type != "meta":  # which has no values
+                resting.append((i, param))
         for batch in batches.values():
             found.vectors += self._summarised(batch, pre, found)
             self._track(batch, watched, pre, found)
@@ -222,6 +212,27 @@ class Engine:
             if square is not None:
                 found.resting[i] = square
         return found
+
+    def _sort(
+        self,
+        i: int,
+        w: WatchedParameter,
+        entry: Entry,
+        group: Mapping[str, Any],
+        pre: PreStep,
+        batches: dict[Any, Batch],
+        found: StepFigures,
+    ) -> None:
+        """Put a piece beside others of its kind; one without elements is done at once."""
+        rule = None if i in pre.failed else w.rule
+        if entry.param.numel() == 0:
+            found.vectors.append(_empty(i, entry, group, rule))
+            return
+        kind, addresses, contiguous = self._described(entry)
+        key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
+        if key not in batches:
+            batches[key] = Batch([], [], group, rule, whole=contiguous)
+        batches[key].add(i, entry, addresses)
 
     def _summarised(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
         """Figures of a batch by its rule; of what that cannot read, measured ones."""

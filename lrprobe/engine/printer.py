@@ -56,7 +56,9 @@ from lrprobe.engine.intrinsics import {log} as fast_log2, {order} as order, {val
 real = {real}
 ONE, ZERO, NONE, ALL = real(1), real(0), {key}({least}), {key}({most})
 
-@njit(nogil=True, error_model="numpy", cache=True, fastmath={{"reassoc", "nsz", "contract", "arcp"}})
+FAST = {{"reassoc", "nsz", "contract", "arcp"}}  # not nnan, not ninf: they would lose a NaN
+
+@njit(nogil=True, error_model="numpy", cache=True, fastmath=FAST)
 def kernel(
     who, slot, pointers, numel, owner, start, bounds, scalars, out, pool, begin, end, scratch
 ):
