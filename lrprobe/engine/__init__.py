@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine import eager
+from lrprobe.engine.batch import Batch, add_whole_figures, addresses_of, batch_of, described
 from lrprobe.engine.buffers import StepFigures, Vectors, column
 from lrprobe.engine.check import Samples
 from lrprobe.engine.distribution import Bins, fold
@@ -65,37 +66,6 @@ class PreStep:
     scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
     tracked: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Batch:
-    """Pieces of one kind: the same rule, group, dtypes, device and state entries.
-
-    Attributes:
-        at: numbers of their parameters.
-        entries: what rules read of each.
-        group, rule: theirs.
-        columns: name of a tensor of elements to its address in each piece; nothing where the
-            tensors cannot all be read by address.
-        whole: whether all of those are contiguous.
-    """
-
-    at: list[int]
-    entries: list[Entry]
-    group: Mapping[str, Any]
-    rule: Rule | None
-    columns: dict[str, list[int]] = field(default_factory=dict)
-    whole: bool = True
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self.at)))
-
-    def add(self, i: int, entry: Entry, addresses: Mapping[str, int]) -> None:
-        """Take a piece."""
-        self.at.append(i)
-        self.entries.append(entry)
-        for name, address in addresses.items():
-            self.columns.setdefault(name, []).append(address)
 
 
 class Engine:
@@ -228,7 +198,7 @@ class Engine:
         if entry.param.numel() == 0:
             found.vectors.append(_empty(i, entry, group, rule))
             return
-        kind, addresses, contiguous = self._described(entry)
+        kind, addresses, contiguous = described(self.ways, entry)
         key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
         if key not in batches:
             batches[key] = Batch([], [], group, rule, whole=contiguous)
@@ -239,7 +209,7 @@ class Engine:
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
-                    self._add_whole(batch)
+                    add_whole_figures(self.ways, batch)
                 return [self._checked_figures(batch, pre)]
             except torch.OutOfMemoryError:  # which is no fault of the rule's
                 raise
@@ -249,63 +219,12 @@ class Engine:
                         vectors
                         for i, entry in zip(batch.at, batch.entries, strict=True)
                         for vectors in self._summarised(
-                            self._batch_of(i, entry, batch.group, batch.rule), pre, found
+                            batch_of(self.ways, i, entry, batch.group, batch.rule), pre, found
                         )
                     ]
                 found.failed[batch.at[0]] = cause(error)
                 batch.rule = None
         return [self._checked_figures(batch, pre)]
-
-    def _add_whole(self, batch: Batch) -> None:
-        """Add figures of whole parameters, whose tensors then have addresses too."""
-        if batch.rule is not None:
-            for entry in batch.entries:
-                eager.add_whole(entry, batch.group, batch.rule)
-        found = [self._described(entry) for entry in batch.entries]
-        alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
-        names = found[0][1] if alike else ()
-        batch.columns = {name: [addresses[name] for _, addresses, _ in found] for name in names}
-
-    def _batch_of(self, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) -> Batch:
-        """A batch of one piece."""
-        _, addresses, contiguous = self._described(entry)
-        batch = Batch([], [], group, rule, whole=contiguous)
-        batch.add(i, entry, addresses if entry.param.numel() else {})
-        return batch
-
-    def _described(self, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
-        """What pieces that are read together have in common; the addresses of the elements.
-
-        There are none where the tensors have not all one dense layout. And whether that is the
-        contiguous one.
-        """
-        param, grad = entry.param, entry.grad
-        shape, strides, device = param.shape, param.stride(), param.device
-        way = self.ways.get("cpu" if param.is_cpu else device.type)
-        if isinstance(grad, Tensor):
-            tensors: list[tuple[str, Any]] = [("param", param), ("grad", grad)]
-        else:
-            way, tensors = None, [("param", param)]
-        addresses: dict[str, int] = {}
-        kinds: list[Any] = [device, type(grad) is SparseRows]
-        for name, value in (*tensors, *entry.state.items()):
-            if not isinstance(value, Tensor):
-                kinds.append((name, value is None))
-                way = None if isinstance(value, Coded) else way
-                continue
-            same = value.shape == shape
-            kinds.append((name, value.dtype, same))
-            if same and (shape or value.device == device):
-                if way is None or value.stride() != strides or not way.is_addressable(value):
-                    way = None
-                else:
-                    addresses[name] = value.data_ptr()
-            elif value.dim() and is_wide(value, shape):
-                way = None  # it is broadcast
-        contiguous = param.is_contiguous()
-        if way is None or not (contiguous or is_dense(param)):
-            addresses = {}
-        return (*kinds, bool(addresses)), addresses, contiguous
 
     def _checked_figures(self, batch: Batch, pre: PreStep) -> Vectors:
         """``FIGURES`` and ``CHECKS`` of a batch."""
@@ -340,7 +259,7 @@ class Engine:
             recorded = _recorded(table, batch, rates=rates, samples=samples)
         if way is None or recorded is None:
             return _eager(table, batch, rates=rates, samples=samples)
-        found = _addresses(recorded, batch, samples, way)
+        found = addresses_of(recorded, batch, samples, way)
         if found is None:
             return _eager(table, batch, rates=rates, samples=samples)
         addresses, dtypes, _alive = found
@@ -399,54 +318,8 @@ class Engine:
 
     def _of_one(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""
-        batch = self._batch_of(0, Entry(tensor, tensor), {}, None)
+        batch = batch_of(self.ways, 0, Entry(tensor, tensor), {}, None)
         return self._figures(table, batch, rates=False).table[0]
-
-
-def _addresses(
-    recorded: Recorded, batch: Batch, samples: Samples | None, way: ModuleType
-) -> tuple[NDArray[np.int64], list[torch.dtype], list[Tensor]] | None:
-    """Addresses and dtypes of the leaves of each piece, and what must live until they are read.
-
-    None where a tensor that the program reads has none.
-    """
-    columns, dtypes, alive = [], [], []
-    large = [n for n, entry in enumerate(batch.entries) if entry.param.numel() > SAMPLE]
-    for leaf in recorded.program.leaves:
-        name = leaf.removeprefix("old ")
-        source = "grad" if name == "previous" else name
-        if source not in batch.columns:
-            return None
-        dtypes.append(_leaf(batch.entries[0], source).dtype)
-        if samples is None:
-            columns.append(batch.columns[name])
-            continue
-        if leaf != name:
-            device = batch.entries[0].param.device
-            columns.append([samples.address(i, name, device) for i in batch.at])
-            continue
-        column = list(batch.columns[name])
-        tensors = {n: _leaf(batch.entries[n], name) for n in (large if batch.whole else batch)}
-        odd = {n: sample(t, t.shape) for n, t in tensors.items() if not t.is_contiguous()}
-        even = [n for n in large if n not in odd]
-        if even:
-            buffer, starts = way.gather([tensors[n] for n in even])
-            alive.append(buffer)
-            for n, start in zip(even, starts, strict=True):
-                column[n] = buffer.data_ptr() + start
-        for n, copy in odd.items():
-            alive.append(copy)
-            column[n] = copy.data_ptr()
-        columns.append(column)
-    table = np.array(columns, np.int64).reshape(len(columns), len(batch.at)).T
-    return np.ascontiguousarray(table), dtypes, alive
-
-
-def _leaf(entry: Entry, name: str) -> Any:
-    """A tensor of an entry, by the name that programs have for it."""
-    if name in ("param", "grad"):
-        return entry.param if name == "param" else entry.grad
-    return entry.state.get(name)
 
 
 def _recorded(
