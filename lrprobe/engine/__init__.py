@@ -8,14 +8,12 @@ Nothing here reads a value that is on a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine import eager
@@ -25,12 +23,9 @@ from lrprobe.engine.check import Samples
 from lrprobe.engine.distribution import Bins, fold
 from lrprobe.engine.figures import CHECKS, FIGURES, GRADIENT, Elements, Figure
 from lrprobe.engine.pieces import (
-    SAMPLE,
     WatchedParameter,
     entry_of,
     flattened,
-    is_dense,
-    is_wide,
     local,
     read,
     real,
@@ -41,7 +36,7 @@ from lrprobe.engine.pieces import (
 from lrprobe.engine.program import UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Coded, Entry, Rule, Scalar, SparseRows
+from lrprobe.rules.base import Entry, Rule, Scalar
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """Of a parameter that has no gradient."""

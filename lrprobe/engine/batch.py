@@ -53,7 +53,9 @@ class Batch:
             self.columns.setdefault(name, []).append(address)
 
 
-def _batch_of(self, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) -> Batch:
+def batch_of(
+    ways: Ways, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None
+) -> Batch:
     """A batch of one piece."""
     _, addresses, contiguous = described(ways, entry)
     batch = Batch([], [], group, rule, whole=contiguous)
