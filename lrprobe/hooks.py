@@ -8,16 +8,16 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lrprobe import compiled
 from lrprobe.arguments import Options
 from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.buffers import blank, fill
@@ -148,16 +148,10 @@ class Hooks:
         }
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            _outside_graph(self._before_step, optimizer, args, kwargs)
-        else:
-            self._before_step(optimizer, args, kwargs)
+        compiled.call(self._before_step, optimizer, args, kwargs)
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            _outside_graph(self._after_step, optimizer)
-        else:
-            self._after_step(optimizer)
+        compiled.call(self._after_step, optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._cuda and self._in_capture():
@@ -471,11 +465,6 @@ def _undisturbed() -> Iterator[None]:
         torch.autocast("cuda", enabled=False),
     ):
         yield
-
-
-@_disable_dynamo
-def _outside_graph(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
 
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")

@@ -200,10 +200,10 @@ def find_optimizers(given: Any) -> dict[str, Optimizer]:
 
 
 def _unwrap(given: Any) -> Optimizer:
-    found, seen = given, set()
-    while id(found) not in seen:
-        seen.add(id(found))
-        for attribute in ("optimizer", "optim"):
+    found, seen = given, []
+    while not any(found is each for each in seen):
+        seen.append(found)
+        for attribute in ("optimizer", "optim", "base_optimizer"):
             inner = getattr(found, attribute, None)
             # A wrapper may itself subclass Optimizer without ever running its hooks.
             if isinstance(inner, Optimizer) or (
@@ -214,8 +214,9 @@ def _unwrap(given: Any) -> Optimizer:
     if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_post_hooks"):
         return found
     raise TypeError(
-        "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer or "
-        f".optim), a list of them, or a dict of name to optimizer; got {kind(given)}"
+        "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer, "
+        ".optim or .base_optimizer), a list of them, or a dict of name to optimizer; got "
+        f"{kind(given)}"
     )
 
 
