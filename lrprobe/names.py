@@ -200,7 +200,8 @@ def find_optimizers(given: Any) -> dict[str, Optimizer]:
 
 
 def _unwrap(given: Any) -> Optimizer:
-    found, seen = given, []
+    found = given
+    seen: list[Any] = []
     while not any(found is each for each in seen):
         seen.append(found)
         for attribute in ("optimizer", "optim", "base_optimizer"):

@@ -6,6 +6,7 @@ step hook → engine: rule → figures of each piece → recorder → record →
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -227,20 +228,34 @@ class Probe:
         return self._recorder.memory
 
 
+_named: weakref.WeakKeyDictionary[Any, dict[str, weakref.ref[Optimizer]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Sink of a user's to the optimizers that have recorded to it, by the names they have there."""
+
+
 def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[str, Optimizer]:
-    """Names that no other probe's optimizer has in a sink that both write to."""
-    sinks = {id(sink) for sink in shared if sink is not None}
-    others = [each for each in list(open_recorders) if sinks & set(map(id, each.shared))]
-    taken = {hooks.name for each in others for hooks in each.hooks}
+    """Names that no other optimizer, living or dead, has in a sink that both write to."""
+    sinks = [_named.setdefault(sink, {}) for sink in shared if _may_be_key(sink)]
     result: dict[str, Optimizer] = {}
     for name, optimizer in optimizers.items():
-        unique = next(
-            each
-            for each in itertools.chain([name], (f"{name}#{n}" for n in itertools.count(1)))
-            if each not in taken and each not in result
-        )
+        for unique in itertools.chain([name], (f"{name}#{n}" for n in itertools.count(1))):
+            others = [named[unique]() for named in sinks if unique in named]
+            if unique not in result and all(other is optimizer for other in others):
+                break
         result[unique] = optimizer
+        for named in sinks:
+            named[unique] = weakref.ref(optimizer)
     return result
+
+
+def _may_be_key(sink: Any) -> bool:
+    try:
+        weakref.ref(sink)
+        hash(sink)
+    except TypeError:
+        return False
+    return sink is not None
 
 
 def _same_destinations(
