@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -38,3 +39,11 @@ def parts_of(name: str) -> tuple[str, str, str]:
     """
     separator = "/" if name.rfind("/") > name.rfind(".") else "."
     return name.rpartition(separator)
+
+
+def shorter(name: str, most: int = 200) -> str:
+    """A name, or of a long one its two ends with a checksum between, so that it stays its own."""
+    if len(name) <= most:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return f"{name[: most // 2]}…{digest}…{name[12 - most // 2 :]}"
