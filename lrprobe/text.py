@@ -42,8 +42,9 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 
 def shorter(name: str, most: int = 200) -> str:
-    """A name, or of a long one its two ends with a checksum between, so that it stays its own."""
+    """A name as text, or of a long one its two ends with a checksum between: it stays its own."""
+    name = name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text
     if len(name) <= most:
         return name
-    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{name[: most // 2]}…{digest}…{name[12 - most // 2 :]}"
