@@ -21,9 +21,9 @@ from werkzeug import Request, Response
 from lrprobe.sinks.tab import PLUGIN
 from lrprobe.tab.frames import frame_of
 from lrprobe.tab.store import Entry, Series, Store
-from lrprobe.tab.torn import torn
 from lrprobe.view import answers, page
 from lrprobe.view.table import COLUMNS
+from lrprobe.view.torn import torn
 
 _DIAGNOSED_ROWS = 400_000
 """Rows of a run that its findings are made from; more would take the tab seconds."""
@@ -113,7 +113,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]
                     "version": repr(sorted(each.version for each in series)),
                 }
             )
-        return {**answers.overview((), notes), "tables": tables}
+        return answers.overview(tables, notes)
 
     def _heatmap(self, request: Request) -> dict[str, Any]:
         figure = _argument(request, "figure")

@@ -193,7 +193,9 @@ def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
         for block, rows in having:
             at_steps = np.searchsorted(steps, block.steps[rows])
             at_names = np.array([names[name] for name in block.about["names"]])
-            matrix[np.ix_(at_steps, at_names)] = block.cells[rows, block.about["columns"].index(column), :]
+            matrix[np.ix_(at_steps, at_names)] = block.cells[
+                rows, block.about["columns"].index(column), :
+            ]
         figures[column] = matrix
     return Table(
         run=run,

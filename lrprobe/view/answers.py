@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,23 @@ _POINTS = 600
 _TINY = 1e-38
 
 
-def overview(tables: Sequence[Table], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """What there is: each table's parameters and figures, and what is to be said of them."""
+def overview(tables: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """What there is: tables, the figures to pick from, and what is to be said of them."""
+    names = titles([(table["run"], table["optimizer"]) for table in tables])
     return {
-        "tables": [about(table) for table in tables],
+        "tables": [{**table, "title": name} for table, name in zip(tables, names, strict=True)],
         "figures": {name: figure._asdict() for name, figure in FIGURES.items()},
         "notes": list(notes),
     }
+
+
+def titles(keys: Sequence[tuple[str, str]]) -> list[str]:
+    """What each run and optimizer is called: the run, and the optimizer where it has several."""
+    runs = [run for run, _ in keys]
+    return [
+        optimizer if not run else run if runs.count(run) == 1 else f"{run} · {optimizer}"
+        for run, optimizer in keys
+    ]
 
 
 def about(table: Table) -> dict[str, Any]:
@@ -176,20 +186,31 @@ def packed(values: NDArray[np.float32]) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
 
 
-def embedded(
-    tables: Sequence[Table], most_bytes: int = 6_000_000, most_steps: int = 400
-) -> list[dict[str, Any]]:
-    """All figures of all tables, at so many recorded steps that they do not take more bytes."""
-    result = []
+def document(
+    tables: Sequence[Table], *, findings: bool, most_bytes: int = 12_000_000, most_steps: int = 400
+) -> dict[str, Any]:
+    """All that a page needs which has its figures inside.
+
+    Args:
+        tables: what was recorded.
+        findings: whether the view shows findings itself.
+        most_bytes: of all figures, about, and
+        most_steps: of each table; of more recorded steps the most unusual ones are in it.
+    """
+    share = most_bytes / max(len(tables), 1)
+    inside = []
     for table in tables:
         row = 4 * len(table.figures) * max(len(table.names), 1)
-        most = max(min(most_steps, int(most_bytes / max(len(tables), 1) / row)), 20)
+        most = max(min(most_steps, int(share / max(row, 1))), 20)
         lead = next((c for c in FIGURES if c in table.figures), None)
-        empty = np.zeros((len(table.steps), 1), np.float32)
-        at = picked(table.steps, table.figures[lead] if lead else empty, -math.inf, math.inf, most)
-        figures: Mapping[str, str] = {c: packed(m[at].T) for c, m in table.figures.items()}
-        steps = table.steps[at].tolist()
-        result.append(
-            {**about(table), "steps": steps, "values": figures, "recorded": len(table.steps)}
+        matrix = table.figures[lead] if lead else np.zeros((len(table.steps), 1), np.float32)
+        at = picked(table.steps, matrix, -math.inf, math.inf, most)
+        inside.append(
+            {
+                **about(table),
+                "steps": table.steps[at].tolist(),
+                "recorded": len(table.steps),
+                "values": {column: packed(m[at].T) for column, m in table.figures.items()},
+            }
         )
-    return result
+    return {**overview(inside), "options": {"findings": findings}}

@@ -50,7 +50,7 @@ def script() -> str:
     source = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in _MODULES)
     source = re.sub(r"^import [^;]*;\n", "", source, flags=re.MULTILINE)
     source = re.sub(r"^export ", "", source, flags=re.MULTILINE)
-    return source.replace("</", "<\\/")
+    return source.replace("</script", "<\\/script")
 
 
 def live(data: dict[str, Any]) -> str:

@@ -23,17 +23,6 @@ export function number(value) {
   return size < 1e-3 || size >= 1e5 ? value.toExponential(3) : String(Number(value.toPrecision(4)));
 }
 
-/** What tells one table of an overview from another, and is shown as its name. */
-export function titles(tables) {
-  const optimizers = (run) => tables.filter((table) => table.run === run).length;
-  for (const table of tables) {
-    const alone = optimizers(table.run) === 1;
-    table.title = !table.run ? table.optimizer
-      : alone ? table.run : `${table.run} · ${table.optimizer}`;
-  }
-  return tables;
-}
-
 /** The server of TensorBoard's plugin. */
 export class Remote {
   live = true;
@@ -49,9 +38,7 @@ export class Remote {
   }
 
   async overview() {
-    const answer = await this.ask("overview");
-    titles(answer.tables);
-    return answer;
+    return this.ask("overview");
   }
 
   async heatmap(table, figure, range) {
@@ -82,7 +69,6 @@ export class Embedded {
 
   constructor(data) {
     this.data = data;
-    titles(data.tables);
     for (const table of data.tables) {
       table.unpacked = {};
     }
