@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.notebook import step_html
 from lrprobe.rules import Rule, Slice, Update, find_rule
 from lrprobe.rules.base import Entry
 from lrprobe.summary.figures import measured_rates, ulp
@@ -50,6 +51,9 @@ class StepView:
         shape = "×".join(map(str, self.effective_lr.shape)) or "a scalar"
         dtype = str(self.effective_lr.dtype).removeprefix("torch.")
         return f"<StepView {shape} {dtype}, rule {self.rule}, error {self.error:.2g}>"
+
+    def _repr_html_(self) -> str:
+        return step_html(self)
 
 
 class Steps(Mapping[str, StepView]):

@@ -93,6 +93,7 @@ def render(runs: Runs, notes: Sequence[str] = ()) -> tuple[str, Findings]:
     title = "lrprobe: " + ", ".join(runs.names[:4]) + (", …" if len(runs.names) > 4 else "")
     text = _PAGE.format(
         title=html.escape(title),
+        policy=page.POLICY,
         style=page.style() + _style(),
         runs=runs_table(frame, runs),
         notes="".join(f"<p class=note>{html.escape(note)}.</p>" for note in notes),
@@ -130,8 +131,7 @@ def _style() -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:;
- script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+{policy}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head><body class="report">
 <h1>{title}</h1>

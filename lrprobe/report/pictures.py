@@ -97,7 +97,7 @@ def _lr(frame: pd.DataFrame) -> Any:
     """The lr of each group over the steps, one line for each that differs."""
     from matplotlib import pyplot as plt
 
-    import lrprobe.plot as draw
+    from lrprobe import drawing as draw
 
     figure, ax = plt.subplots(figsize=(8.0, 3.2), layout="constrained")
     keys = [key for key in ("run", "optimizer", "group") if key in frame]

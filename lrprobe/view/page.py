@@ -67,6 +67,24 @@ def live(data: dict[str, Any]) -> str:
     )
 
 
+def alone(data: dict[str, Any]) -> str:
+    """A page that is the view and nothing else."""
+    return _PAGE.format(style=style(), live=live(data), policy=POLICY)
+
+
 def _packed(name: str, data: bytes) -> str:
     text = base64.b64encode(data).decode()
     return f'<script type="application/gzip" id="{name}">{text}</script>\n'
+
+
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "img-src data: blob:; script-src 'unsafe-inline'; style-src 'unsafe-inline'\">"
+)
+"""The browser fetches nothing for such a page, whatever is in it."""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">{policy}<title>lrprobe</title>
+<style>{style}</style></head><body><main id="lrprobe">This view needs a browser that runs scripts.
+</main>{live}</body></html>
+"""
