@@ -192,7 +192,8 @@ def _describe(plans: Collection[Plan], tags: Tags, sink: str) -> Any:
     patterns["effective_lr_p50"] = f"^{re.escape(prefix)}effective_lr_log10_p50/"
     # All layers in one chart each, for the eye to find the odd one.
     overview = {title: ["Multiline", [patterns[column]]] for title, column in _OVERVIEW.items()}
-    layout = {f"{prefix}effective_lr": {**bands, **overview}}
+    # TensorBoard shows bands below all other charts, and the last of them first.
+    layout = {f"{prefix}effective_lr": {**overview, **dict(reversed(bands.items()))}}
     summary.MergeFrom(custom_scalars(layout))  # type: ignore[no-untyped-call]
     level = " or ".join(sorted({plan.level for plan in plans}))
     rows = "".join(

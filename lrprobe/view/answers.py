@@ -17,10 +17,10 @@ from lrprobe.view.table import FIGURES, Matrix, Table
 if TYPE_CHECKING:
     from lrprobe.diagnosis import Findings
 
-_CELLS = 400_000
+_CELLS = 200_000
 """Cells of a heatmap, about; a screen has not many more."""
 
-_COLUMNS = 60, 800
+_COLUMNS = 60, 500
 """Columns of a heatmap, at least and at most."""
 
 _POINTS = 600

@@ -56,15 +56,7 @@ export function rowsOf(names, open, filter) {
   return [...rows.values()];
 }
 
-/** The middle of some numbers, without those that are none. */
-export function median(values) {
-  const known = values.filter((value) => !Number.isNaN(value)).sort((a, b) => a - b);
-  const half = known.length >> 1;
-  if (!known.length) return NaN;
-  return known.length % 2 ? known[half] : (known[half - 1] + known[half]) / 2;
-}
-
-const UNUSUAL = 1; // decades from what a parameter usually is
+const UNUSUAL = 10; // times what a parameter usually is
 
 /**
  * The figures of the rows, each an array over the steps.
@@ -76,24 +68,36 @@ export function fold(rows, values, width) {
   return rows.map(({ members }) => {
     const of = members.map((member) => values.subarray(member * width, (member + 1) * width));
     if (of.length === 1) return of[0];
-    const usual = of.map((line) => Math.log10(Math.abs(median(Array.from(line)))));
+    const usual = of.map((line) => middle(Float32Array.from(line)));
     const row = new Float32Array(width);
+    const here = new Float32Array(of.length);
     for (let at = 0; at < width; at++) {
-      row[at] = median(of.map((line) => line[at]));
-      let most = UNUSUAL;
-      of.forEach((line, member) => {
-        const far = Math.abs(Math.log10(Math.abs(line[at])) - usual[member]);
-        if (far > most && Number.isFinite(far)) [most, row[at]] = [far, line[at]];
-      });
+      let [most, odd] = [UNUSUAL, NaN];
+      for (let member = 0; member < of.length; member++) {
+        const value = of[member][at];
+        here[member] = value;
+        const times = value / usual[member];
+        const far = times < 1 ? 1 / times : times;
+        if (far > most && far < Infinity) [most, odd] = [far, value];
+      }
+      row[at] = Number.isNaN(odd) ? middle(here) : odd;
     }
     return row;
   });
 }
 
+/** The median of a typed array, which it sorts: a NaN comes last. */
+function middle(values) {
+  values.sort();
+  let count = values.length;
+  while (count && Number.isNaN(values[count - 1])) count--;
+  return count ? (values[(count - 1) >> 1] + values[count >> 1]) / 2 : NaN;
+}
+
 /** Of the parameters of a row the one that is most unlike the others at a step. */
 export function oddest(row, values, width, at) {
   const logs = row.members.map((member) => Math.log(Math.abs(values[member * width + at])));
-  const middle = median(logs);
-  const far = logs.map((log) => (Number.isNaN(log) ? Infinity : Math.abs(log - middle) || 0));
+  const usual = middle(Float32Array.from(logs));
+  const far = logs.map((log) => (Number.isNaN(log) ? Infinity : Math.abs(log - usual) || 0));
   return row.members[far.indexOf(Math.max(...far))];
 }

@@ -36,16 +36,13 @@ export async function render() {
   };
   dress();
   document.documentElement.classList.add("live");
-  const missing = await Promise.allSettled([
-    load("link", { rel: "stylesheet", href: "style.css" }),
-    load("script", { src: "plotly.min.js" }),
-  ]);
-  if (!globalThis.Plotly) {
+  await load("link", { rel: "stylesheet", href: "style.css" });
+  // Figures come while Plotly is read, which takes a browser a second.
+  const ready = load("script", { src: "plotly.min.js" });
+  ready.catch(() => {
     root.textContent = "The tab draws with Plotly, which is not installed: pip install 'lrprobe[plot]'";
-    root.dataset.missing = String(missing.length);
-    return;
-  }
-  const view = new View(root, new Remote(), new Address(outside, "lrprobe"));
+  });
+  const view = new View(root, new Remote(), new Address(outside, "lrprobe"), { ready });
   if (outside !== window) {
     new MutationObserver(() => { dress(); view.all(); })
       .observe(outside.document.body, { attributes: true, attributeFilter: ["class"] });

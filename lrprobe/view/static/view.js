@@ -22,6 +22,7 @@ export class View {
     this.plots = new Map();
     this.maps = new Map();
     this.busy = Promise.resolve();
+    this.ready = options.ready ?? Promise.resolve(); // when Plotly is there
     this.build();
     address.listen((text) => {
       this.state = parse(text);
@@ -141,6 +142,7 @@ export class View {
     this.colours = theme(this.root);
     this.controls();
     await Promise.all(this.tables.map((table) => this.map(table)));
+    await this.ready;
     if (!this.state.parameters.length) {
       const [table] = this.tables;
       this.state.parameters = [table.names.find((name) => name.endsWith("weight")) ?? table.names[0]];
