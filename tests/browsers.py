@@ -16,6 +16,7 @@ from torch import nn
 import lrprobe
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+ActionChains = webdriver.ActionChains
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -40,6 +41,23 @@ def train(
             model(torch.randn(8, width)).square().mean().backward()
             optimizer.step()
     return probe
+
+
+EVIL = '<img src=x onerror="alert(1)">&\'\u202e{{7*7}}%{y}'
+
+
+class Evil(nn.Module):
+    """A network with names that are markup, or very long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.odd = [EVIL, "m" * 10**6, "m" * 10**6 + "n"]
+        for name in self.odd:
+            self.register_parameter(name, nn.Parameter(torch.ones(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * sum(self._parameters[name] for name in self.odd)
 
 
 def small_net() -> nn.Module:
@@ -89,3 +107,72 @@ def until(what: Callable[[], object], message: str, seconds: float = LONG) -> ob
 def errors(browser: webdriver.Chrome) -> list[str]:
     """What the console has of errors since the last look."""
     return [each["message"] for each in browser.get_log("browser") if each["level"] == "SEVERE"]
+
+
+def of(frame, parameter: str, column: str = "effective_lr_p50") -> list[float]:
+    """A parameter's figures."""
+    return frame.loc[frame["parameter"] == parameter, column].tolist()
+
+
+# --- The view ---
+
+READY = "return document.getElementById('lrprobe')?.dataset.ready === 'true'"
+# The heatmap of a run: what Plotly draws, and where its cells are on the screen.
+HEATMAP = "const map = [...lrprobe.heatmaps.values()][arguments[0] ?? 0].heatmap; "
+CHARTS = "const chart = (name) => document.querySelector('.chart.' + name); "
+
+
+class Page:
+    """The view in a browser, whether in TensorBoard's frame or a page of its own."""
+
+    def __init__(self, browser) -> None:
+        self.browser = browser
+
+    def run(self, script: str, *arguments: object) -> object:
+        return self.browser.execute_script(script, *arguments)
+
+    def ready(self) -> None:
+        until(lambda: self.run(READY), "the view is not drawn")
+        found = "return !lrprobe.options.findings || lrprobe.found.querySelector('.found')"
+        until(lambda: self.run(found), "the findings are not there")
+        self.settle()
+
+    def settle(self) -> None:
+        self.browser.execute_async_script("lrprobe.busy.then(arguments[0])")
+
+    def text(self) -> str:
+        return str(self.run("return document.body.textContent"))
+
+    def cells(self, at: int = 0) -> list[int]:
+        return self.run(
+            HEATMAP + "const [t] = map.element.data; return [t.z.length, t.z[0].length]", at
+        )
+
+    def move(self, row: int, column: int, at: int = 0) -> ActionChains:
+        """The mouse to a cell; what follows is done there."""
+        element, x, y = self.run(
+            HEATMAP + "map.element.scrollIntoView({block: 'center'});"
+            "const box = map.element.getBoundingClientRect();"
+            "const { x, y } = map.place({row: arguments[1], column: arguments[2]});"
+            "return [map.element, x - box.x - box.width / 2, y - box.y - box.height / 2]",
+            at,
+            row,
+            column,
+        )
+        mouse = ActionChains(self.browser, duration=50)
+        return mouse.move_to_element_with_offset(element, round(x), round(y))
+
+    def tip(self) -> str:
+        shown = "const tip = document.querySelector('.tip'); return tip.hidden ? '' : tip.innerText"
+        return str(until(lambda: self.run(shown), "nothing is shown of the cell"))
+
+    def chosen(self) -> list[str]:
+        self.settle()
+        return self.run(
+            "return [...document.querySelectorAll('.chosen code')].map(e => e.textContent)"
+        )
+
+    def line(self, chart: str, trace: int = -1) -> list[float]:
+        return self.run(
+            CHARTS + "return Array.from(chart(arguments[0]).data.at(arguments[1]).y)", chart, trace
+        )

@@ -82,7 +82,7 @@ def _layers(frame: pd.DataFrame, found: Findings) -> list[Any]:
         name
         for series in series_of(frame)
         for name, size in zip(series.names, series.numel, strict=True)
-        if not size < np.nanmedian(series.numel)
+        if not size < np.median(series.numel)  # where sizes are not known, none is small
     }
     first = [name for name in names if name in grave][: _PANELS // 2]
     rest = [name for name in names if name in large and name not in first]

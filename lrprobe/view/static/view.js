@@ -365,7 +365,7 @@ export class View {
       const answer = await this.source.findings(table);
       if (answer) parts.push(findingsOf(answer, table, (where, item) => this.go(where, item)));
     }
-    this.found.replaceChildren(make("h2", {}, "Findings"), ...parts);
+    this.found.replaceChildren(make("h2", {}, "Findings"), ...parts)
   }
 
   /** Show a finding: its run, its parameter, its steps. */
