@@ -176,3 +176,20 @@ class Page:
         return self.run(
             CHARTS + "return Array.from(chart(arguments[0]).data.at(arguments[1]).y)", chart, trace
         )
+
+
+def open_tab(browser, address: str, state: str = "") -> Page:
+    """The tab, once it is drawn."""
+    enter_tab(browser, address, state).ready()
+    return Page(browser)
+
+
+def enter_tab(browser, address: str, state: str = "") -> Page:
+    """The tab's frame."""
+    browser.switch_to.default_content()
+    browser.get("about:blank")
+    browser.get(f"{address}/#lrprobe{'&' if state else ''}{state}")
+    until(lambda: browser.find_elements("css selector", "iframe"), "TensorBoard has no such tab")
+    browser.switch_to.frame(browser.find_element("css selector", "iframe"))
+    until(lambda: browser.find_elements("id", "lrprobe"), "the tab's module does not run")
+    return Page(browser)

@@ -18,9 +18,11 @@ from browsers import (
     Evil,
     Page,
     chromium,
+    enter_tab,
     errors,
     needs_browser,
     of,
+    open_tab,
     small_net,
     tensorboard,
     train,
@@ -31,23 +33,6 @@ from selenium.webdriver import Keys
 import lrprobe
 
 pytestmark = needs_browser
-
-
-def open_tab(browser, address: str, state: str = "") -> Page:
-    """The tab, once it is drawn."""
-    enter_tab(browser, address, state).ready()
-    return Page(browser)
-
-
-def enter_tab(browser, address: str, state: str = "") -> Page:
-    """The tab's frame."""
-    browser.switch_to.default_content()
-    browser.get("about:blank")
-    browser.get(f"{address}/#lrprobe{'&' if state else ''}{state}")
-    until(lambda: browser.find_elements("css selector", "iframe"), "TensorBoard has no such tab")
-    browser.switch_to.frame(browser.find_element("css selector", "iframe"))
-    until(lambda: browser.find_elements("id", "lrprobe"), "the tab's module does not run")
-    return Page(browser)
 
 
 @pytest.fixture(scope="module")

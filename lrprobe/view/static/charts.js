@@ -4,7 +4,8 @@ import { number, plain } from "./data.js";
 import { CONFIG, layoutOf } from "./heatmap.js";
 
 // Okabe and Ito's colours, which any colour vision tells apart.
-export const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
+const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
+const DARK = ["#4fa9e0", "#f08a48", "#35c79b", "#e2a0c6", "#f0b83d", "#9ad4f7", "#b0b0b0"];
 const DASHES = ["solid", "dash", "dashdot", "dot", "solid", "dash", "dashdot"];
 const LEVELS = { min: 0, p01: 0.01, p05: 0.05, p25: 0.25, p50: 0.5, p75: 0.75, p95: 0.95, p99: 0.99, max: 1 };
 
@@ -12,6 +13,12 @@ const NARROW = 0.05; // decades
 
 const faint = (colour, alpha) => `${colour}${Math.round(alpha * 255).toString(16).padStart(2, "0")}`;
 const list = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
+
+/** How the lines of an item look: a colour, and a dash for grey print. */
+export function styleOf(at, dark) {
+  const place = at % LIGHT.length;
+  return { colour: (dark ? DARK : LIGHT)[place], dash: DASHES[place] };
+}
 
 /** The index of the last recorded step that is not after this one. */
 export function indexAt(steps, step) {
@@ -21,32 +28,31 @@ export function indexAt(steps, step) {
   return found;
 }
 
-function line(item, at, column, name = item.label) {
-  const colour = COLOURS[at % COLOURS.length];
+function line(item, column, name = item.label) {
   return {
     type: "scatter", mode: item.steps.length > 1 ? "lines" : "markers", x: item.steps,
     y: list(item.figures[column]), name: plain(name, 48), connectgaps: false,
-    line: { color: colour, dash: DASHES[at % DASHES.length], width: 1.8 },
+    line: { color: item.colour, dash: item.dash, width: 1.8 },
     hovertemplate: "%{y:.4g}<extra>%{fullData.name}</extra>",
   };
 }
 
-function band(item, at) {
+function band(item) {
   if (!item.figures.effective_lr_p05 || !item.figures.effective_lr_p95) return [];
   const edge = (column, name, fill) => ({
-    ...line(item, at, column, `${item.label}, ${name}`), showlegend: false, line: { width: 0.5, color:
-      faint(COLOURS[at % COLOURS.length], 0.5) }, ...fill,
+    ...line(item, column, `${item.label}, ${name}`), showlegend: false,
+    line: { width: 0.5, color: faint(item.colour, 0.5) }, ...fill,
   });
   return [
     edge("effective_lr_p05", "p05", {}),
     edge("effective_lr_p95", "p95", {
-      fill: "tonexty", fillcolor: faint(COLOURS[at % COLOURS.length], 0.18),
+      fill: "tonexty", fillcolor: faint(item.colour, 0.2),
     }),
   ];
 }
 
 /** The share of the elements for each decade of the rate, between the quantiles of a step. */
-function histogram(item, at, step) {
+function histogram(item, step) {
   const row = indexAt(item.steps, step);
   const knots = Object.entries(LEVELS)
     .map(([name, level]) => [item.figures[`effective_lr_${name}`]?.[row], level])
@@ -70,7 +76,7 @@ function histogram(item, at, step) {
     x.push(x.at(-1));
     y.push(0);
   }
-  const colour = COLOURS[at % COLOURS.length];
+  const { colour } = item;
   return {
     type: "scatter", mode: "lines", x, y, name: plain(item.label, 48), fill: "tozeroy",
     fillcolor: faint(colour, 0.25), line: { color: colour, width: 1.5, shape: "linear" },
@@ -79,22 +85,22 @@ function histogram(item, at, step) {
   };
 }
 
-const AXIS = { rate: "step per unit of direction", ratio: "‖Δθ‖ / ‖θ‖", share: "share of the elements" };
+const AXIS = { rate: "per unit of direction", ratio: "‖Δθ‖ / ‖θ‖", share: "share of the elements" };
 
 /** What the charts are: a title, its traces, and its axes. */
 export function chartsOf(items, view) {
   const steps = (traces, title, unit, more = {}) => ({
     title, traces, unit, x: "optimizer step", linear: view.linear, ...more,
   });
-  const having = (column) => items.map((item, at) => [item, at]).filter(([i]) => i.figures[column]);
-  const lines = (column, name) => having(column).map(([i, at]) => line(i, at, column, name?.(i)));
+  const having = (column) => items.filter((item) => item.figures[column]);
+  const lines = (column, name) => having(column).map((item) => line(item, column, name?.(item)));
   const charts = [];
   if (having("effective_lr_p50").length) {
-    const traces = having("effective_lr_p50").flatMap(([item, at]) => (
-      [...band(item, at), line(item, at, "effective_lr_p50")]
+    const traces = having("effective_lr_p50").flatMap((item) => (
+      [...band(item), line(item, "effective_lr_p50")]
     ));
     charts.push(steps(traces, "Effective rate: median, p05 to p95", AXIS.rate, { key: "rate" }));
-    const shown = having("effective_lr_p50").map(([item, at]) => histogram(item, at, view.step));
+    const shown = having("effective_lr_p50").map((item) => histogram(item, view.step));
     const when = [...new Set(shown.map((trace) => trace.step))]
       .map((step) => step?.toLocaleString("en")).join(", ");
     charts.push({
@@ -162,7 +168,7 @@ export function drawChart(element, chart, view) {
     Object.assign(yaxis, decades(chart));
   }
   const layout = layoutOf(colours, {
-    height: 158 + (view.last ? 14 : 0), margin: { l: 62, r: 12, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
+    height: 144 + (view.last ? 14 : 0), margin: { l: 62, r: 12, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
     hovermode: chart.histogram ? "closest" : "x unified",
     datarevision: Math.random(),
     xaxis: {

@@ -15,6 +15,7 @@ export function theme(element) {
   return {
     ink: colour("ink"), soft: colour("soft"), line: colour("line"), back: colour("back"),
     missing: colour("missing"), accent: colour("accent"), font: style.fontFamily,
+    dark: document.documentElement.dataset.theme === "dark",
   };
 }
 
@@ -96,7 +97,8 @@ export class Heatmap {
       zmin: view.limits[0], zmax: view.limits[1], hoverinfo: "none", hoverongaps: true,
       colorbar: {
         title: { text: plain(view.figure.title), side: "right", font: { size: 11 } },
-        thickness: 10, outlinewidth: 0, xpad: 6, len: 1, ...ticks(view.limits, logarithmic, height / 24),
+        thickness: 10, outlinewidth: 0, xpad: 6, ypad: 4, lenmode: "pixels", y: 1, yanchor: "top",
+        len: Math.min(height, 280), ...ticks(view.limits, logarithmic, Math.min(height, 280) / 24),
         tickfont: { size: 11 },
       },
     };

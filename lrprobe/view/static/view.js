@@ -1,7 +1,7 @@
 // The view: what is chosen, what is drawn, and what a click does.
 
-import { chartsOf, drawChart, COLOURS } from "./charts.js";
-import { Embedded, plain, unpacked } from "./data.js";
+import { chartsOf, drawChart, styleOf } from "./charts.js";
+import { Embedded, unpacked } from "./data.js";
 import { findingsOf, make } from "./findings.js";
 import { folds, oddest, rowsOf } from "./folding.js";
 import { Heatmap, limits, theme } from "./heatmap.js";
@@ -149,6 +149,7 @@ export class View {
     }
     await this.drawMaps();
     await this.drawCharts();
+    if (!this.root.dataset.ready) performance.mark("lrprobe is drawn");
     this.root.dataset.ready = "true";
   }
 
@@ -297,7 +298,7 @@ export class View {
     );
     const several = new Set(wanted.map(({ table }) => table.title)).size > 1;
     const items = wanted.map(({ table, name }, at) => ({
-      ...details[at], group: table.groups[table.names.indexOf(name)] ?? "",
+      ...details[at], ...styleOf(at, this.colours.dark), group: table.groups[table.names.indexOf(name)] ?? "",
       label: several ? `${name} (${table.title})` : name,
     }));
     this.legend(wanted, several, parameters);
@@ -343,7 +344,9 @@ export class View {
   }
 
   legend(wanted, several, parameters) {
-    const swatch = (at) => make("i", { style: `background:${COLOURS[at % COLOURS.length]}` });
+    const swatch = (at) => (
+      make("i", { style: `background:${styleOf(at, this.colours.dark).colour}` })
+    );
     const remove = (name) => make("button", {
       type: "button", class: "remove", "aria-label": `Remove ${name}`,
       onclick: () => this.choose({ parameters: this.state.parameters.filter((p) => p !== name) }),
