@@ -238,14 +238,15 @@ def test_a_file_that_is_cut_short_is_told(tmp_path: Path) -> None:
     """Wherever it is cut; not while it may still be written."""
     write(tmp_path / "run", make_record(1), make_record(2))
     (path,) = (tmp_path / "run").iterdir()
-    assert whole(path)
-    assert list(torn(tmp_path)) == []
     size = path.stat().st_size
+    assert whole(path, size)
+    assert list(torn(tmp_path)) == []
     for cut in (1, 5, 200):
         os.truncate(path, size - cut)
-        assert not whole(path)
+        assert not whole(path, size - cut)
         assert list(torn(tmp_path)) == []
         os.utime(path, (time.time() - 60,) * 2)
         (note,) = torn(tmp_path)
         assert "Run run" in note
         assert "truncated" in note
+    assert list(torn(tmp_path, seconds=-1)) == []

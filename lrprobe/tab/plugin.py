@@ -28,6 +28,9 @@ from lrprobe.view.torn import torn
 _DIAGNOSED_ROWS = 400_000
 """Rows of a run that its findings are made from; more would take the tab seconds."""
 
+_LOOK = 0.2
+"""Seconds that a look for truncated files may take; the next one goes on."""
+
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 
 _NOTHING = (
@@ -92,7 +95,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         if find_spec("plotly") is None:
             notes.append(_NO_PLOTLY)
         if self._folder is not None:
-            notes += torn(self._folder)
+            notes += torn(self._folder, _LOOK)
         tables = []
         for (run, optimizer), series in runs.items():
             newest = max(series, key=lambda each: each.version[2] or 0)

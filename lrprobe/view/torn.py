@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 _SETTLED = 5.0
 """Seconds after which a file that is still in the middle of a record is no more being written."""
 
 
-def torn(folder: Path) -> Iterator[str]:
-    """A sentence on each event file in a logdir of several runs, or of one, that is cut short."""
+def torn(folder: Path, seconds: float = math.inf) -> Iterator[str]:
+    """A sentence on each event file in a logdir of several runs, or of one, that is cut short.
+
+    Args:
+        folder: the logdir.
+        seconds: when to stop looking at more files. What was looked at before is known, so that
+            who asks again and again gets to all of them.
+    """
+    end = time.monotonic() + seconds
     for path in sorted(folder.rglob("*tfevents*")):
         try:
             about = path.stat()
-            if path.is_file() and time.time() - about.st_mtime > _SETTLED and not whole(path):
+            if not path.is_file() or time.time() - about.st_mtime < _SETTLED:
+                continue
+            if time.monotonic() > end:
+                return
+            if not whole(path, about.st_size):
                 run = path.parent.relative_to(folder).as_posix()
                 yield (
                     f"Run {run}: the event file {path.name} is truncated, it ends in the middle of "
@@ -26,10 +39,10 @@ def torn(folder: Path) -> Iterator[str]:
             continue
 
 
-def whole(path: Path) -> bool:
-    """Whether an event file ends where a record does; only lengths are read."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+@lru_cache(maxsize=4096)
+def whole(path: Path, size: int) -> bool:
+    """Whether an event file of so many bytes ends where a record does; only lengths are read."""
+    with path.open("rb", buffering=0) as file:
         at = 0
         while at < size:
             file.seek(at)
