@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ _DIAGNOSED_ROWS = 400_000
 """Rows of a run that its findings are made from; more would take the tab seconds."""
 
 _LOOK = 0.2
-"""Seconds that a look for truncated files may take; the next one goes on."""
+"""Seconds to wait for a look at all event files; what it finds later is told when asked next."""
 
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 
@@ -52,8 +53,21 @@ class Plugin(TBPlugin):  # type: ignore[misc]
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
         self._store = Store(context.data_provider)
+        self._cut: list[str] = []
+        self._looking: threading.Thread | None = None
         logdir = Path(context.logdir).expanduser() if context.logdir else None
         self._folder = logdir if logdir is not None and logdir.is_dir() else None
+
+    def _torn(self) -> list[str]:
+        """What the last look for truncated files found; another one is begun."""
+        if self._looking is None or not self._looking.is_alive():
+            self._looking = threading.Thread(target=self._look, daemon=True)
+            self._looking.start()
+            self._looking.join(_LOOK)
+        return self._cut
+
+    def _look(self) -> None:
+        self._cut = list(torn(self._folder)) if self._folder is not None else []
 
     def is_active(self) -> bool:
         """Where there are no data for it (TensorBoard asks for that first): to say so.
@@ -95,7 +109,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         if find_spec("plotly") is None:
             notes.append(_NO_PLOTLY)
         if self._folder is not None:
-            notes += torn(self._folder, _LOOK)
+            notes += self._torn()
         tables = []
         for (run, optimizer), series in runs.items():
             newest = max(series, key=lambda each: each.version[2] or 0)

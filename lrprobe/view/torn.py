@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 import time
 from collections.abc import Iterator
@@ -13,22 +12,13 @@ _SETTLED = 5.0
 """Seconds after which a file that is still in the middle of a record is no more being written."""
 
 
-def torn(folder: Path, seconds: float = math.inf) -> Iterator[str]:
-    """A sentence on each event file in a logdir of several runs, or of one, that is cut short.
-
-    Args:
-        folder: the logdir.
-        seconds: when to stop looking at more files. What was looked at before is known, so that
-            who asks again and again gets to all of them.
-    """
-    end = time.monotonic() + seconds
+def torn(folder: Path) -> Iterator[str]:
+    """A sentence on each event file in a logdir of several runs, or of one, that is cut short."""
     for path in sorted(folder.rglob("*tfevents*")):
         try:
             about = path.stat()
             if not path.is_file() or time.time() - about.st_mtime < _SETTLED:
                 continue
-            if time.monotonic() > end:
-                return
             if not whole(path, about.st_size):
                 run = path.parent.relative_to(folder).as_posix()
                 yield (
