@@ -155,6 +155,7 @@ export function drawChart(element, chart, view) {
     annotations.push({
       xref: "paper", yref: "y", x: 1, y: logarithmic ? Math.log10(chart.guide) : chart.guide,
       text: "1e-3", showarrow: false, xanchor: "right", yanchor: "bottom", font: { size: 10 },
+      bgcolor: colours.back, opacity: 0.85,
     });
   }
   const yaxis = {
