@@ -91,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "report",
         _report,
-        "write one HTML page: findings, pictures, table",
+        "write one HTML page: findings, heatmaps and charts to explore, table",
         "Write one self-contained HTML page about one run or several, which are overlaid by the "
-        "names of their parameters. It needs no network to be read, and Matplotlib to be made: "
-        "pip install 'lrprobe[plot]'.",
+        "names of their parameters. It needs no network to be read, and Matplotlib and Plotly to "
+        "be made: pip install 'lrprobe[plot]'.",
         "lrprobe report runs/mlp.parquet -o mlp.html",
         "lrprobe report runs/*.parquet -o compare.html",
     )

@@ -15,6 +15,7 @@ from lrprobe.engine.eager import add_whole, slice_of
 from lrprobe.engine.figures import Elements, unexplained
 from lrprobe.engine.pieces import entry_of, precision, real
 from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.notebook import step_html
 from lrprobe.rules import Rule, Slice, Update, find_rule
 from lrprobe.rules.base import Entry, has_closure, tolerance, writes_of
 from lrprobe.text import listed, warn
@@ -49,6 +50,9 @@ class StepView:
         shape = "×".join(map(str, self.effective_lr.shape)) or "a scalar"
         dtype = str(self.effective_lr.dtype).removeprefix("torch.")
         return f"<StepView {shape} {dtype}, rule {self.rule}, error {self.error:.2g}>"
+
+    def _repr_html_(self) -> str:
+        return step_html(self)
 
 
 class Steps(Mapping[str, StepView]):

@@ -20,6 +20,7 @@ from lrprobe.distributed import join, world
 from lrprobe.engine import ways
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers, name_parameters
+from lrprobe.notebook import probe_html
 from lrprobe.record import Level
 from lrprobe.recorder import Recorder, open_recorders
 from lrprobe.sinks.memory import Memory
@@ -217,6 +218,9 @@ class Probe:
         names = ", ".join(each.name for each in hooks)
         state = "closed" if self._recorder.closed else f"every {hooks[0].schedule}"
         return f"<lrprobe.Probe of {names}: {watched} parameters, step {self.step}, {state}>"
+
+    def _repr_html_(self) -> str:
+        return probe_html(self)
 
     @property
     def _memory(self) -> Memory:

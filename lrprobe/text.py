@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -38,3 +39,12 @@ def parts_of(name: str) -> tuple[str, str, str]:
     """
     separator = "/" if name.rfind("/") > name.rfind(".") else "."
     return name.rpartition(separator)
+
+
+def shorter(name: str, most: int = 200) -> str:
+    """A name as text, or of a long one its two ends with a checksum between: it stays its own."""
+    name = name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text
+    if len(name) <= most:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: most // 2]}…{digest}…{name[12 - most // 2 :]}"

@@ -285,7 +285,7 @@ def test_names_do_nothing_to_a_screen(
     assert command == "report" or "[2J" in printed
     assert len(printed) < 10_000
     if out:
-        assert (tmp_path / "a.html").stat().st_size < 10**6
+        assert (tmp_path / "a.html").stat().st_size < 3 * 10**6  # of which Plotly has 2
 
 
 def test_an_interrupted_report_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

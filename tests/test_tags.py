@@ -206,6 +206,10 @@ def test_tensorboard_has_the_style_and_reads_back(tmp_path, style):
     loaded = EventAccumulator(str(tmp_path / "a")).Reload()
     wanted = Tags("", style).values(make_record(2))
     found = {tag: loaded.Scalars(tag)[-1].value for tag in loaded.Tags()["scalars"]}
+    logs = {tag: found.pop(tag) for tag in list(found) if tag.startswith("effective_lr_log10_")}
+    for tag, value in logs.items():
+        assert 10**value == pytest.approx(wanted[tag.replace("_log10", "").replace("_p50", "")])
+    assert len(logs) == 3 * 3
     assert found == {tag: np.float32(value) for tag, value in wanted.items()}
     pd.testing.assert_frame_equal(lrprobe.read(tmp_path / "a"), lrprobe.read(tmp_path / "b"))
     (card,) = loaded.Tensors("lrprobe/text_summary")[0].tensor_proto.string_val
