@@ -218,7 +218,7 @@ import torch._dynamo  # which the first step would do, in each child
 torch.set_num_threads(1)
 import lrprobe
 from lrprobe.sinks import Parquet, TensorBoard, parquet
-from lrprobe.summary import pending
+from lrprobe.engine import flight as pending
 
 def train(folder, plan):
     parquet.PART_BYTES = plan["part_bytes"]

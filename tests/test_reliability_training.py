@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrprobe
-from lrprobe.summary import pending
+from lrprobe.engine import flight as pending
 
 Flow = Callable[[nn.Module, Optimizer, int], None]
 
