@@ -187,7 +187,7 @@ def packed(values: NDArray[np.float32]) -> str:
 
 
 def document(
-    tables: Sequence[Table], *, findings: bool, most_bytes: int = 3_600_000, most_steps: int = 400
+    tables: Sequence[Table], *, findings: bool, most_bytes: int = 3_400_000, most_steps: int = 400
 ) -> dict[str, Any]:
     """All that a page needs which has its figures inside.
 
