@@ -242,11 +242,13 @@ def test_parameters_are_filtered_by_an_expression(page: Page) -> None:
 
 
 def test_one_run_is_chosen_or_several(page: Page) -> None:
-    """By the button with its name; the last one stays."""
+    """By the button with its name; the last one stays. Findings are of those that are shown."""
+    count = "return document.querySelectorAll('.found').length"
     for name, left in (("faulty", 1), ("sound", 1), ("faulty", 2)):
         page.browser.find_element("xpath", f"//button[.='{name}']").click()
         page.settle()
         assert page.run("return document.querySelectorAll('.heatmap').length") == left
+        until(lambda left=left: page.run(count) == left, "the findings are those of other runs")
 
 
 # --- What is unlike the usual --------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +138,8 @@ def found(findings: Findings) -> dict[str, Any]:
                         "parameter": shorter(each.parameter),
                         "steps": str(each.steps),
                         "evidence": each.evidence,
-                        **asdict(each.steps),
+                        "first": int(each.steps.first),
+                        "last": int(each.steps.last),
                     }
                     for each in same
                 ],
@@ -187,7 +187,7 @@ def packed(values: NDArray[np.float32]) -> str:
 
 
 def document(
-    tables: Sequence[Table], *, findings: bool, most_bytes: int = 12_000_000, most_steps: int = 400
+    tables: Sequence[Table], *, findings: bool, most_bytes: int = 3_400_000, most_steps: int = 400
 ) -> dict[str, Any]:
     """All that a page needs which has its figures inside.
 

@@ -10,6 +10,7 @@ import { Address, format, parse } from "./state.js";
 const MOST_RUNS = 3; // heatmaps that are shown unless one chooses
 const MOST_ITEMS = 7; // lines that are told apart
 const POLL = 8000; // milliseconds between looks for new records
+const FRESH = 30000; // milliseconds for which findings of a run that records are good
 
 export class View {
   constructor(root, source, address, options = {}) {
@@ -108,7 +109,6 @@ export class View {
     this.overview = news;
     this.maps.clear();
     await this.all();
-    if (this.options.findings) this.diagnose();
   }
 
   say(notes) {
@@ -151,6 +151,7 @@ export class View {
     await this.drawCharts();
     if (!this.root.dataset.ready) performance.mark("lrprobe is drawn");
     this.root.dataset.ready = "true";
+    if (this.options.findings) this.diagnose();
   }
 
   controls() {
@@ -361,14 +362,28 @@ export class View {
 
   // --- Findings -------------------------------------------------------------------------------
 
+  /** Findings of the runs that are shown; of one that records, anew once in a while. */
   async diagnose() {
-    for (const old of this.found.children) old.classList.add("old");
+    const shown = this.tables;
+    const titles = JSON.stringify(shown.map((table) => table.title));
+    const same = titles === this.diagnosed?.titles;
+    const fresh = Date.now() - this.diagnosed?.time < FRESH;
+    if (same && (fresh || this.version === this.diagnosed.version)) return;
+    this.diagnosed = { titles, version: this.version, time: Date.now() };
     const parts = [];
-    for (const table of this.tables) {
-      const answer = await this.source.findings(table);
-      if (answer) parts.push(findingsOf(answer, table, (where, item) => this.go(where, item)));
+    for (const table of shown) {
+      let part;
+      try {
+        const answer = await this.source.findings(table);
+        if (!answer) continue;
+        part = findingsOf(answer, table, (where, item) => this.go(where, item));
+      } catch (error) {
+        part = make("p", {}, `${table.title}: the findings could not be made: ${error.message}`);
+      }
+      parts.push(part);
     }
-    this.found.replaceChildren(make("h2", {}, "Findings"), ...parts)
+    if (titles !== this.diagnosed.titles) return; // others are shown meanwhile
+    this.found.replaceChildren(make("h2", {}, "Findings"), ...parts);
   }
 
   /** Show a finding: its run, its parameter, its steps. */
