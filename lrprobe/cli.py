@@ -193,7 +193,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     from lrprobe.runs import load
 
     runs = load(*options.runs)
-    found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
+    found = diagnose(runs.frame)
     if options.format == "csv":
         found.to_frame().to_csv(sys.stdout, index=False)
     elif options.format == "json":

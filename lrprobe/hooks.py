@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lrprobe.arguments import Every, Options, Step
+from lrprobe.census import StepCount
 from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
@@ -64,6 +65,9 @@ class Owner(Protocol):
     def describe(self) -> None:
         """Read hyperparameters anew."""
 
+    def look(self, hooks: Hooks) -> None:
+        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+
 
 class Hooks:
     """The hooks on one optimizer: from its step to the figures of it."""
@@ -72,6 +76,7 @@ class Hooks:
         """Start listening; ``owner`` gets the figures, and holds what describes the run."""
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
+        self.count = StepCount()
         self.watched: list[Watched] = []
         self._owner = owner
         self.options = options
@@ -146,9 +151,26 @@ class Hooks:
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "groups": [
                 {key: _plain(value) for key, value in group.items() if key not in _NOT_PLAIN}
+                | {"dtypes": _dtypes(group["params"])}
                 for group in groups
             ],
+            "step_count": self.count.wrong,
         }
+
+    def parameters(self) -> list[Tensor]:
+        """Those that the optimizer has now."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [param for group in groups for param in group["params"]]
+
+    @property
+    def kind(self) -> str:
+        """Name of the optimizer's class."""
+        return type(self._optimizer()).__name__
+
+    def name_of(self, param: Tensor) -> str:
+        """What a parameter is called."""
+        return self._given.get(id(param), "")
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -189,6 +211,7 @@ class Hooks:
             return
         with self._harmless(), _undisturbed():
             self._refresh(optimizer)
+            self.count.before(optimizer, self._number, self._given)
             closure = has_closure(args, kwargs)
             if self.exchange is None:
                 self._kept = before(self.watched, optimizer, closure=closure)
@@ -206,6 +229,7 @@ class Hooks:
         self._depth = 0
         kept, self._kept = self._kept, None
         self.schedule.step = self._number
+        self.count.taken += 1
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
             if kept is None and not at_rest(optimizer):
@@ -214,6 +238,9 @@ class Hooks:
             self.failed(error)
             return
         with self._harmless():
+            if kept is not None:
+                self.count.after(optimizer, self._number, self._given)
+                self._owner.look(self)
             info = StepInfo(
                 step=self._number,
                 time=time.time(),
@@ -540,6 +567,11 @@ _MOST_CHANGES = 3
 """A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own.
 Each description of the run begins a new part of a dataset."""
 _NOT_PLAIN = ("params", "param_names")
+
+
+def _dtypes(params: Sequence[Tensor]) -> list[str]:
+    """Those of some parameters, by name."""
+    return sorted({str(param.dtype).removeprefix("torch.") for param in params})
 
 
 def _plain(value: Any) -> Any:

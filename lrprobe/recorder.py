@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lrprobe.about import IN_TWO_OPTIMIZERS, NOT_IN_OPTIMIZER
+from lrprobe.census import Membership
 from lrprobe.delivery import Delivery
 from lrprobe.distributed import Merging, finish
 from lrprobe.hooks import Hooks
@@ -56,6 +58,7 @@ class Recorder:
         self.hooks: list[Hooks] = []
         self.run: dict[str, Any] = {}
         self.closed = False
+        self._membership = Membership()
         self._delivery = delivery
         self._waiting: deque[tuple[Hooks, Pending | Merging]] = deque()
         self._lock = threading.RLock()  # a frame may be asked for beside the training
@@ -123,7 +126,19 @@ class Recorder:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
+            NOT_IN_OPTIMIZER: self._membership.missing,
+            IN_TWO_OPTIMIZERS: self._membership.twice,
         }
+        if self.memory is not None:
+            self.memory.describe(self.run)
+
+    def look(self, hooks: Hooks) -> None:
+        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+        living = [each for one in list(open_recorders) for each in one.hooks]
+        new = self._membership.look(hooks, self.hooks, living)
+        if new or hooks.count.changed:
+            hooks.count.changed = False
+            self.describe()
 
     def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
         """Take the figures of a step, still on the device."""

@@ -101,7 +101,7 @@ def render(runs: Runs) -> tuple[str, Findings]:
             f"{', '.join(runs.names)}: no step was recorded yet; attach records step 1 and every "
             "tenth"
         )
-    found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
+    found = diagnose(runs.frame)
     frame = latest(runs.frame)
     drawn = thinned(frame, _STEPS)
     pictures = "".join(_figure(*picture) for picture in _pictures(drawn, found))
