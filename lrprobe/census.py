@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COUNTED = 64
 """Parameters of an optimizer whose count is read in one recorded step; the next have others."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq", "exp_inf")
+MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg", "sum", "exp_inf", "ax", "prev", "row_var")
 """What remembers gradients: where it is 0, a count that is 0 too is right."""
 
 
@@ -113,7 +113,7 @@ class StepCount:
         self.changed = False
         self._start = 0
         self._before: dict[int, float] = {}
-        self._after: dict[int, tuple[float, int]] = {}
+        self._after: dict[int, tuple[float, int, int]] = {}
         self._odd_at = -1
 
     def before(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:
@@ -123,14 +123,17 @@ class StepCount:
             at = self._start % len(params)
             self._start = at + _COUNTED
             params = (params[at:] + params[:at])[:_COUNTED]
-        self._before = dict(_counts(optimizer, params))
-        for at, count in self._before.items():
-            last, taken = self._after.get(at, (count, self.taken))
+        found = list(_counts(optimizer, params))
+        self._before = {at: count for at, count, _ in found}
+        for at, count, state in found:
+            last, taken, moment = self._after.get(at, (count, self.taken, 0))
             most = last + self.taken - taken
             if count < last:
                 # Once, a return to a checkpoint does so too; back to 0 with its moments kept, none.
-                if count or _remembers(optimizer, at):
-                    self._note(names.get(at, ""), number, last, count, most, sure=not count)
+                kept = moment == _moment(state)
+                if count or (kept and _remembers(state)):
+                    sure = kept and count <= self.taken - taken
+                    self._note(names.get(at, ""), number, last, count, most, sure=sure)
                 return
             if count > most:
                 self._note(names.get(at, ""), number, last, count, most, sure=False)
@@ -145,8 +148,8 @@ class StepCount:
         found = getattr(optimizer, "found_inf", None)  # a fused step that a scaler may skip
         may_skip = found is not None and (found.device.type != "cpu" or bool(found))
         with_grad = {id(param) for param in params if param.grad is not None}
-        for at, count in _counts(optimizer, params):
-            self._after[at] = count, self.taken
+        for at, count, state in _counts(optimizer, params):
+            self._after[at] = count, self.taken, _moment(state)
             was, step = before[at], count - before[at]
             if at in with_grad and step != 1 and not (may_skip and step == 0):
                 self._note(names.get(at, ""), number, was, count, was + 1, sure=True)
@@ -180,8 +183,10 @@ def _takes(hooks: Hooks, param: Tensor) -> bool:
     return "sparseadam" not in kind or (param.grad is not None and param.grad.is_sparse)
 
 
-def _counts(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterator[tuple[int, float]]:
-    """id and count of those whose state has one that the host can read."""
+def _counts(
+    optimizer: Optimizer, params: Iterable[Tensor]
+) -> Iterator[tuple[int, float, Mapping[str, Any]]]:
+    """id, count and state of those whose state has a count that the host can read."""
     for param in params:
         state = optimizer.state.get(param)
         count = state.get("step") if isinstance(state, Mapping) else None
@@ -190,14 +195,16 @@ def _counts(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterator[tuple[in
                 continue
             count = count.item()
         if isinstance(count, int | float) and math.isfinite(count):
-            yield id(param), float(count)
+            yield id(param), float(count), state
 
 
-def _remembers(optimizer: Optimizer, at: int) -> bool:
-    """Whether the state of a parameter has gradients of earlier steps in it."""
-    for param, state in optimizer.state.items():
-        if id(param) == at:
-            found = [state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)]
-            with torch.no_grad():
-                return any(bool(each.any()) for each in found)
-    return False
+def _moment(state: Mapping[str, Any]) -> int:
+    """id of the tensor in a state that remembers gradients; another one after a load."""
+    return next((id(state[name]) for name in MOMENTS if name in state), 0)
+
+
+def _remembers(state: Mapping[str, Any]) -> bool:
+    """Whether a state has gradients of earlier steps in it."""
+    found = [state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)]
+    with torch.no_grad():
+        return any(bool(each.any()) for each in found)

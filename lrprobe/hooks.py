@@ -458,6 +458,7 @@ class Schedule:
         self._every = every
         self._source = step if callable(step) else None
         self.step = _steps_taken(optimizer) if step is None or callable(step) else int(step)
+        self._begins = True
 
     def next(self) -> int:
         """The number of the step that is about to be taken."""
@@ -474,7 +475,8 @@ class Schedule:
         """Whether that step is recorded."""
         if callable(self._every):
             return bool(self._every(step))
-        return step == 1 or step % self._every == 0
+        begins, self._begins = self._begins, False  # also that of a resumed run
+        return begins or step == 1 or step % self._every == 0
 
     def __repr__(self) -> str:
         return "step chosen" if callable(self._every) else f"{self._every} steps"

@@ -21,8 +21,6 @@ from lrprobe.series import Floats, Ints, Series, first, last, quantile
 FRESH, FRESH_JUMP, SMALL_JUMP, FRESH_MOMENTUM = 1e-3, 3.0, 0.02, 0.01
 OFF = 0.02
 """Share of lr, or of a decay, by which a resume may be off its schedule."""
-SLOWER = 0.6
-"""Share of the slope before, below which the schedule has begun anew from another base."""
 STEADY, STALLED = 1.5, 2.0
 
 
@@ -254,13 +252,12 @@ def _new_base(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool
         return False
     changed = abs(base[row] / base[before] - 1) > OFF
     is_rate = abs(base[row] / lr[before] - 1) < 0.1
-    slopes = [
-        _slope(series, lr, rows) / lr[rows].mean()
-        for rows in (resume.before[-FEW:], resume.after[:FEW])
-    ]
+    slopes = [_slope(series, lr, rows) for rows in (resume.before[-FEW:], resume.after[:FEW])]
     span = float(series.steps[resume.after[-1]] - series.steps[row])
-    matters = abs(slopes[0]) * span > OFF
-    return bool(changed and is_rate and matters and slopes[1] / slopes[0] < SLOWER)
+    matters = abs(slopes[0]) * span > OFF * lr[before]
+    # A slope is in proportion to the base: half of the base, half of the slope.
+    slower = slopes[1] / slopes[0] < np.sqrt(lr[before] / base[before])
+    return bool(changed and is_rate and matters and slower)
 
 
 def schedule_stalled(series: Series) -> Iterator[Hit]:
