@@ -9,10 +9,11 @@ import numpy as np
 from lrprobe.diagnosis.shared import FEW, Hit, matrices
 from lrprobe.series import Bools, Floats, Ints, Series, quantile
 
-GROWTH, ALONG = 0.75, 0.3
-"""How much of what a sum of independent gradients has: in its norm, in its cosine."""
+GROWTH, ALONG, MOST = 0.9, 0.3, 2.0
+"""How much of what a sum of independent gradients has, in its norm and in its cosine; and how many
+times what a sum of equal ones has in its norm."""
 PERSISTENT, LASTING_GROWTH = 0.6, 1.5
-TERMS, ONGOING_ROWS = 4, 8
+TERMS, DISTANT_TERMS, ONGOING_ROWS = 4, 40, 8
 
 
 def gradients_accumulate(series: Series) -> Iterator[Hit]:
@@ -53,8 +54,10 @@ def gradients_accumulate(series: Series) -> Iterator[Hit]:
 
 
 def _rows_of(terms: Floats) -> int:
-    """Rows that have to behave as a sum does: those of the first terms, three at least."""
-    return max(FEW, int(np.searchsorted(terms, TERMS)) + 1)
+    """Rows that have to behave as a sum does: four, and more where they are far apart."""
+    far = len(terms) > 2 and terms[2] > TERMS
+    most = DISTANT_TERMS if far else TERMS
+    return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, most)) + 1))
 
 
 def _as_a_sum(terms: Floats, grown: Floats, along: Floats) -> Ints:
@@ -64,5 +67,6 @@ def _as_a_sum(terms: Floats, grown: Floats, along: Floats) -> Ints:
     fits[1:] = (grown[1:] >= GROWTH * np.sqrt(terms[1:, None])) & (
         (along[1:] >= ALONG * shared) | (shared < 0.5)  # of few common terms a cosine says little
     )
+    fits[1:] &= grown[1:] <= MOST * terms[1:, None]  # else it diverges
     result: Ints = np.logical_and.accumulate(fits, axis=0).sum(axis=0)
     return result

@@ -230,7 +230,9 @@ def _off(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool:
     at = len(resume.before) - 1
     alike = abs(change - jump) < 0.25 * abs(jump)
     alike[at] = False
-    if (alike & flat[:-2] & flat[2:]).any():
+    # Between distant recorded steps no rate is flat; then the same factor again and again tells.
+    again = abs(change - jump) < 1e-6
+    if (alike & flat[:-2] & flat[2:]).any() or again.sum() > 2:
         return False
     # A milestone may come with the resume; then the base stays.
     same_base = abs(base[row] / base[before] - 1) < OFF
@@ -255,9 +257,11 @@ def _new_base(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool
     slopes = [_slope(series, lr, rows) for rows in (resume.before[-FEW:], resume.after[:FEW])]
     span = float(series.steps[resume.after[-1]] - series.steps[row])
     matters = abs(slopes[0]) * span > OFF * lr[before]
+    if not (changed and is_rate and matters):
+        return False
     # A slope is in proportion to the base: half of the base, half of the slope.
     slower = slopes[1] / slopes[0] < np.sqrt(lr[before] / base[before])
-    return bool(changed and is_rate and matters and slower)
+    return bool(slower)
 
 
 def schedule_stalled(series: Series) -> Iterator[Hit]:

@@ -141,6 +141,8 @@ class NewColumns:
                     state = optimizer.state.get(p) or {}
                     keys = [k for k in ("exp_avg", "momentum_buffer") if state.get(k) is not None]
                     grad = None if p.grad is None or p.grad.is_sparse else p.grad.clone()
+                    if grad is not None and getattr(optimizer, "grad_scale", None) is not None:
+                        grad /= optimizer.grad_scale
                     moment = state[keys[0]].clone() if keys else None
                     self.before[id(p)] = grad, moment, p.detach().clone()
 
@@ -173,8 +175,8 @@ class NewColumns:
             grad = grad + group["weight_decay"] * param
             expected = group["momentum"] * old + (1 - group["dampening"]) * grad
             new = state["momentum_buffer"]
-        elif type(optimizer) in (optim.Adam, optim.AdamW):
-            if type(optimizer) is optim.Adam:
+        elif isinstance(optimizer, optim.Adam):
+            if not isinstance(optimizer, optim.AdamW):
                 grad = grad + group["weight_decay"] * param
             expected = old.lerp(grad, 1 - group["betas"][0])
             new = state["exp_avg"]
