@@ -86,6 +86,18 @@ def of_rows(
             yield Description(int(attempt), int(step), str(optimizer), run)
 
 
+def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a run out of those of its earlier attempts and of this one."""
+    result = {**before, **after}
+    optimizers = dict(before.get("optimizers", {}))
+    for name, each in after.get("optimizers", {}).items():
+        past = [*optimizers.get(name, {}).get("history", []), *each.get("history", [])]
+        optimizers[name] = {**each, **({"history": past} if past else {})}
+    if optimizers:
+        result["optimizers"] = optimizers
+    return result
+
+
 def of_several(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The description of a frame of several runs."""
     return {"runs": {name: dict(each) for name, each in descriptions.items()}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,6 +170,22 @@ def _columns_of(path: Path) -> pd.DataFrame | None:
 
 def _dtype(schema: pa.Schema, name: str) -> Any:
     return schema.field(name).type.to_pandas_dtype() if name in schema.names else "float64"
+
+
+def before_attempt(path: Path, attempt: int) -> pd.DataFrame | None:
+    """What a dataset has of the attempts before one; None where it has nothing of them.
+
+    Raises:
+        ValueError: it cannot be read.
+        OSError: the same.
+    """
+    if not path.is_dir() or not is_dataset(path):
+        return None
+    frame = _columns_of(path)
+    if frame is None:
+        frame = read(path, attempts="all")
+    earlier = frame[frame["attempt"] < attempt].reset_index(drop=True)
+    return earlier if len(earlier) else None
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

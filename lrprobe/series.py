@@ -18,6 +18,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
+_REGULAR = 0.7
+"""Share of equal gaps between recorded steps from which on they have a period."""
+
 _KEYS = ("parameter", "module", "group")
 
 
@@ -36,16 +39,23 @@ class Series:
             known.
         ongoing: whether more steps may come.
         siblings: those of all optimizers of the run, itself among them.
+        memo: what checks have made of it, for other checks.
         superseded: what an earlier attempt recorded that this one recorded anew, latest last.
     """
 
     def __init__(
-        self, frame: pd.DataFrame, run: str, optimizer: str, superseded: Sequence[Series] = ()
+        self,
+        frame: pd.DataFrame,
+        run: str,
+        optimizer: str,
+        superseded: Sequence[Series] = (),
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.optimizer = optimizer
         self.superseded = superseded
-        self.about: Mapping[str, Any] = description(frame, run)
+        self.about = description(frame, run) if about is None else about
+        self.memo: dict[str, Any] = {}
         self.ongoing = False
         self.siblings: Sequence[Series] = (self,)
         self._frame = frame
@@ -161,10 +171,11 @@ class Series:
         """Rows in which a resumed run begins: another attempt, or a first step off the period."""
         rows = np.diff(self.attempt) > 0
         gaps = np.diff(self.steps)
-        period = int(np.median(gaps)) if len(gaps) >= 4 else 1
-        if period > 1:
-            off = (self.steps % period != 0)[1:]
-            rows |= off & (off.mean() < 0.5)
+        if len(gaps) >= 4:
+            found, count = np.unique(gaps, return_counts=True)
+            period = int(found[count.argmax()])
+            if period > 1 and count.max() >= _REGULAR * len(gaps):
+                rows |= (self.steps % period != 0)[1:]
         result: Ints = np.flatnonzero(rows) + 1
         return result
 
@@ -214,6 +225,9 @@ def series_of(frame: pd.DataFrame) -> Iterator[Series]:
     keys = [key for key in ("run", "optimizer") if key in frame]
     if not len(frame):
         return
+    whole = frame
+    frame = frame.copy(deep=False)
+    frame.attrs = {}  # of which pandas makes a deep copy for each column that is looked at
     # Codes instead of a groupby: one run of one optimizer is the usual case, and copies nothing.
     label = np.zeros(len(frame), dtype=np.int64)
     for key in keys:
@@ -225,22 +239,22 @@ def series_of(frame: pd.DataFrame) -> Iterator[Series]:
         rows = frame if len(values) == 1 else frame[label == value].reset_index(drop=True)
         run = str(rows["run"].iloc[0]) if "run" in rows else ""
         optimizer = str(rows["optimizer"].iloc[0]) if "optimizer" in rows else ""
-        result.append(_one(rows, run, optimizer))
+        result.append(_one(rows, run, optimizer, description(whole, run)))
     for series in result:
         series.siblings = [each for each in result if each.run == series.run]
     yield from result
 
 
-def _one(rows: pd.DataFrame, run: str, optimizer: str) -> Series:
+def _one(rows: pd.DataFrame, run: str, optimizer: str, about: Mapping[str, Any]) -> Series:
     """The series of one optimizer; what a later attempt replaces is set aside."""
     superseded = []
     keep = _kept(rows)
     if not keep.all():
         attempt = rows["attempt"].to_numpy()
         again = np.unique(attempt[~keep])
-        superseded = [Series(rows[attempt == one], run, optimizer) for one in again]
+        superseded = [Series(rows[attempt == one], run, optimizer, (), about) for one in again]
         rows = rows[keep].reset_index(drop=True)
-    return Series(rows, run, optimizer, superseded)
+    return Series(rows, run, optimizer, superseded, about)
 
 
 def _kept(rows: pd.DataFrame) -> Bools:

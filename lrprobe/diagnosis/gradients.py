@@ -246,7 +246,9 @@ def _clipped(series: Series, name: str, norm: Floats, usable: Bools, own: Floats
     changes = np.diff(norm[usable]) / value
     drifts = abs(changes) > 1e-5
     one_way = drifts.any() and abs(np.sign(changes[drifts]).mean()) > 0.9
-    varies = len(own) == 1 or np.fmax.reduce(own) > 10 * CLIPPED
+    # Where the gradient hardly changes, so do the norms that this one is made of.
+    spread = max(1e-6, float(_spread(norm[usable, None])[0]))
+    varies = len(own) == 1 or np.fmax.reduce(own) > 10 * spread
     if share < CLIPPED_SHARE or one_way or not varies:
         return None
     values = {"norm": value, "share": share}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lrprobe.diagnosis.shared import FEW, Hit, medians
+from lrprobe.diagnosis.shared import Hit, medians
 from lrprobe.series import Series, quantile
 
 LOST_SHARE = 0.5

@@ -55,21 +55,20 @@ def _longest(series: Series) -> Floats:
     (Cauchy and Schwarz): 1 in the first step; after a spike, about (1−β₁)/√(1−β₂).
     """
     result = np.full(series.shape, np.nan)
-    maximum = series.ruled_by("adamax")
-    nesterov = series.ruled_by("nadam")
-    for column, betas in enumerate(series.option("betas")):
-        if not isinstance(betas, list | tuple) or len(betas) < 2:
-            continue
-        if not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas[:2]):
+    maximum, nesterov = series.ruled_by("adamax"), series.ruled_by("nadam")
+    given = series.option("betas")
+    for betas in {tuple(each[:2]) for each in given if isinstance(each, list | tuple)}:
+        if len(betas) < 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
             continue
         one, two = float(betas[0]), float(betas[1])
-        result[:, column] = longest_step(series.steps, one, two)
+        usual = longest_step(series.steps, one, two)[:, None]
         # max(β₂·u, |g|) remembers less than a mean: Σ a·β₂⁻ᵏ.
         largest = _sum((1 - one) / (1 - one**series.steps), one / max(two, 1e-9), series.steps)
-        result[:, column] = np.where(maximum[:, column], largest, result[:, column])
         # NAdam has more of the newest gradient, as if one more β₁ were left out.
-        nadam = longest_step(series.steps, one, two) + longest_step(series.steps, 0.0, two)
-        result[:, column] = np.where(nesterov[:, column], nadam, result[:, column])
+        nadam = usual + longest_step(series.steps, 0.0, two)[:, None]
+        most = np.where(maximum, largest[:, None], np.where(nesterov, nadam, usual))
+        its = [isinstance(e, list | tuple) and tuple(e[:2]) == betas for e in given]
+        result[:, its] = most[:, its]
     return result
 
 

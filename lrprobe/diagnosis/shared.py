@@ -92,6 +92,13 @@ def matrices(series: Series) -> Bools:
     The frame has no shapes. A vector is called ``bias``, or is no larger than the bias beside it
     (the weight of a norm); where there are no names, it is small. Rows of modules and groups count.
     """
+    if "matrices" not in series.memo:
+        series.memo["matrices"] = _matrices(series)
+    result: Bools = series.memo["matrices"]
+    return result
+
+
+def _matrices(series: Series) -> Bools:
     if series.key != "parameter":
         return np.ones(len(series.names), dtype=bool)
     numel = dict(zip(series.names, series.numel, strict=True))

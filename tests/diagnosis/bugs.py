@@ -314,9 +314,7 @@ def overlap_apart(make: Any, every: int, _folder: Path) -> pd.DataFrame:
     model = net()
     other = make()(model[2])
     with lrprobe.attach(other, model, every=every):
-        return train(
-            lambda m: make()(m), model=model, every=every, after=lambda *_: other.step()
-        )
+        return train(lambda m: make()(m), model=model, every=every, after=lambda *_: other.step())
 
 
 def never_called(make: Any, _every: int, _folder: Path) -> pd.DataFrame:
@@ -372,7 +370,9 @@ def second_is_0(_step: int, param_groups: Any) -> None:
 # --- Resumes ----------------------------------------------------------------------------------
 
 
-def resumed(schedule: Any = None, restore: Any = None, grouped: bool = False, **options: Any) -> Any:
+def resumed(
+    schedule: Any = None, restore: Any = None, grouped: bool = False, **options: Any
+) -> Any:
     def run(make: Any, every: int, folder: Path) -> pd.DataFrame:
         chosen = groups(make) if grouped else make(**options.get("optimizer", {}))
         rest = {k: v for k, v in options.items() if k != "optimizer"}

@@ -78,7 +78,11 @@ def train(
         for step in range(1, first + steps):
             for part in range(accumulate):
                 size = min(batch, len(X))
-                at = torch.randint(len(X), (size,), generator=order) if batch < len(X) else slice(None)
+                at = (
+                    torch.randint(len(X), (size,), generator=order)
+                    if batch < len(X)
+                    else slice(None)
+                )
                 if step < first:  # the resumed training goes on in the order of the data
                     continue
                 if part == 0:
