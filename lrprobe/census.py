@@ -189,7 +189,9 @@ def _counts(
     """id, count and state of those whose state has a count that the host can read."""
     for param in params:
         state = optimizer.state.get(param)
-        count = state.get("step") if isinstance(state, Mapping) else None
+        if not isinstance(state, Mapping):
+            continue
+        count = state.get("step")
         if isinstance(count, Tensor):
             if count.device.type != "cpu" or count.numel() != 1:
                 continue

@@ -223,7 +223,7 @@ def _follow(options: argparse.Namespace) -> int:
         raise ValueError(f"--follow prints text, not {options.format}")
     _end_with_ctrl_c()
     seen: Any = None
-    told: dict[tuple[str, ...], Finding] = {}
+    told: dict[tuple[str, str, str, str], Finding] = {}
     began = False
     try:
         while True:

@@ -15,13 +15,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrprobe.about import KEY, description, joined
-from lrprobe.arguments import Every, Filter, Options, Step, check_counts
+from lrprobe.arguments import Every, Filter, Options, Step, check_callback, check_counts
 from lrprobe.delivery import Delivery
 from lrprobe.diagnosis import Finding, Findings, diagnose
 from lrprobe.diagnosis.live import Live
 from lrprobe.distributed import join, world
 from lrprobe.hooks import Hooks
-from lrprobe.names import Names, find_optimizers, kind, name_parameters
+from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.record import Level
 from lrprobe.recorder import Recorder, open_recorders
 from lrprobe.runs import before_attempt
@@ -97,11 +97,7 @@ def attach(
         check_counts(every, track, batch_size, step, sample)
         chosen = Filter(include, exclude)
         options = Options(names, chosen, every, step, track, batch_size, sample, compile)
-        if on_finding is not None and not callable(on_finding):
-            raise TypeError(
-                "on_finding= takes a function of a Finding, or None; got "
-                f"{kind(on_finding)}: {on_finding!r}"
-            )
+        check_callback(on_finding)
         recorder = _attached(find_optimizers(optimizer), options, to, rank, on_finding)
     except Exception as error:  # so that the other ranks fail too, and do not wait
         join(ranks, [], model, error)

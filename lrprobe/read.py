@@ -185,7 +185,7 @@ def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
         tables += table
         keys += its_keys
         for rows in its_keys:
-            columns = (rows.column(key).to_pylist() for key in _KEYS)
+            columns: list[Any] = [rows.column(key).to_pylist() for key in _KEYS]
             told += of_rows(its_run, *columns)
         if not told:
             told.append(Description(0, 0, "", its_run))

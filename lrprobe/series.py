@@ -127,9 +127,9 @@ class Series:
         The norm of a gradient with a NaN in it is NaN, too: then it has elements that are not
         finite.
         """
-        result = self.present & ~np.isnan(self["grad_norm"])
-        if "nonfinite" in self:
-            result |= self["nonfinite"] > 0
+        known = np.logical_not(np.isnan(self["grad_norm"]))
+        bad = self["nonfinite"] > 0 if "nonfinite" in self else False
+        result: Bools = np.asarray((known | bad) & self.present)
         return result
 
     @cached_property

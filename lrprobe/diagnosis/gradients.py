@@ -23,6 +23,7 @@ def no_steps(series: Series) -> Iterator[Hit]:
 
 
 def skipped(series: Series) -> Iterator[Hit]:
+    """Steps that a gradient scaler had a fused optimizer skip; others run no hook."""
     skipped = series.skipped
     late = series.steps > SCALER_START
     if skipped.all():  # also where that is the beginning, in which a scaler looks for its scale
@@ -44,6 +45,7 @@ def skipped(series: Series) -> Iterator[Hit]:
 
 
 def never_steps(series: Series) -> Iterator[Hit]:
+    """Parameters without a gradient in all steps, or whose update is exactly 0 in all."""
     there = series.present & ~series.skipped[:, None]
     often = there.sum(axis=0) >= FEW
     without = often & ~series.stepped.any(axis=0)
@@ -79,6 +81,7 @@ def no_gradient(series: Series) -> Iterator[Hit]:
 
 
 def decayed(series: Series) -> Iterator[Hit]:
+    """Matrices whose norm has fallen far below its highest, where there is weight decay."""
     norm = series["param_norm"]
     share = last(norm) / peak(norm)
     # A decay that is coupled is in no column, but in the hyperparameters, where they are known.
@@ -102,6 +105,7 @@ def weight_decay(series: Series) -> Floats:
 
 
 def moves_without_gradient(series: Series) -> Iterator[Hit]:
+    """Parameters, or most of their elements, that move though nothing trains them."""
     yield from _moves_at_zero(series)
     yield from _moves_without_stepping(series)
     yield from _rows_decay(series)
@@ -177,8 +181,9 @@ def _rows_decay(series: Series) -> Iterator[Hit]:
 
 
 def always_clipped(series: Series) -> Iterator[Hit]:
+    """A norm that is the same in nearly all steps: of all gradients, a group's, or each one's."""
     norms = series["grad_norm"]
-    usable = series.stepped.any(axis=1) & ~(np.isinf(norms)).any(axis=1)
+    usable: Bools = np.asarray(series.stepped.any(axis=1) & ~np.isinf(norms).any(axis=1))
     enough = ONGOING_ROWS if series.ongoing else CLIPPED_ROWS
     if usable.sum() < enough:
         return

@@ -240,7 +240,7 @@ class Live:
         self._told |= {_key(finding) for finding in diagnose(history)}
         for optimizer, rows in history.groupby("optimizer", sort=False, observed=True):
             for _, one in rows.groupby(["attempt", "step"], sort=True):
-                self._keep(str(optimizer), {name: one[name].to_numpy() for name in one})
+                self._keep(str(optimizer), {str(name): one[name].to_numpy() for name in one})
 
 
 def _key(finding: Finding) -> Key:

@@ -18,6 +18,7 @@ HALF_SMALLEST = {"float16": 2.0**-25}
 
 
 def nonfinite(series: Series) -> Iterator[Hit]:
+    """The first parameter that had elements that are not finite, and what made them so."""
     if "nonfinite" in series:
         bad = np.logical_and(series["nonfinite"] > 0, series.stepped)
     elif "update_norm" in series:  # of a logdir, which every step has, once there was one
@@ -64,6 +65,7 @@ def nonfinite(series: Series) -> Iterator[Hit]:
 
 
 def unexplained(series: Series) -> Iterator[Hit]:
+    """Parameters whose steps are not the ones that their rule says."""
     measured = series.ruled_by("measured")
     error = series["reconstruction_error"]
     ruled = series.present & ~measured
@@ -80,6 +82,7 @@ def unexplained(series: Series) -> Iterator[Hit]:
 
 
 def lost(series: Series) -> Iterator[Hit]:
+    """Parameters most of whose updates are lost to rounding."""
     spread = series["grad_norm"] / np.sqrt(series.numel)
     alive = spread >= ALIVE * np.fmax.reduce(spread, axis=1)[:, None]
     # What moves without a gradient is what momentum has left over: too small to be missed.
@@ -136,6 +139,7 @@ def eps_underflows(series: Series) -> Iterator[Hit]:
 
 
 def state_unexplained(series: Series) -> Iterator[Hit]:
+    """Parameters whose state is not what their rule makes of the gradient."""
     error = np.where(series.stepped, series["state_error"], np.nan)
     large = error > STATE_UNEXPLAINED
     for column in np.flatnonzero(large.sum(axis=0) >= 2):

@@ -17,6 +17,7 @@ ADAGRAD_DECAY = 0.1
 
 
 def adam_scale(series: Series) -> Iterator[Hit]:
+    """Parameters whose steps are longer than Adam's can be, or far shorter than they are."""
     family = adam_family(series)
     if not family.any():
         return
@@ -63,7 +64,11 @@ def _longest(series: Series) -> Floats:
         one, two = float(betas[0]), float(betas[1])
         usual = longest_step(series.steps, one, two)[:, None]
         # max(β₂·u, |g|) remembers less than a mean: Σ a·β₂⁻ᵏ.
-        largest = _sum((1 - one) / (1 - one**series.steps), one / max(two, 1e-9), series.steps)
+        largest = _sum(
+            np.asarray((1 - one) / (1 - one**series.steps), np.float64),
+            one / max(two, 1e-9),
+            series.steps,
+        )
         # NAdam has more of the newest gradient, as if one more β₁ were left out.
         nadam = usual + longest_step(series.steps, 0.0, two)[:, None]
         most = np.where(maximum, largest[:, None], np.where(nesterov, nadam, usual))
@@ -87,6 +92,7 @@ def _sum(scale: Floats, ratio: float, steps: Ints) -> Floats:
 
 
 def eps_rules(series: Series) -> Iterator[Hit]:
+    """Matrices in most of whose elements ε is larger than what it is added to."""
     zero = series["zero_grad_fraction"]
     live = (series["eps_fraction"] - zero) / (1 - zero)
     where = series.near_peak & matrices(series) & ~series.ruled_by("adadelta")
@@ -151,14 +157,17 @@ def _rate_changes(series: Series, sign: int) -> Iterator[Hit]:
 
 
 def rate_collapses(series: Series) -> Iterator[Hit]:
+    """Matrices whose rate falls, as those of others do not."""
     return _rate_changes(series, -1)
 
 
 def rate_explodes(series: Series) -> Iterator[Hit]:
+    """Matrices whose rate rises, as those of others do not."""
     return _rate_changes(series, 1)
 
 
 def update_ratio(series: Series) -> Iterator[Hit]:
+    """Matrices whose updates are far off the usual share of their norm."""
     where = series.near_peak & matrices(series) & ~series.ruled_by("measured")
     ratio = np.where(where & np.isfinite(series["update_ratio"]), series["update_ratio"], np.nan)
     low, high = RATIO_BAND
@@ -178,6 +187,7 @@ def update_ratio(series: Series) -> Iterator[Hit]:
 
 
 def adagrad_decay(series: Series) -> Iterator[Hit]:
+    """Matrices whose rate has fallen a long way, by Adagrad's design."""
     adagrad = series.ruled_by("adagrad")
     if not adagrad.any() or len(series.steps) < FEW:
         return
@@ -191,6 +201,7 @@ def adagrad_decay(series: Series) -> Iterator[Hit]:
 
 
 def adadelta_eps(series: Series) -> Iterator[Hit]:
+    """Matrices in which ε decides on Adadelta's rate."""
     where = series.ruled_by("adadelta") & matrices(series) & series.near_peak
     share = np.where(where, series["eps_fraction"], np.nan)
     for column, median in medians(share, above=EPS_SHARE):

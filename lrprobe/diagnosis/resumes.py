@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ STEADY, STALLED = 1.5, 2.0
 
 
 def state_lost(series: Series) -> Iterator[Hit]:
+    """Where a run went on with its parameters and without the optimizer's state."""
     yield from _restarted(series)
     yield from _fresh_adadelta(series)
     yield from _fresh_moments(series)
@@ -144,13 +146,14 @@ def _resumes(series: Series, lr: Floats) -> Iterator[_Resume]:
     """Where a group's rate is known on both sides."""
     rows = np.flatnonzero(~np.isnan(lr))
     ends = [*series.resumes.tolist(), len(series.steps)]
-    for row, end in zip(ends[:-1], ends[1:], strict=True):
+    for row, end in pairwise(ends):
         before, after = rows[rows < row], rows[(rows >= row) & (rows < end)]
         if len(before) and len(after):
             yield _Resume(int(after[0]), before, after)
 
 
 def lr_jumps(series: Series) -> Iterator[Hit]:
+    """Groups whose rate, at a resume, is not where the schedule was."""
     names, rates = groups(series)
     _, bases = group_figures(series, "initial_lr")
     for column, name in enumerate(names):
@@ -265,6 +268,7 @@ def _new_base(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool
 
 
 def schedule_stalled(series: Series) -> Iterator[Hit]:
+    """Groups whose rate stays, since a resume, while it kept changing before."""
     names, rates = groups(series)
     for column, name in enumerate(names):
         lr = rates[:, column]
@@ -287,6 +291,7 @@ def schedule_stalled(series: Series) -> Iterator[Hit]:
 
 
 def decay_jumps(series: Series) -> Iterator[Hit]:
+    """Groups whose weight decay is another in the first step of a resume only."""
     names, _ = groups(series)
     for column, name in enumerate(names):
         decay = _weight_decay(series, column, int(name.split()[-1]))

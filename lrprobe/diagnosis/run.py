@@ -129,7 +129,7 @@ def _without_steps(
     runs = frame.attrs.get(KEY, {}).get("runs", {"": None})
     rank = next(at for at, check in enumerate(CHECKS) if check.find is no_steps)
     for run in runs:
-        seen = {series.optimizer for series in every if series.run == run or run == ""}
+        seen = {series.optimizer for series in every if run in ("", series.run)}
         names = list(description(frame, run).get("optimizers", {})) or ([] if seen else [""])
         for name in names:
             if name not in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +19,7 @@ SAME, SAME_SHARE = 1e-6, 0.9
 
 
 def group_rate_zero(series: Series) -> Iterator[Hit]:
+    """Groups whose rate is 0 in all steps, or in the last ones."""
     names, rates = groups(series)
     known = ~np.isnan(rates)
     for column in range(len(names)):
@@ -33,6 +35,7 @@ def group_rate_zero(series: Series) -> Iterator[Hit]:
 
 
 def group_off_schedule(series: Series) -> Iterator[Hit]:
+    """Groups whose rate stays while that of others changes."""
     names, rates = groups(series)
     for column in range(len(names)):
         known = ~np.isnan(rates[:, column])
@@ -88,6 +91,7 @@ def group_rate_overwritten(series: Series) -> Iterator[Hit]:
 
 
 def negative_rate(series: Series) -> Iterator[Hit]:
+    """Groups whose rate is below 0, and parameters whose effective rate is."""
     names, rates = groups(series)
     if not names:
         names, rates = series.names, series["lr"]
@@ -111,6 +115,7 @@ def negative_rate(series: Series) -> Iterator[Hit]:
 
 
 def schedule_ends_early(series: Series) -> Iterator[Hit]:
+    """Groups whose rate is next to nothing in more than half of the run."""
     names, rates = groups(series)
     for column, name in enumerate(names):
         rows = np.flatnonzero(~np.isnan(rates[:, column]))
@@ -126,14 +131,15 @@ def schedule_ends_early(series: Series) -> Iterator[Hit]:
             yield Hit(
                 name,
                 steps[low],
-                "lr is below a thousandth of its peak {peak:.3g} in {share:.0%} of the run, {lr:.2g} "
-                "in the end",
+                "lr is below a thousandth of its peak {peak:.3g} in {share:.0%} of the run, "
+                "{lr:.2g} in the end",
                 {"peak": lr[top], "share": share, "lr": lr[-1]},
                 share,
             )
 
 
 def schedule_not_reached(series: Series) -> Iterator[Hit]:
+    """Groups whose rate stays far below their own base in all of the run."""
     names, rates = groups(series)
     if not names or series.key != "parameter":
         return
@@ -156,11 +162,12 @@ def schedule_not_reached(series: Series) -> Iterator[Hit]:
 
 
 def schedule_cycles(series: Series) -> Iterator[Hit]:
+    """Groups whose rate falls and rises again, other than at a resume."""
     names, rates = groups(series)
     for column, name in enumerate(names):
         lows: list[int] = []
         ends = [0, *series.resumes.tolist(), len(series.steps)]
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in pairwise(ends):
             lows += [start + low for low in _lows(rates[start:end, column])]
         if not lows:
             continue
@@ -199,11 +206,12 @@ def _lows(lr: Floats) -> list[int]:
 
 
 def short_warmup(series: Series) -> Iterator[Hit]:
+    """A warmup that is shorter than what the second moment remembers."""
     family = series.ruled_by("adam", "nadam", "sparse_adam", "rmsprop")
     columns = np.flatnonzero(family.any(axis=0))
     betas, alphas = series.option("betas"), series.option("alpha")
-    known = {column: _second(betas[column], alphas[column]) for column in columns.tolist()}
-    known = {column: beta for column, beta in known.items() if beta is not None}
+    seconds = {column: _second(betas[column], alphas[column]) for column in columns.tolist()}
+    known = {column: beta for column, beta in seconds.items() if beta is not None}
     if not known:
         return
     column, beta = next(iter(known.items()))

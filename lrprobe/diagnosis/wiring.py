@@ -10,6 +10,7 @@ from lrprobe.series import Series
 
 
 def not_in_optimizer(series: Series) -> Iterator[Hit]:
+    """Parameters that had a gradient and that no optimizer with a probe has."""
     if series.siblings[0] is not series:  # it is about the run, and told once
         return
     for name in series.about.get(NOT_IN_OPTIMIZER) or ():
@@ -18,6 +19,7 @@ def not_in_optimizer(series: Series) -> Iterator[Hit]:
 
 
 def in_two_optimizers(series: Series) -> Iterator[Hit]:
+    """Parameters that two optimizers step."""
     for name, optimizers in (series.about.get(IN_TWO_OPTIMIZERS) or {}).items():
         if series is next(each for each in series.siblings if each.optimizer in optimizers):
             evidence = f"both {' and '.join(map(_plain, optimizers))} step it"
@@ -25,6 +27,7 @@ def in_two_optimizers(series: Series) -> Iterator[Hit]:
 
 
 def step_stuck(series: Series) -> Iterator[Hit]:
+    """An optimizer whose own step count was not what its steps make of it."""
     wrong = series.optimizer_about.get("step_count")
     if not wrong:
         return

@@ -314,7 +314,7 @@ def overlap_apart(make: Any, every: int, _folder: Path) -> pd.DataFrame:
     model = net()
     other = make()(model[2])
     with lrprobe.attach(other, model, every=every):
-        return train(lambda m: make()(m), model=model, every=every, after=lambda *_: other.step())
+        return train(make(), model=model, every=every, after=lambda *_: other.step())
 
 
 def never_called(make: Any, _every: int, _folder: Path) -> pd.DataFrame:

@@ -27,33 +27,35 @@ class Healthy:
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "SGD": lambda p: optim.SGD(p, lr=0.1),
-    "SGD, torch's lr": lambda p: optim.SGD(p),
+    "SGD, torch's lr": optim.SGD,
     "momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=5e-4),
     "Nesterov": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
-    "Adam": lambda p: optim.Adam(p),
+    "Adam": optim.Adam,
     "Adam, L2": lambda p: optim.Adam(p, weight_decay=1e-4),
     "AMSGrad": lambda p: optim.Adam(p, amsgrad=True),
     "Adam of GANs": lambda p: optim.Adam(p, 2e-4, (0.5, 0.999)),
     "Adam of StyleGAN": lambda p: optim.Adam(p, 1e-3, (0.0, 0.99)),
     "fused Adam": lambda p: optim.Adam(p, fused=True),
-    "AdamW": lambda p: optim.AdamW(p),
+    "AdamW": optim.AdamW,
     "AdamW of LMs": lambda p: optim.AdamW(p, 3e-4, (0.9, 0.95), weight_decay=0.1),
-    "NAdam": lambda p: optim.NAdam(p),
-    "RAdam": lambda p: optim.RAdam(p),
-    "Adamax": lambda p: optim.Adamax(p),
-    "Adagrad": lambda p: optim.Adagrad(p),
-    "Adadelta": lambda p: optim.Adadelta(p),
+    "NAdam": optim.NAdam,
+    "RAdam": optim.RAdam,
+    "Adamax": optim.Adamax,
+    "Adagrad": optim.Adagrad,
+    "Adadelta": optim.Adadelta,
     "Zeiler's Adadelta": lambda p: optim.Adadelta(p, rho=0.95, eps=1e-6),
     "RMSprop": lambda p: optim.RMSprop(p, lr=1e-3),
     "RMSprop, centered": lambda p: optim.RMSprop(p, lr=1e-3, centered=True),
     "RMSprop, momentum": lambda p: optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.9),
-    "ASGD": lambda p: optim.ASGD(p),
-    "Adafactor": lambda p: optim.Adafactor(p),
+    "ASGD": optim.ASGD,
+    "Adafactor": optim.Adafactor,
     "Muon": lambda p: optim.Muon([each for each in p if each.ndim == 2], lr=0.02),
 }
 
 
 class Recurrent(nn.Module):
+    """An LSTM over the rows of an image."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lstm, self.head = nn.LSTM(8, 24, batch_first=True), nn.Linear(24, 10)
@@ -63,6 +65,8 @@ class Recurrent(nn.Module):
 
 
 class Attention(nn.Module):
+    """A transformer's layer over the rows of an image."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inside = nn.Linear(8, 32)
@@ -329,6 +333,8 @@ def chained(optimizer: Any) -> Any:
 
 
 class Plateau(lr_scheduler.ReduceLROnPlateau):
+    """Of a loss that never gets better."""
+
     def step(self, *_: Any) -> None:  # type: ignore[override]
         super().step(1.0)
 

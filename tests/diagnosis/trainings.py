@@ -39,7 +39,7 @@ def cross_entropy(model: nn.Module, at: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(X[at].to(dtype)).float(), Y[at])
 
 
-def train(
+def train(  # noqa: C901, PLR0912 - one loop, with a place for each fault
     make: Make,
     *,
     model: nn.Module | None = None,
