@@ -137,7 +137,7 @@ class Series:
         """Steps that a gradient scaler had a fused optimizer skip: (steps,)."""
         if "grad_norm" not in self:
             return np.zeros(len(self.steps), dtype=bool)
-        result: Bools = self.with_gradient.any(axis=1) & ~self.stepped.any(axis=1)
+        result: Bools = np.asarray(self.with_gradient.any(axis=1) & ~self.stepped.any(axis=1))
         return result
 
     @property
