@@ -50,6 +50,16 @@ def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
     _check("step", step, 0, allowed, step is None or callable(step))
 
 
+def check_callback(on_finding: Any) -> None:
+    """Check that it can be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if on_finding is not None and not callable(on_finding):
+        raise TypeError(f"on_finding= takes a function of a Finding, or None; got {on_finding!r}")
+
+
 def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False) -> None:
     if fine:
         return

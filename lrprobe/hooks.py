@@ -6,7 +6,6 @@ import inspect
 import math
 import time
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from torch.optim import Optimizer
 
 from lrprobe import compiled
 from lrprobe.arguments import Options
+from lrprobe.census import StepCount
 from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.buffers import blank, fill
 from lrprobe.engine.check import Samples
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
 from lrprobe.engine.flight import MOVED, StepInFlight
-from lrprobe.engine.pieces import WatchedParameter
+from lrprobe.engine.pieces import WatchedParameter, draw
 from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
 from lrprobe.resting import at_rest, device_of, moved, moves
@@ -56,6 +56,9 @@ class Owner(Protocol):
     def describe(self) -> None:
         """Read hyperparameters anew."""
 
+    def look(self, hooks: Hooks) -> None:
+        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+
 
 class Hooks:
     """The hooks on one optimizer: from its step to the figures of it."""
@@ -64,6 +67,7 @@ class Hooks:
         """Start listening; ``owner`` gets the figures, and holds what describes the run."""
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
+        self.count = StepCount()
         self.watched: list[WatchedParameter] = []
         self.rows: list[Row] = []
         self.engine = Engine(options.way)
@@ -143,9 +147,26 @@ class Hooks:
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "groups": [
                 {key: _plain(value) for key, value in group.items() if key not in _NOT_PLAIN}
+                | {"dtypes": _dtypes(group["params"])}
                 for group in groups
             ],
+            "step_count": self.count.wrong,
         }
+
+    def parameters(self) -> list[Tensor]:
+        """Those that the optimizer has now."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [param for group in groups for param in group["params"]]
+
+    @property
+    def kind(self) -> str:
+        """Name of the optimizer's class."""
+        return type(self._optimizer()).__name__
+
+    def name_of(self, param: Tensor) -> str:
+        """What a parameter is called."""
+        return self._given.get(id(param), "")
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         compiled.call(self._before_step, optimizer, args, kwargs)
@@ -180,6 +201,7 @@ class Hooks:
             return
         with self._harmless(), _undisturbed():
             self._refresh(optimizer)
+            self.count.before(optimizer, self._number, self._given)
             # What runs after this may still change the gradients, or make them.
             closure = has_closure(args, kwargs) or not self._is_last(optimizer)
             if self.exchange is None:
@@ -198,6 +220,7 @@ class Hooks:
         self._depth = 0
         kept, self._kept = self._kept, None
         self.schedule.step = self._number
+        self.count.taken += 1
         if not self._is_last(optimizer):  # pre-hooks that clip are to run before ours
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         try:  # as above
@@ -208,6 +231,9 @@ class Hooks:
             self.failed(error)
             return
         with self._harmless():
+            if kept is not None:
+                self.count.after(optimizer, self._number, self._given)
+                self._owner.look(self)
             info = StepInfo(
                 step=self._number,
                 time=time.time(),
@@ -425,22 +451,6 @@ def _initial_lr(group: Mapping[str, Any]) -> Any:
     return copied(rate)
 
 
-def draw(name: str, numel: int, count: int) -> Tensor | None:
-    """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
-    if not count or not numel:
-        return None
-    generator = torch.Generator("cpu").manual_seed(
-        zlib.crc32(name.encode("utf-8", "backslashreplace"))
-    )
-    if numel <= 1 << 16:
-        drawn = torch.randperm(numel, generator=generator, device="cpu")[:count]
-    else:
-        drawn = torch.randint(numel, (2 * count,), generator=generator, device="cpu")
-        drawn = torch.unique(drawn)
-        drawn = drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]]
-    return torch.sort(drawn)[0]
-
-
 def _is_nested(optimizer: Optimizer) -> bool:
     """Whether a step of this optimizer is under way further up the stack."""
     frame = inspect.currentframe()
@@ -472,6 +482,11 @@ _MOST_CHANGES = 3
 """A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own.
 Each description of the run begins a new part of a dataset."""
 _NOT_PLAIN = ("params", "param_names")
+
+
+def _dtypes(params: Sequence[Tensor]) -> list[str]:
+    """Those of some parameters, by name."""
+    return sorted({str(param.dtype).removeprefix("torch.") for param in params})
 
 
 def _plain(value: Any) -> Any:

@@ -65,6 +65,11 @@ class Names:
         self._first = parameter_names(model)
         self._model = None if model is None else weakref.ref(model)
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while it lives."""
+        return self._model() if self._model is not None else None
+
     def now(self, given: Mapping[int, str] | None = None) -> dict[int, str]:
         """id of each parameter to its name; one that left the model has that which it had.
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lrprobe.arguments import Every, Filter, Options, Step, check_counts
+from lrprobe.about import KEY, description, joined
+from lrprobe.arguments import Every, Filter, Options, Step, check_callback, check_counts
 from lrprobe.delivery import Delivery
+from lrprobe.diagnosis import Finding, Findings, diagnose
+from lrprobe.diagnosis.live import Live
 from lrprobe.distributed import join, world
 from lrprobe.engine import ways
 from lrprobe.hooks import Hooks
@@ -23,7 +27,9 @@ from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.notebook import probe_html
 from lrprobe.record import Level
 from lrprobe.recorder import Recorder, open_recorders
+from lrprobe.runs import before_attempt
 from lrprobe.sinks.memory import Memory
+from lrprobe.sinks.parquet import Parquet
 from lrprobe.sinks.targets import open_sinks, targets
 from lrprobe.text import listed, warn
 
@@ -42,6 +48,7 @@ def attach(
     track: int = 0,
     batch_size: int | None = None,
     step: Step = None,
+    on_finding: Callable[[Finding], object] | None = None,
     process_group: Any = None,
 ) -> Probe:
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
@@ -65,6 +72,8 @@ def attach(
             the columns ``samples`` and ``lr_per_sample``.
         step: where to start counting, or a function that gives the trainer's own step. By default
             the count goes on from the optimizer's state, else from 0.
+        on_finding: called with each new ``Finding`` while the training runs, once, in a thread of
+            its own; :mod:`lrprobe.alerts` has some ready-made.
         process_group: of ``torch.distributed``, where not all ranks attach. All of its ranks must
             call ``attach``; the lowest writes, and its probe has the frame. By default all ranks.
 
@@ -86,7 +95,8 @@ def attach(
         check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
         options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
-        recorder = _attached(find_optimizers(optimizer), options, to, rank)
+        check_callback(on_finding)
+        recorder = _attached(find_optimizers(optimizer), options, to, rank, on_finding)
     except Exception as error:  # so that the other ranks fail too, and do not wait
         join(ranks, [], model, error)
         raise
@@ -99,7 +109,11 @@ def attach(
 
 
 def _attached(
-    optimizers: Mapping[str, Optimizer], options: Options, to: Any, rank: int
+    optimizers: Mapping[str, Optimizer],
+    options: Options,
+    to: Any,
+    rank: int,
+    on_finding: Callable[[Finding], object] | None,
 ) -> Recorder:
     chosen = options.chosen
     now = options.names.now()
@@ -130,11 +144,25 @@ def _attached(
             memory = Memory()
             sinks.insert(0, memory)
         attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
+        history = _history(sinks, attempt)
+        if on_finding is not None:
+            live = Live(on_finding, history)
+            sinks, owned = [*sinks, live], [*owned, live]
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
+        recorder.history = history
     for name, each in _apart(optimizers, shared).items():
         recorder.hooks.append(Hooks(name, each, options, recorder))
     recorder.describe()
     return recorder
+
+
+def _history(sinks: Sequence[Any], attempt: int) -> Callable[[], pd.DataFrame | None] | None:
+    """Gives what the dataset that is continued has of earlier attempts."""
+    if attempt:
+        for sink in sinks:
+            if isinstance(sink, Parquet):
+                return partial(before_attempt, Path(sink.destination), attempt)
+    return None
 
 
 class Probe:
@@ -175,6 +203,25 @@ class Probe:
         self._recorder.wait()
         return self._memory.histograms()
 
+    def findings(self) -> Findings:
+        """What the recorded steps so far point to, as :func:`lrprobe.diagnose` says it.
+
+        Of a dataset that is continued, what earlier attempts recorded counts, too. Until the probe
+        is closed, nothing is said that the rest of the run may change.
+
+        Raises:
+            RuntimeError: as ``frame`` does.
+        """
+        import pandas as pd
+
+        frame = self.frame()
+        history = self._recorder.history() if self._recorder.history is not None else None
+        if history is not None:
+            about = joined(description(history), description(frame))
+            frame = pd.concat([history, frame[history.columns]], ignore_index=True)
+            frame.attrs[KEY] = about
+        return diagnose(frame, ongoing=not self._recorder.closed)
+
     def flush(self) -> None:
         """Write all that was recorded so far, and make sinks that buffer do the same."""
         self._recorder.flush()
@@ -191,7 +238,10 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the counts stand, as plain values, to go into a checkpoint."""
-        return {"steps": self._recorder.steps()}
+        state: dict[str, Any] = {"steps": self._recorder.steps()}
+        if self._recorder.live is not None:
+            state["told"] = [list(key) for key in self._recorder.live.told]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where another probe stood, or this one earlier.
@@ -211,6 +261,8 @@ class Probe:
                 f"this state is of the optimizers {sorted(steps)}; the probe has {sorted(names)}"
             )
         self._recorder.go_on_from(steps)
+        if self._recorder.live is not None:
+            self._recorder.live.forget_none(state.get("told", ()))
 
     def __repr__(self) -> str:
         hooks = self._recorder.hooks

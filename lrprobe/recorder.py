@@ -8,20 +8,26 @@ import platform
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lrprobe.about import IN_TWO_OPTIMIZERS, NOT_IN_OPTIMIZER
+from lrprobe.census import Membership
 from lrprobe.delivery import Delivery
+from lrprobe.diagnosis.live import Live
 from lrprobe.distributed import finish
 from lrprobe.engine.flight import StepInFlight
 from lrprobe.hooks import Hooks
 from lrprobe.record import SCHEMA_VERSION
 from lrprobe.sinks.memory import Memory
 from lrprobe.text import warn
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Recorder:
@@ -36,6 +42,7 @@ class Recorder:
         hooks: of each optimizer.
         run: hyperparameters and versions, which travel with every record.
         closed: whether it has ended.
+        history: gives what earlier attempts recorded in a dataset that is continued.
     """
 
     def __init__(
@@ -56,6 +63,8 @@ class Recorder:
         self.hooks: list[Hooks] = []
         self.run: dict[str, Any] = {}
         self.closed = False
+        self.history: Callable[[], pd.DataFrame | None] | None = None
+        self._membership = Membership()
         self._delivery = delivery
         self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
         self._lock = threading.RLock()  # a frame may be asked for beside the training
@@ -111,6 +120,11 @@ class Recorder:
             self._begin_attempt()
 
     @property
+    def live(self) -> Live | None:
+        """What tells of findings while the run goes on."""
+        return next((sink for sink in self._delivery.sinks if isinstance(sink, Live)), None)
+
+    @property
     def waiting(self) -> bool:
         """Whether figures are still on their way to the host."""
         return bool(self._waiting)
@@ -123,7 +137,20 @@ class Recorder:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
+            NOT_IN_OPTIMIZER: self._membership.missing,
+            IN_TWO_OPTIMIZERS: self._membership.twice,
         }
+        for sink in self._delivery.sinks:
+            if isinstance(sink, Memory | Live):
+                sink.describe(self.run)
+
+    def look(self, hooks: Hooks) -> None:
+        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+        living = [each for one in list(open_recorders) for each in one.hooks]
+        new = self._membership.look(hooks, self.hooks, living)
+        if new or hooks.count.changed:
+            hooks.count.changed = False
+            self.describe()
 
     def add(self, hooks: Hooks, pending: StepInFlight) -> None:
         """Take the figures of a step, still on the device."""

@@ -14,6 +14,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def shown(name: str, most: int = 120) -> str:
     """A name for a screen: shortened, and without what would move a terminal's cursor."""
     if len(name) > most:

@@ -14,7 +14,7 @@ from torch import nn
 from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, ranks_of
 from lrprobe.distributed.meeting import met
 from lrprobe.engine.columns import Row
-from lrprobe.engine.pieces import WatchedParameter, local
+from lrprobe.engine.pieces import WatchedParameter, draw, local
 from lrprobe.rules.base import tolerance
 
 if TYPE_CHECKING:
@@ -174,8 +174,6 @@ def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: in
     Raises:
         ValueError: if a name stands for different things; the same on every rank.
     """
-    from lrprobe.hooks import draw
-
     found = Union([], [])
     index: dict[str, int] = {}
     where: list[Kind] = []

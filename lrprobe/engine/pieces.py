@@ -7,6 +7,7 @@ a flat buffer. Each is an ``Entry``: real tensors that belong together element b
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,3 +228,19 @@ def _device(readable: Readable) -> torch.device:
     if isinstance(readable, SparseRows):
         return readable.values.device
     return readable.codes.device if isinstance(readable, Coded) else readable.device
+
+
+def draw(name: str, numel: int, count: int) -> Tensor | None:
+    """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
+    if not count or not numel:
+        return None
+    generator = torch.Generator("cpu").manual_seed(
+        zlib.crc32(name.encode("utf-8", "backslashreplace"))
+    )
+    if numel <= 1 << 16:
+        drawn = torch.randperm(numel, generator=generator, device="cpu")[:count]
+    else:
+        drawn = torch.randint(numel, (2 * count,), generator=generator, device="cpu")
+        drawn = torch.unique(drawn)
+        drawn = drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]]
+    return torch.sort(drawn)[0]

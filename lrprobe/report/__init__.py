@@ -76,7 +76,7 @@ def render(runs: Runs, notes: Sequence[str] = ()) -> tuple[str, Findings]:
             f"{', '.join(runs.names)}: no step was recorded yet; attach records step 1 and every "
             "tenth"
         )
-    found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
+    found = diagnose(runs.frame)
     frame = latest(runs.frame)
     drawn = thinned(frame, _STEPS)
     tables = [
