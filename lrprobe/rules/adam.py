@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,11 @@ def _adam(s: Slice, *, outside: bool = False) -> Update:
         rms_grad=rms,
         eps=(root, eps),
     )
+
+
+def _adamw(s: Slice) -> Update:
+    """Adam with a decoupled decay, which the group names from torch 2.7 on only."""
+    return replace(_adam(s), decay=s.lr * s.group["weight_decay"])
 
 
 def _nadam(s: Slice) -> Update:
@@ -117,6 +123,7 @@ def _sparse_adam(s: Slice) -> Update:
 
 
 ADAM = Rule("adam", _adam)
+ADAMW = Rule("adam", _adamw)
 ADAM_OUTSIDE = Rule("adam", partial(_adam, outside=True))
 NADAM = Rule("nadam", _nadam)
 RADAM = Rule("radam", _radam)

@@ -1,0 +1,15 @@
+"""What differs between the supported versions of torch and pandas."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+
+MUON: Any = getattr(torch.optim, "Muon", None)
+"""The class; None before torch 2.9."""
+
+ADAM_DECOUPLES = issubclass(torch.optim.AdamW, torch.optim.Adam)
+"""Whether Adam takes ``decoupled_weight_decay``: from torch 2.7 on."""
+
+TEXT = str(pd.Series(dtype="str").dtype)
+"""The dtype of a column of text: ``str``, before pandas 3 ``object``."""
