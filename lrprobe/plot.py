@@ -236,7 +236,7 @@ def heatmap(
     rows = {
         f"{optimizer}: {title}" if several else title: line.drop_duplicates("step", keep="last")
         for title, panel in panels.items()
-        for optimizer, line in panel.groupby("optimizer", sort=False)
+        for optimizer, line in panel.groupby("optimizer", sort=False, observed=True)
     }
     steps = np.unique(np.concatenate([line["step"] for line in rows.values()]))
     steps = steps[_thinned(len(steps), _MAX_COLUMNS)]
@@ -335,7 +335,9 @@ def traces(
     drawn = _axes(2 * len(panels), axes, columns=2, share_y="col").reshape(-1, 2)
     keys = [*_line_keys(table), "element"]
     for pair, (title, rows) in zip(drawn, panels.items(), strict=True):
-        for (_, line), style in zip(rows.groupby(keys, sort=False), cycle(STYLES), strict=False):
+        for (_, line), style in zip(
+            rows.groupby(keys, sort=False, observed=True), cycle(STYLES), strict=False
+        ):
             for ax, column in zip(pair, ("effective_lr", "update"), strict=True):
                 ax.plot(line["step"], line[column], **style, linewidth=0.8, alpha=0.8)
         if (rows["effective_lr"] > 0).any():
@@ -519,7 +521,7 @@ def _panels(
     key = next((k for k in _PANELS if k in frame), None)
     if key is None:
         return {"model": frame}
-    rows = dict(iter(frame.groupby(key, sort=False)))
+    rows = dict(iter(frame.groupby(key, sort=False, observed=True)))
     names: list[Any] = list(rows)
     if isinstance(wanted, str):
         chosen = [name for name in names if re.search(wanted, str(name))]
@@ -547,7 +549,7 @@ def _line_keys(frame: pd.DataFrame) -> list[str]:
 
 def _lines(rows: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """The label and the rows of each line."""
-    for values, line in rows.groupby(keys, sort=False):
+    for values, line in rows.groupby(keys, sort=False, observed=True):
         words = (
             f"attempt {v}" if k == "attempt" else str(v) for k, v in zip(keys, values, strict=True)
         )
