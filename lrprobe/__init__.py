@@ -7,6 +7,7 @@ from lrprobe.probe import Probe, attach
 from lrprobe.read import read
 from lrprobe.record import Record
 from lrprobe.rules import Rule, Slice, Update, Whole, register_rule
+from lrprobe.versions import show_versions
 
 __all__ = [
     "Finding",
@@ -26,6 +27,7 @@ __all__ = [
     "read",
     "register_rule",
     "report",
+    "show_versions",
     "sinks",
     "testing",
 ]

@@ -18,8 +18,6 @@ from torch.optim import lr_scheduler as s
 import lrprobe
 
 STEPS = 12
-# torch 2.6 says it of its own SequentialLR.
-pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
 
 
 @dataclass(frozen=True)

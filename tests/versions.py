@@ -11,5 +11,8 @@ MUON: Any = getattr(torch.optim, "Muon", None)
 ADAM_DECOUPLES = issubclass(torch.optim.AdamW, torch.optim.Adam)
 """Whether Adam takes ``decoupled_weight_decay``: from torch 2.7 on."""
 
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""Whether ``fully_shard`` runs without a GPU: not in torch 2.6."""
+
 TEXT = str(pd.Series(dtype="str").dtype)
 """The dtype of a column of text: ``str``, before pandas 3 ``object``."""
