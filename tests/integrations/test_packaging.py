@@ -76,6 +76,7 @@ def built(tmp_path_factory):
     """The sdist, and the wheel that was built from it; `make release-check` keeps them."""
     kept = os.environ.get("LRPROBE_DIST")
     folder = Path(kept).resolve() if kept else tmp_path_factory.mktemp("dist")
+    folder.mkdir(exist_ok=True)
     run(sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT), cwd=folder)
     (sdist,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")
