@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, power
+
+T = TypeVar("T")
 
 
 def _adam(s: Slice, *, outside: bool = False) -> Update:
@@ -39,9 +41,14 @@ def _adam(s: Slice, *, outside: bool = False) -> Update:
     )
 
 
-def _adamw(s: Slice) -> Update:
-    """Adam with a decoupled decay, which the group names from torch 2.7 on only."""
-    return replace(_adam(s), decay=s.lr * s.group["weight_decay"])
+def _decoupled(equation: Callable[[Slice], T]) -> Callable[[Slice], T]:
+    """The equation where the decay is decoupled: AdamW's groups say so only from torch 2.7 on."""
+
+    def of(s: Slice) -> T:
+        s.group = {**s.group, "decoupled_weight_decay": True}
+        return equation(s)
+
+    return of
 
 
 def _nadam(s: Slice) -> Update:
@@ -123,7 +130,7 @@ def _sparse_adam(s: Slice) -> Update:
 
 
 ADAM = Rule("adam", _adam)
-ADAMW = Rule("adam", _adamw)
+ADAMW = Rule("adam", _decoupled(_adam))
 ADAM_OUTSIDE = Rule("adam", partial(_adam, outside=True))
 NADAM = Rule("nadam", _nadam)
 RADAM = Rule("radam", _radam)

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -114,19 +113,14 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
 
     A column of text has pandas's own type for it: ``str``, before pandas 3 ``object``.
     """
+    import pandas as pd
+
     frame: pd.DataFrame = table.to_pandas()
-    text = _text_type()
+    text = pd.Series(dtype="str").dtype
     for column in table.schema:  # which pyarrow before 19 leaves as objects also with pandas 3
         if pa.types.is_string(column.type) and frame[column.name].dtype != text:
             frame[column.name] = frame[column.name].astype(text)
     return frame
-
-
-@cache
-def _text_type() -> Any:
-    import pandas as pd
-
-    return pd.Series(dtype="str").dtype
 
 
 def encode(table: pa.Table) -> bytes:
