@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lrprobe.notebook import explore
     from lrprobe.probe import Probe, attach
     from lrprobe.rules import Rule, Slice, Update, Whole, register_rule
+    from lrprobe.versions import show_versions
 
 __all__ = [
     "Finding",
@@ -39,6 +40,7 @@ __all__ = [
     "read",
     "register_rule",
     "report",
+    "show_versions",
     "sinks",
     "testing",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     **dict.fromkeys(("Probe", "attach"), "probe"),
     **dict.fromkeys(("Rule", "Slice", "Update", "Whole", "register_rule"), "rules"),
     "explore": "notebook",
+    "show_versions": "versions",
 }
 """Where a name is that is imported late."""
 

@@ -306,7 +306,7 @@ def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> s
     if not len(frame):
         return f"{run}: no step was recorded yet"
     blocks = []
-    for optimizer, recorded in frame.groupby("optimizer", sort=False):
+    for optimizer, recorded in frame.groupby("optimizer", sort=False, observed=True):
         step = int(recorded["step"].max())
         rows = recorded[recorded["step"] == step]
         ago = f", {_ago(time.time() - float(rows['time'].max()))}" if "time" in rows else ""

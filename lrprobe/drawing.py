@@ -200,7 +200,7 @@ def panels_of(
     key = next((k for k in PANELS if k in frame), None)
     if key is None:
         return {"model": frame}
-    rows = dict(iter(frame.groupby(key, sort=False)))
+    rows = dict(iter(frame.groupby(key, sort=False, observed=True)))
     names: list[Any] = list(rows)
     if isinstance(wanted, str):
         chosen = [name for name in names if re.search(wanted, str(name))]
@@ -228,7 +228,7 @@ def line_keys(frame: pd.DataFrame) -> list[str]:
 
 def lines_of(rows: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """The label and the rows of each line."""
-    for values, line in rows.groupby(keys, sort=False):
+    for values, line in rows.groupby(keys, sort=False, observed=True):
         words = (
             f"attempt {v}" if k == "attempt" else str(v) for k, v in zip(keys, values, strict=True)
         )

@@ -222,7 +222,7 @@ def heatmap(
     rows = {
         f"{optimizer}: {title}" if several else title: line.drop_duplicates("step", keep="last")
         for title, panel in panels.items()
-        for optimizer, line in panel.groupby("optimizer", sort=False)
+        for optimizer, line in panel.groupby("optimizer", sort=False, observed=True)
     }
     steps = np.unique(np.concatenate([line["step"] for line in rows.values()]))
     steps = steps[thinned(len(steps), MAX_COLUMNS)]
@@ -319,7 +319,9 @@ def traces(
     drawn = axes_of(2 * len(panels), axes, columns=2, share_y="col").reshape(-1, 2)
     keys = [*line_keys(table), "element"]
     for pair, (title, rows) in zip(drawn, panels.items(), strict=True):
-        for (_, line), style in zip(rows.groupby(keys, sort=False), cycle(STYLES), strict=False):
+        for (_, line), style in zip(
+            rows.groupby(keys, sort=False, observed=True), cycle(STYLES), strict=False
+        ):
             for ax, column in zip(pair, ("effective_lr", "update"), strict=True):
                 ax.plot(line["step"], line[column], **style, linewidth=0.8, alpha=0.8)
         if (rows["effective_lr"] > 0).any():

@@ -273,7 +273,7 @@ def latest(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     keys = [key for key in ("run", "optimizer") if key in frame]
     keep = np.ones(len(frame), dtype=bool)
-    for at in frame.groupby(keys).indices.values():
+    for at in frame.groupby(keys, observed=True).indices.values():
         keep[at] = _kept(frame.iloc[at])
     return frame[keep].reset_index(drop=True)
 

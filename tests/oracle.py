@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import versions
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,7 +42,10 @@ COLUMNS = [
 
 DTYPES = {
     "step": "int64", "attempt": "int64", "group": "int64", "numel": "int64",
-    "optimizer": "str", "group_name": "str", "parameter": "str", "module": "str", "rule": "str", "stepped": "bool",
+    "stepped": "bool",
+    **dict.fromkeys(
+        ("optimizer", "group_name", "parameter", "module", "rule"), versions.TEXT
+    ),
 }  # fmt: skip
 
 
@@ -286,6 +290,11 @@ def adam(o: Given) -> dict[str, Any]:
     }
 
 
+def adamw(o: Given) -> dict[str, Any]:
+    o.old.group["decoupled_weight_decay"] = True  # which torch's group says from 2.7 on
+    return adam(o)
+
+
 def nadam(o: Given) -> dict[str, Any]:
     beta1, beta2 = o.option("betas")
     g = o.coupled_grad
@@ -465,7 +474,7 @@ def muon(o: Given) -> dict[str, Any]:
 EQUATIONS = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
-    torch.optim.AdamW: adam,
+    torch.optim.AdamW: adamw,
     torch.optim.NAdam: nadam,
     torch.optim.RAdam: radam,
     torch.optim.Adamax: adamax,
@@ -476,9 +485,10 @@ EQUATIONS = {
     torch.optim.ASGD: asgd,
     torch.optim.Adafactor: adafactor,
     torch.optim.SparseAdam: sparse_adam,
-    torch.optim.Muon: muon,
 }
 """DESIGN section 4, line by line."""
+if versions.MUON is not None:
+    EQUATIONS[versions.MUON] = muon
 
 
 def norm(values: Array) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import versions
 from sklearn.datasets import load_digits
 from torch import nn, optim
 
@@ -145,7 +146,10 @@ USUAL: dict[str, Make] = {
     ),
     "ASGD": lambda m: optim.ASGD(m.parameters()),
     "Adafactor": lambda m: optim.Adafactor(m.parameters()),
-    "Muon": lambda m: optim.Muon([p for p in m.parameters() if p.ndim == 2], lr=0.02),
+    **dict.fromkeys(
+        ["Muon"] * (versions.MUON is not None),
+        lambda m: versions.MUON([p for p in m.parameters() if p.ndim == 2], lr=0.02),
+    ),
     "Rprop": lambda m: optim.Rprop(m.parameters()),
     "LBFGS": lambda m: optim.LBFGS(m.parameters(), line_search_fn="strong_wolfe"),
 }

@@ -179,6 +179,10 @@ def test_coded_state_is_read_slice_by_slice(shape: tuple[int, ...], bits: int) -
 def test_coded_floats_need_no_table() -> None:
     """Codes of 8 bits that are themselves numbers are only scaled."""
     codes = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
+    try:
+        codes[torch.tensor([0])]
+    except RuntimeError as error:  # torch 2.6 on the CPU
+        pytest.skip(str(error))
     state = Coded(torch.Size((4,)), codes, torch.tensor([2.0, 0.5]), 2)
     assert positions(state, None).tolist() == [2.0, -4.0, 0.25, 224.0]
     s = Slice(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import keras
-
 import lrprobe
 from lrprobe import Probe
-from lrprobe.foreign.keras import Steps, built
+from lrprobe.optional import extra
 from lrprobe.text import warn
+
+with extra("keras"):
+    import keras
+
+    from lrprobe.foreign.keras import Steps, built
 
 
 class LRProbeCallback(keras.callbacks.Callback):

@@ -105,7 +105,7 @@ def _lr(frame: pd.DataFrame) -> Any:
     styles = itertools.cycle(draw.STYLES)
     seen: dict[bytes, list[str]] = {}
     drawn: dict[bytes, Any] = {}
-    for values, line in lines.groupby(keys, sort=False):
+    for values, line in lines.groupby(keys, sort=False, observed=True):
         rate = line["lr"].to_numpy(dtype=np.float64)
         words = [
             f"group {v}" if k == "group" else str(v) for k, v in zip(keys, values, strict=True)

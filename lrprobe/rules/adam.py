@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, power
+
+T = TypeVar("T")
 
 
 def _adam(s: Slice, *, outside: bool = False) -> Update:
@@ -37,6 +39,16 @@ def _adam(s: Slice, *, outside: bool = False) -> Update:
         rms_grad=rms,
         eps=(root, eps),
     )
+
+
+def _decoupled(equation: Callable[[Slice], T]) -> Callable[[Slice], T]:
+    """The equation where the decay is decoupled: AdamW's groups say so only from torch 2.7 on."""
+
+    def of(s: Slice) -> T:
+        s.group = {**s.group, "decoupled_weight_decay": True}
+        return equation(s)
+
+    return of
 
 
 def _nadam(s: Slice) -> Update:
@@ -148,6 +160,7 @@ def _nadam_writes(group: Mapping[str, Any]) -> int:
 
 
 ADAM = Rule("adam", _adam, advance=_moments)
+ADAMW = Rule("adam", _decoupled(_adam), advance=_decoupled(_moments))
 ADAM_OUTSIDE = Rule("adam", partial(_adam, outside=True))
 NADAM = Rule("nadam", _nadam, advance=_moments, writes=_nadam_writes)
 RADAM = Rule("radam", _radam, advance=_moments)

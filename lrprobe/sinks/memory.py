@@ -110,8 +110,17 @@ def _arrow_array(values: NDArray[Any], kind: pa.DataType) -> Any:
 
 
 def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A DataFrame with a plain ``RangeIndex`` and the types that section 3 of the design names."""
+    """A DataFrame with a plain ``RangeIndex`` and the types that section 3 of the design names.
+
+    A column of text has pandas's own type for it: ``str``, before pandas 3 ``object``.
+    """
+    import pandas as pd
+
     frame: pd.DataFrame = table.to_pandas()
+    text = pd.Series(dtype="str").dtype
+    for column in table.schema:  # which pyarrow before 19 leaves as objects also with pandas 3
+        if pa.types.is_string(column.type) and frame[column.name].dtype != text:
+            frame[column.name] = frame[column.name].astype(text)
     return frame
 
 
