@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lrprobe.summary.reading import blocks, positions, spread, take_block
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +20,6 @@ from lrprobe.rules import find_rule
 from lrprobe.rules.base import Coded, Entry, Slice
 from lrprobe.rules.external import known
 from lrprobe.rules.external.common import without_decay
-from lrprobe.summary.reading import blocks, positions, spread, take_block
 
 
 class Rewriting(Optimizer):
