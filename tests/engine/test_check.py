@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from optimizers import CASES, Case, one_per_class
+from optimizers import CASES, RULED, Case, one_per_class
+from oracle import assert_close
 from rows import COARSE, assert_quantiles, measure, one_row
 from torch import nn
 

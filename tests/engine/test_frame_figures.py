@@ -10,7 +10,7 @@ import pytest
 import torch
 from optimizers import CASES, Case, closure_of, one_per_class
 from oracle import Tape, assert_close
-from rows import COARSE, RTOL, SPREAD, check_big, check_error, one_row
+from rows import COARSE, RTOL, SPREAD, check_big, expected, one_row
 from torch import nn
 
 import lrprobe
@@ -48,12 +48,9 @@ def test_every_column_is_numpys(case: Case, way: str, monkeypatch: pytest.Monkey
         for name, truth in truths.items():
             row = rows[step, name]
             where = f"{case.id}, step {step}, {name} of {truth.after.size}"
-            right = oracle.row(truth)
-            error = right.pop("reconstruction_error")
-            del right["state_error"]  # tests/engine/test_check.py has it
+            right = expected(truth, row, case.tolerance, where)
             if not truth.after.size:  # test_kinds.py has the figures of nothing
                 right = {key: right[key] for key in ("numel", "stepped", "lr", "initial_lr")}
-            check_error(row, error, case.tolerance, where)
             assert_close(row, right, where, rtol, looser=looser)
             assert row["optimizer"] == case.cls.__name__
             assert row["group"] == 0
@@ -181,8 +178,7 @@ def test_groups_have_their_own_hyperparameters() -> None:
     for step, truths in enumerate(steps, 1):
         for name, truth in truths.items():
             row = one_row(frame, step=step, parameter=name)
-            right = oracle.row(truth)
-            check_error(row, right.pop("reconstruction_error"), 1e-12, name)
+            right = expected(truth, row, 1e-12, name)
             assert_close(row, {"group": truth.group, **right}, f"step {step}, {name}",
                          looser=SPREAD)  # fmt: skip
     assert frame.query("group == 1")["initial_lr"].tolist() == [0.01] * 4
@@ -205,8 +201,8 @@ def test_a_group_added_in_mid_run_is_recorded() -> None:
             truths = tape.after()
     frame = probe.frame()
     assert frame["step"].tolist() == [1, 2, 3, 3, 4, 4]
-    right = oracle.row(truths["group1.param0"], samples=4.0)
-    right.pop("reconstruction_error")
     row = one_row(frame, step=4, group=1)
+    right = expected(truths["group1.param0"], row, 1e-12, "the added group")
+    right |= {"samples": 4.0, "lr_per_sample": 0.7 / 4}
     assert_close(row, right, "the added group", looser=SPREAD)
     assert probe.elements()["step"].tolist() == [1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
