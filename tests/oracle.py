@@ -36,8 +36,8 @@ FIGURES = [
 ]  # fmt: skip
 
 COLUMNS = [
-    "step", "time", "attempt", "optimizer", "group", "group_name", "parameter", "numel", "rule", "stepped",
-    "lr", "initial_lr", "decay", "samples", "lr_per_sample", *FIGURES,
+    "step", "time", "attempt", "optimizer", "group", "group_name", "parameter", "numel",
+    "rule", "stepped", "lr", "initial_lr", "decay", "samples", "lr_per_sample", *FIGURES,
 ]  # fmt: skip
 
 DTYPES = {
@@ -518,57 +518,73 @@ def figures(truths: Sequence[Truth]) -> dict[str, float]:
     moved = [t for t in truths if t.stepped]
     if not moved:
         return out
+    with np.errstate(all="ignore"):
+        out |= _of_the_step(moved, out["param_norm"])
+        out |= _of_measured(moved) if any(t.measured for t in moved) else _of_the_rule(moved)
+    return {key: float(value) for key, value in out.items()}
+
+
+def _of_the_step(moved: Sequence[Truth], param_norm: float) -> dict[str, Any]:
+    """What a step is, whatever the rule."""
     grad = np.concatenate([t.grad for t in moved])
-    before = np.concatenate([t.before for t in moved])
-    after = np.concatenate([t.after for t in moved])
+    observed = np.concatenate([t.after - t.before for t in moved])
     change = np.concatenate([t.change for t in moved])
     same = np.concatenate([t.same for t in moved])
     uphill = np.concatenate([np.full(t.grad.shape, 1 if t.maximize else -1) for t in moved])
     spacing = np.concatenate([ulp(t.before, t.dtype) for t in moved])
-    observed = after - before
-    with np.errstate(all="ignore"):
-        out["update_norm"] = norm(change)
-        out["update_ratio"] = np.float64(norm(change)) / (out["param_norm"] or math.nan)
-        out["update_grad_cosine"] = np.sum(uphill * change * grad) / (norm(change) * norm(grad))
-        out["grad_norm"] = norm(grad)
-        out["nonfinite"] = float(sum(t.nonfinite.sum() for t in moved))
-        beyond = np.maximum(np.abs(change - observed) - spacing, 0)
-        scale = max(norm(change), norm(observed))
-        out["reconstruction_error"] = np.float64(norm(beyond)) / scale
-        if grad.size:
-            out["zero_grad_fraction"] = np.mean(grad == 0)
-        if all(t.previous is not None and t.previous.size == t.grad.size for t in moved):
-            previous = np.concatenate([t.previous for t in moved])
-            out["grad_persistence"] = np.sum(previous * grad) / (norm(previous) * norm(grad))
-        if grad.size:
-            out["lost_fraction"] = np.mean((change != 0) & same)
-        if any(t.measured for t in moved):
-            there = grad != 0
-            ratio = np.abs(observed[there]) / np.abs(grad[there])
-            if ratio.size:
-                levels = np.quantile(ratio, list(QUANTILES.values()), method="inverted_cdf")
-                out |= {f"effective_lr_{k}": q for k, q in zip(QUANTILES, levels, strict=True)}
-            out["effective_lr_applied"] = norm(observed) / np.float64(norm(grad))
-            out["reconstruction_error"] = out["lost_fraction"] = math.nan  # none was intended
-            out["idle_fraction"] = float(np.mean(observed == 0)) if observed.size else math.nan
-            return out
-        rate = np.concatenate([t.rate for t in moved])
-        direction = np.concatenate([t.direction for t in moved])
-        moves = direction != 0  # what does not move got no rate
-        if moves.any():
-            out |= _distribution(rate[moves])
-        if rate.size:
-            out["idle_fraction"] = 1 - np.mean(moves)
-        out["effective_lr_applied"] = norm(rate * direction) / np.float64(norm(direction))
-        for name, key in (("rms_grad_mean", "rms_grad"), ("rms_update_mean", "rms_update")):
-            values = [getattr(t, key) for t in moved if getattr(t, key) is not None]
-            if values and grad.size:
-                out[name] = np.mean(np.concatenate(values))
-        with_eps = [(t.eps, t.direction != 0) for t in moved if t.eps is not None]
-        below = [(statistic <= eps)[some] for (statistic, eps), some in with_eps]
-        if sum(map(len, below)):
-            out["eps_fraction"] = np.mean(np.concatenate(below))
-    return {key: float(value) for key, value in out.items()}
+    out: dict[str, Any] = {
+        "update_norm": norm(change),
+        "update_ratio": np.float64(norm(change)) / (param_norm or math.nan),
+        "update_grad_cosine": np.sum(uphill * change * grad) / (norm(change) * norm(grad)),
+        "grad_norm": norm(grad),
+        "nonfinite": float(sum(t.nonfinite.sum() for t in moved)),
+    }
+    beyond = np.maximum(np.abs(change - observed) - spacing, 0)
+    scale = np.float64(max(norm(change), norm(observed)))
+    out["reconstruction_error"] = norm(beyond) / scale
+    if all(t.previous is not None and t.previous.size == t.grad.size for t in moved):
+        previous = np.concatenate([t.previous for t in moved])
+        out["grad_persistence"] = np.sum(previous * grad) / (norm(previous) * norm(grad))
+    if grad.size:
+        out["zero_grad_fraction"] = np.mean(grad == 0)
+        out["lost_fraction"] = np.mean((change != 0) & same)
+    return out
+
+
+def _of_measured(moved: Sequence[Truth]) -> dict[str, Any]:
+    """What can be seen of a step from outside."""
+    grad = np.concatenate([t.grad for t in moved])
+    observed = np.concatenate([t.after - t.before for t in moved])
+    out: dict[str, Any] = {}
+    there = grad != 0
+    ratio = np.abs(observed[there]) / np.abs(grad[there])
+    if ratio.size:
+        levels = np.quantile(ratio, list(QUANTILES.values()), method="inverted_cdf")
+        out |= {f"effective_lr_{k}": q for k, q in zip(QUANTILES, levels, strict=True)}
+    out["effective_lr_applied"] = norm(observed) / np.float64(norm(grad))
+    out["reconstruction_error"] = out["lost_fraction"] = math.nan  # none was intended
+    out["idle_fraction"] = np.mean(observed == 0) if observed.size else math.nan
+    return out
+
+
+def _of_the_rule(moved: Sequence[Truth]) -> dict[str, Any]:
+    """What the equation says of the step."""
+    rate = np.concatenate([t.rate for t in moved])
+    direction = np.concatenate([t.direction for t in moved])
+    moves = direction != 0  # what does not move got no rate
+    out: dict[str, Any] = _distribution(rate[moves]) if moves.any() else {}
+    out["effective_lr_applied"] = norm(rate * direction) / np.float64(norm(direction))
+    if rate.size:
+        out["idle_fraction"] = 1 - np.mean(moves)
+    for name, key in (("rms_grad_mean", "rms_grad"), ("rms_update_mean", "rms_update")):
+        values = [getattr(t, key) for t in moved if getattr(t, key) is not None]
+        if values and rate.size:
+            out[name] = np.mean(np.concatenate(values))
+    with_eps = [(t.eps, t.direction != 0) for t in moved if t.eps is not None]
+    below = [(statistic <= eps)[some] for (statistic, eps), some in with_eps]
+    if sum(map(len, below)):
+        out["eps_fraction"] = np.mean(np.concatenate(below))
+    return out
 
 
 def row(truths: Truth | Sequence[Truth], samples: float = math.nan) -> dict[str, Any]:
