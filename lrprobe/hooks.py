@@ -101,6 +101,9 @@ class Hooks:
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
                 "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
             )
+        # The hooks keep their owner alive, and it them, until the optimizer goes.
+        self._finalizer = weakref.finalize(optimizer, self._release)
+        self._finalizer.atexit = False
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -133,10 +136,16 @@ class Hooks:
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
+        self._finalizer.detach()
         for handle in self._handles:
             handle.remove()
         if self._passes is not None:
             self._passes.remove()
+
+    def _release(self) -> None:
+        """The optimizer is gone: nothing is recorded any more, and no cycle is left."""
+        self.watched, self.rows = [], []
+        del self._owner
 
     def describe(self) -> dict[str, Any]:
         """Class and hyperparameters of the optimizer, as plain JSON values."""

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -77,18 +78,23 @@ def figures(
 
     def work(slot: int, parts: Any) -> None:
         for who in parts:
-            kernel(who, slot, addresses, numel, *pieces, scalars, out, pool, begin, end, scratch)
+            arrays = addresses, numel, *pieces, scalars, out, pool, begin, end, scratch
+            _call(kernel, who, slot, *arrays)
 
     parts = iter(range(len(layout.bounds) - 1))  # `next` is atomic under the interpreter's lock
     helpers = [
         threading.Thread(target=work, args=(slot, parts), daemon=True)
         for slot in range(1, layout.threads)
     ]
-    for thread in helpers:
-        thread.start()
-    work(0, parts)
-    for thread in helpers:
-        thread.join()
+    try:
+        for thread in helpers:
+            thread.start()
+        work(0, parts)
+        for thread in helpers:
+            thread.join()
+    except BaseException:  # an interrupted cell: what still counts must not meet the next step
+        _local.scratch = None
+        raise
     merge = {"sum": np.add, "min": np.minimum, "max": np.maximum}
     sums = {
         i: torch.from_numpy(merge[recorded.table[i].merge].reduceat(out[:, at], layout.first))
@@ -117,7 +123,7 @@ def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     starts = np.cumsum(room) - room
     buffer = torch.empty(int(room.sum()), dtype=torch.uint8, device="cpu")
     addresses = np.array([t.data_ptr() for t in tensors], np.int64)
-    copy(addresses, runs, size, buffer.data_ptr() + starts)
+    _call(copy, addresses, runs, size, buffer.data_ptr() + starts)
     return buffer, starts.tolist()
 
 
@@ -177,6 +183,18 @@ def _scratch(threads: int) -> NDArray[np.int64]:
 
 _kernels: dict[Any, Callable[..., None]] = {}
 _compiling = threading.Lock()
+
+
+def _call(function: Any, *args: Any) -> None:
+    """Call a function that numba compiles; the first time in a thread of its own.
+
+    Numba keeps frames of what it does then, and with them those of all callers: the training's.
+    """
+    if function.signatures:
+        function(*args)
+    else:
+        with ThreadPoolExecutor(1) as compiler:
+            compiler.submit(function, *args).result()
 
 
 def _kernel(recorded: Recorded, dtypes: tuple[torch.dtype, ...], exact: bool) -> Any:
