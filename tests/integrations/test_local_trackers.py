@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hosts import by_hand, net
+from hosts import by_hand, net, trackio_history
 from torch.optim import AdamW
 
 from lrprobe import sinks
@@ -39,11 +39,7 @@ def test_trackio_has_every_scalar_of_every_step(style):
     run = trackio.init(project="digits", name=style, auto_log_cpu=False)
     train(sinks.Trackio(tag_style=style), after=lambda: trackio.log({"mine": 1.0}))
     trackio.finish()
-    rows = trackio.sqlite_storage.SQLiteStorage.get_logs("digits", run.name)
-    found = {}
-    for row in rows:
-        row.pop("timestamp")
-        found.setdefault(row.pop("step"), {}).update(row)
+    found = trackio_history(run)
     assert sum(values.pop("mine", 0) for values in found.values()) == 12
     assert {step: values for step, values in found.items() if values} == expected(style)
 
