@@ -168,7 +168,7 @@ class Series:
 
     @cached_property
     def resumes(self) -> Ints:
-        """Rows in which a resumed run begins: another attempt, another probe, a step off the period."""
+        """Rows in which a resume begins: another attempt or probe, or a step off the period."""
         rows = np.diff(self.attempt) > 0
         for begin in self.optimizer_about.get("begins", ()):
             rows |= ((self.steps == begin["step"]) & (self.attempt == begin["attempt"]))[1:]
