@@ -38,16 +38,21 @@ def merged(found: Iterable[Description]) -> dict[str, Any]:
     """One description of a run out of those of its records, in the order of recording.
 
     Each optimizer has its latest, with a ``history``: its ``groups`` as they were, and from which
-    attempt and step on.
+    attempt and step on; and with ``begins``: the first attempt and step of each probe.
     """
     result: dict[str, Any] = {}
     latest: dict[str, Mapping[str, Any]] = {}
     history: dict[str, list[dict[str, Any]]] = {}
+    begins: dict[str, list[dict[str, Any]]] = {}
+    attached: dict[str, Any] = {}
     for attempt, step, optimizer, run in found:
         result.update(run)
         latest[optimizer] = run
         if not optimizer:  # of a probe that has no record yet
             continue
+        if attached.get(optimizer) != run.get("attached"):
+            attached[optimizer] = run.get("attached")
+            begins.setdefault(optimizer, []).append({"attempt": attempt, "step": step})
         groups = run.get("optimizers", {}).get(optimizer, {}).get("groups")
         past = history.setdefault(optimizer, [])
         if groups is not None and not (past and past[-1]["groups"] == groups):
@@ -58,7 +63,8 @@ def merged(found: Iterable[Description]) -> dict[str, Any]:
         for name, each in run.get("optimizers", {}).items()
     }
     for name, past in history.items():
-        optimizers[name] = {**latest[name].get("optimizers", {}).get(name, {}), "history": past}
+        known = latest[name].get("optimizers", {}).get(name, {})
+        optimizers[name] = {**known, "history": past, "begins": begins.get(name, [])}
     if not result:
         return {}
     result["optimizers"] = optimizers
@@ -91,8 +97,9 @@ def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
     result = {**before, **after}
     optimizers = dict(before.get("optimizers", {}))
     for name, each in after.get("optimizers", {}).items():
-        past = [*optimizers.get(name, {}).get("history", []), *each.get("history", [])]
-        optimizers[name] = {**each, **({"history": past} if past else {})}
+        earlier = optimizers.get(name, {})
+        lists = {key: [*earlier.get(key, []), *each.get(key, [])] for key in ("history", "begins")}
+        optimizers[name] = {**each, **lists}
     if optimizers:
         result["optimizers"] = optimizers
     return result

@@ -6,6 +6,7 @@ import atexit
 import os
 import platform
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from lrprobe.engine.flight import StepInFlight
 from lrprobe.hooks import Hooks
 from lrprobe.record import SCHEMA_VERSION
 from lrprobe.sinks.memory import Memory
+from lrprobe.sinks.parquet import Parquet
 from lrprobe.text import warn
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Recorder:
         self.run: dict[str, Any] = {}
         self.closed = False
         self.history: Callable[[], pd.DataFrame | None] | None = None
+        self._attached = time.time()
         self._membership = Membership()
         self._delivery = delivery
         self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
@@ -136,12 +139,13 @@ class Recorder:
             "lrprobe": _version("lrprobe"),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "attached": self._attached,
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
             NOT_IN_OPTIMIZER: self._membership.missing,
             IN_TWO_OPTIMIZERS: self._membership.twice,
         }
         for sink in self._delivery.sinks:
-            if isinstance(sink, Memory | Live):
+            if isinstance(sink, Memory | Parquet | Live):
                 sink.describe(self.run)
 
     def look(self, hooks: Hooks) -> None:

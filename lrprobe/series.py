@@ -168,8 +168,10 @@ class Series:
 
     @cached_property
     def resumes(self) -> Ints:
-        """Rows in which a resumed run begins: another attempt, or a first step off the period."""
+        """Rows in which a resume begins: another attempt or probe, or a step off the period."""
         rows = np.diff(self.attempt) > 0
+        for begin in self.optimizer_about.get("begins", ()):
+            rows |= ((self.steps == begin["step"]) & (self.attempt == begin["attempt"]))[1:]
         gaps = np.diff(self.steps)
         if len(gaps) >= 4:
             found, count = np.unique(gaps, return_counts=True)

@@ -198,7 +198,7 @@ def many(steps: int, parameters: int) -> pd.DataFrame:
 
 def test_many_parameters_and_steps_make_a_page_that_opens() -> None:
     """500 parameters and 60 steps: under 8 MB; twelve panels, and all in the heatmap."""
-    page, _ = report.render(Runs(many(60, 500), ("large",), "parameter", {}))
+    page, _ = report.render(Runs(many(60, 500), ("large",), "parameter"))
     assert len(page) < 8e6
     assert "12 of 500" in page
     assert "block249.bias" in page
@@ -243,7 +243,8 @@ def test_load_reads_what_read_reads(folder: Path) -> None:
         runs.frame.astype(dict.fromkeys(("optimizer", "parameter", "rule"), "str")),
         frame[list(runs.frame)],
     )
-    assert runs.hyperparameters["Adam"]["betas"] == [0.9, 0.999]
+    (group,) = runs.frame.attrs["lrprobe"]["optimizers"]["Adam"]["groups"]
+    assert group["betas"] == [0.9, 0.999]
 
 
 def test_a_run_without_records_is_refused(tmp_path: Path) -> None:

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from lrprobe.diagnosis.shared import FEW, Hit, matrices
 from lrprobe.series import Bools, Floats, Ints, Series, quantile
 
-GROWTH, ALONG, MOST = 0.9, 0.3, 2.0
-"""How much of what a sum of independent gradients has, in its norm and in its cosine; and how many
-times what a sum of equal ones has in its norm."""
-PERSISTENT, LASTING_GROWTH = 0.6, 1.5
-TERMS, DISTANT_TERMS, ONGOING_ROWS = 4, 40, 8
+ALONG, MOST = 0.3, 2.0
+"""How much of what a sum of independent gradients has in its cosine; and how many times what a sum
+of equal ones has in its norm."""
+PERSISTENT = 0.6
+ONGOING_ROWS = 8
+
+
+class _Law(NamedTuple):
+    """How the norms of sums grow.
+
+    Attributes:
+        growth: at least so much of √n after n steps.
+        terms: over so many steps; over ``distant`` where recorded steps are far apart.
+        distant: see there.
+        lasting: how many times the first norm that of the median step is.
+        share: of the matrices, which have to follow it.
+    """
+
+    growth: float
+    terms: int
+    distant: int
+    lasting: float
+    share: float
+
+
+LAWS = (_Law(0.9, 4, 40, 1.5, 0.0), _Law(0.5, 9, 40, 2.0, 2 / 3))
+"""What one matrix follows closely, or most of them roughly."""
 
 
 def gradients_accumulate(series: Series) -> Iterator[Hit]:
@@ -25,46 +48,56 @@ def gradients_accumulate(series: Series) -> Iterator[Hit]:
         return
     norm = np.where(series.stepped, series["grad_norm"], np.nan)
     along = np.where(series.stepped, series["grad_persistence"], np.nan)
-    large = matrices(series)
     for start in (0, *series.resumes.tolist()):
-        if len(norm) - start < FEW:
+        if len(norm) - start <= FEW:
             continue
         terms = series.steps[start:] - series.steps[start] + 1.0
         grown = norm[start:] / norm[start]
-        count = _as_a_sum(terms, grown, along[start:])
-        summed = count >= _rows_of(terms)
-        lasting = (quantile(along[start + 1 :], 0.5) >= PERSISTENT) & (
-            quantile(grown[1:], 0.5) >= LASTING_GROWTH
-        )
-        wrong = large & summed & lasting
+        cosine = quantile(along[start + 1 :], 0.5)
+        rows, wrong = _sums(series, terms, grown, along[start:], cosine)
         for column in np.flatnonzero(wrong):
-            rows = slice(start, start + int(count[column]))
+            last = int(rows[column]) - 1
             values = {
-                "terms": terms[count[column] - 1],
-                "growth": grown[count[column] - 1, column],
-                "along": float(quantile(along[start + 1 :, column, None], 0.5)[0]),
+                "terms": terms[last],
+                "growth": grown[last, column],
+                "along": cosine[column],
             }
             evidence = "over its first {terms:,.0f} steps its norm grew {growth:.3g} times, as a "
             evidence += "sum of gradients grows, and the cosine with that of the recorded step "
             evidence += "before is {along:.2f} in the median"
-            steps = series.steps[rows]
+            steps = series.steps[start : start + last + 1]
             yield Hit(series.names[column], steps, evidence, values, values["growth"])
         if wrong.any():
             return
 
 
-def _rows_of(terms: Floats) -> int:
+def _sums(
+    series: Series, terms: Floats, grown: Floats, along: Floats, cosine: Floats
+) -> tuple[Ints, Bools]:
+    """How many rows behave as sums do, and which matrices are sums: (parameters,) each."""
+    large = matrices(series)
+    usual = quantile(grown[1:], 0.5)
+    for law in LAWS:
+        rows = _as_a_sum(law.growth, terms, grown, along)
+        wrong = large & (rows >= _least_rows(law, terms))
+        wrong &= (cosine >= PERSISTENT) & (usual >= law.lasting)
+        if wrong.any() and wrong.sum() >= law.share * large.sum():
+            return rows, wrong
+    return rows, np.zeros(len(large), dtype=bool)
+
+
+def _least_rows(law: _Law, terms: Floats) -> int:
     """Rows that have to behave as a sum does: four, and more where they are far apart."""
-    far = len(terms) > 2 and terms[2] > TERMS
-    most = DISTANT_TERMS if far else TERMS
+    far = len(terms) > 2 and terms[2] > law.terms
+    most = law.distant if far else law.terms
     return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, most)) + 1))
 
 
-def _as_a_sum(terms: Floats, grown: Floats, along: Floats) -> Ints:
+def _as_a_sum(growth: float, terms: Floats, grown: Floats, along: Floats) -> Ints:
     """How many rows from the first on behave as sums do: (parameters,)."""
     fits: Bools = np.ones(grown.shape, dtype=bool)
     shared = np.sqrt(terms[:-1] / terms[1:])[:, None]
-    fits[1:] = (grown[1:] >= GROWTH * np.sqrt(terms[1:, None])) & (
+    fits[1:] = (grown[1:] >= growth * np.sqrt(terms[1:, None])) & (
         (along[1:] >= ALONG * shared) | (shared < 0.5)  # of few common terms a cosine says little
     )
     fits[1:] &= grown[1:] <= MOST * terms[1:, None]  # else it diverges
