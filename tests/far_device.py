@@ -17,6 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from lrprobe.engine import Engine
 from lrprobe.engine.buffers import blank, fill
 from lrprobe.engine.pieces import WatchedParameter
+from lrprobe.rules import find_rule
 
 FAR = torch.device("privateuseone", 0)
 SHAPES = ((90, 90), (70, 90), (90,), (5, 3), (90,))
