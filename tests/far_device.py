@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import torch
+from lrprobe.summary.snapshot import How, Watched, after, before
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from lrprobe.rules import find_rule
-from lrprobe.summary.snapshot import How, Watched, after, before
 
 FAR = torch.device("privateuseone", 0)
 SHAPES = ((90, 90), (70, 90), (90,), (5, 3), (90,))

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lrprobe.summary import pending
 from oracle import bits
 from test_unchanged import assert_same, clone
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrprobe
-from lrprobe.summary import pending
 
 Flow = Callable[[nn.Module, Optimizer, int], None]
 

@@ -280,7 +280,7 @@ class Engine:
                 continue
             at = at.to(entry.param.device, non_blocking=True)
             kept = {name: value.double() for name, value in pre.tracked[i].items()}
-            s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept)
+            s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept, chosen=True)
             e = Elements(s, rule)
             if rule is None:
                 rate: Any = torch.where(e.has_grad, e.measured_rate, torch.nan)

@@ -243,8 +243,10 @@ def _finished(summary: _Summary, label: Ints, count: int) -> dict[str, Floats]:
         return add(values)
 
     low, high = np.full(count, np.inf), np.full(count, -np.inf)
+    # A NaN among the rates may leave either: that of both shows in their sum.
     known = keep & ~np.isnan(summary.low)
     np.minimum.at(low, label[known], summary.low[known])
+    known = keep & ~np.isnan(summary.high)
     np.maximum.at(high, label[known], summary.high[known])
     low, high = np.where(low == np.inf, np.nan, low), np.where(high == -np.inf, np.nan, high)
     with np.errstate(all="ignore"):

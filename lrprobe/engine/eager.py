@@ -27,8 +27,13 @@ def slice_of(
     dtype: torch.dtype,
     memo: dict[Any, Any] | None = None,
     old: Mapping[str, Tensor] | None = None,
+    *,
+    chosen: bool = False,
 ) -> Slice:
-    """Some elements of an entry, flat; ``old`` has what is known of it from before the step."""
+    """Some elements of an entry, flat.
+
+    ``old`` has what is known of it from before the step: of all elements, or of the ``chosen``.
+    """
     shape = entry.param.shape
     kept = old or {}
 
@@ -40,7 +45,8 @@ def slice_of(
         if name == "touched" and isinstance(entry.grad, SparseRows):
             return read(entry.grad.pattern(), at, shape).to(dtype)
         if name.startswith("old "):
-            return kept[name.removeprefix("old ")][at].to(dtype)
+            value = kept[name.removeprefix("old ")]
+            return (value if chosen else value[at]).to(dtype)
         return read(entry.state[name], at, shape).to(dtype)
 
     return Slice([entry], group, fetch, memo, kept)

@@ -21,6 +21,10 @@ import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lrprobe.summary import shards
+from lrprobe.summary.pending import StepInfo
+from lrprobe.summary.shards import Region, Row, Share, Table
+from lrprobe.summary.snapshot import Watched, tolerance
 from torch import nn, optim
 from torch.distributed.fsdp import _fully_shard
 
@@ -39,10 +43,6 @@ from lrprobe.distributed import (
     union,
 )
 from lrprobe.rules import find_rule
-from lrprobe.summary import shards
-from lrprobe.summary.pending import StepInfo
-from lrprobe.summary.shards import Region, Row, Share, Table
-from lrprobe.summary.snapshot import Watched, tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = 1e-12
