@@ -41,7 +41,11 @@ CASES: dict[str, Callable[[], Any]] = {
     for wrap in WRAPPERS
     for kind in OPTIMIZERS
 }
-CASES |= {f"counted-{wrap.__name__}": lambda wrap=wrap: counted(wrap) for wrap in WRAPPERS}
+CASES |= {
+    f"counted-{wrap.__name__}-{kind}": lambda wrap=wrap, kind=kind: counted(wrap, kind)
+    for wrap in WRAPPERS
+    for kind in ("sgd", "adamw")
+}
 for case in (
     zero, stages, lagging, no_gradient, added, differing, elsewhere, untouched, skipped,
     unexplained, mixed_precision, samples, flat, warming,
