@@ -19,7 +19,7 @@ TENSORS = 7
 
 def documented(tensors: int, tracked: int, differing: int) -> list[int]:
     """Bytes of the messages of a recorded step: docs/distributed.md."""
-    sizes = [64 * (tensors + 1), 8 * (34 * tensors + 4 * tracked)]
+    sizes = [48 * (tensors + 1), 8 * (34 * tensors + 4 * tracked)]
     return [*sizes, 36_864 * differing] if differing else sizes
 
 
