@@ -218,12 +218,12 @@ import torch._dynamo  # which the first step would do, in each child
 torch.set_num_threads(1)
 import lrprobe
 from lrprobe.sinks import Parquet, TensorBoard, parquet
-from lrprobe.summary import pending
+from lrprobe.engine import flight
 
 def train(folder, plan):
     parquet.PART_BYTES = plan["part_bytes"]
     if plan["late"]:  # figures that are still on their way from a device, as far as one can see
-        pending.Crossing.ready = lambda self: False
+        flight.Crossing.ready = lambda self: False
     log = os.open(folder + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     def note(kind, step):
         os.write(log, struct.pack("<cqd", kind, step, time.monotonic()))
