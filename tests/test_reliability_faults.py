@@ -218,12 +218,12 @@ import torch._dynamo  # which the first step would do, in each child
 torch.set_num_threads(1)
 import lrprobe
 from lrprobe.sinks import Parquet, TensorBoard, parquet
-from lrprobe.engine import flight as pending
+from lrprobe.engine import flight
 
 def train(folder, plan):
     parquet.PART_BYTES = plan["part_bytes"]
     if plan["late"]:  # figures that are still on their way from a device, as far as one can see
-        pending.Crossing.ready = lambda self: False
+        flight.Crossing.ready = lambda self: False
     log = os.open(folder + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     def note(kind, step):
         os.write(log, struct.pack("<cqd", kind, step, time.monotonic()))
@@ -562,7 +562,7 @@ def test_hostile_names_stay_in_their_folder(tmp_path: Path) -> None:
     norms = [(at + 1) * 2**0.5 for at in range(len(params))]
     for frame in (probe.frame(), lrprobe.read(to[0]), lrprobe.read(to[1])):
         assert len(frame) == len(params)
-        assert len(set(frame["parameter"])) == len(params)
+        assert frame["parameter"].nunique() == len(params)
         np.testing.assert_allclose(frame["grad_norm"], norms, rtol=1e-6)
     assert frame["optimizer"].unique().tolist() == ["../<b>x</b>"]
     tags = board_tags(to[1])

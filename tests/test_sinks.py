@@ -70,6 +70,7 @@ def make_record(
         values |= {"parameter": names, "module": modules, "numel": [10] * size}
         values |= {"rule": ["adamw"] * size, "stepped": [stepped] * size}
         values["group"] = [row % 2 for row in range(size)]
+        values["group_name"] = [f"group{row % 2}" for row in range(size)]
         for at, name in enumerate(FIGURES):
             gone = not stepped and name not in ("lr", "param_norm")
             values[name] = [
@@ -81,6 +82,7 @@ def make_record(
     rows = [row for row in range(len(names)) for _ in range(track)]
     values = {name: [value] * len(rows) for name, value in head.items()}
     values |= {"group": [row % 2 for row in rows], "parameter": [names[row] for row in rows]}
+    values["group_name"] = [f"group{row % 2}" for row in rows]
     for name in ("element", "effective_lr", "update", "grad", "param"):
         values[name] = [step + row for row in rows]
     return Record(

@@ -166,13 +166,14 @@ class Exchange:
         """Gradients that tensor parallelism has left as a part of a sum on each rank, summed.
 
         The optimizer did the same in its step, among the same ranks. It is done for one mesh; None
-        stands for a gradient over another one, which stays unknown.
+        stands for a gradient over another one, which stays unknown. Replicas take part too, whose
+        figures another rank adds.
         """
         module = sys.modules.get("torch.distributed.tensor")
         if module is None:
             return {}
         found: list[tuple[Any, Any]] = []
-        for w in self._held:
+        for w in self._watched:
             param = w.place()
             grad: Any = None if param is None else param.grad
             if grad is not None and isinstance(grad, module.DTensor):

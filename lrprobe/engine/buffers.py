@@ -26,12 +26,14 @@ SUMS = (*_COUNTS, *_ADDED)
 """Merged by ``+``: (rows, SUMS)."""
 
 _GREATEST = tuple(f.name for f in FIGURES if f.merge != "sum")
-MAXIMA = (*_GREATEST, "lr", "initial_lr", "skipped", "scale", "failed")
+MAXIMA = (*_GREATEST, "lr", "initial_lr", "failed")
 """Merged by ``max``, what merges by ``min`` negated: (rows, MAXIMA); −∞ where there is nothing.
 
-``skipped`` is 1 where a fused optimizer skipped the step for the gradient scaler, ``scale`` what
-is then still in the gradients, ``failed`` 1 where a rule raised.
+``failed`` is 1 where a rule raised.
 """
+
+_STAYS = ("with_grad", "param_square", "grad_square", "nonfinite")
+"""Sums that are known of a step that a fused optimizer skipped for the gradient scaler."""
 
 _NAMES = tuple(f.name for f in (*FIGURES, *CHECKS))
 WIDTH = len(_NAMES)
@@ -147,8 +149,11 @@ def fill(
         folds: whether distributions are to be folded, since other ranks add to them.
     """
     device = buffers.sums.device
+    skip = None
+    if figures.skipped is not None:
+        skip = figures.skipped.detach().reshape(()).to(device, non_blocking=True) != 0
     for vectors in figures.vectors:
-        _add_vectors(buffers, vectors, row_of, figures.failed, folds=folds)
+        _add_vectors(buffers, vectors, row_of, figures, skip, folds=folds)
     resting = [i for i in figures.resting if row_of[i] >= 0]
     if resting:
         at = torch.tensor([row_of[i] for i in resting]).to(device, non_blocking=True)
@@ -159,6 +164,10 @@ def fill(
     for i, where in slots.items():
         if i in figures.tracked and row_of[i] >= 0:
             values = figures.tracked[i].to(device, torch.float64, non_blocking=True)
+            if skip is not None:
+                rate, update, *others = values
+                moved = torch.where(skip, torch.nan, torch.stack([rate, update]))
+                values = torch.cat([moved, torch.stack(others)])
             buffers.tracked.index_put_((where.reshape(-1),), values.reshape(-1))
 
 
@@ -166,10 +175,12 @@ def _add_vectors(
     buffers: Buffers,
     vectors: Vectors,
     row_of: Sequence[int],
-    failed: Mapping[int, str],
+    figures: StepFigures,
+    skip: Tensor | None,
     *,
     folds: bool,
 ) -> None:
+    """Add figures of some pieces; of those of a skipped step only what is known all the same."""
     device = buffers.sums.device
     rows = [row_of[i] for i in vectors.at]
     mine = [place for place, row in enumerate(rows) if row >= 0]
@@ -184,27 +195,46 @@ def _add_vectors(
     added = [i for i, f in enumerate((*FIGURES, *CHECKS)) if f.merge == "sum"]
     columns = torch.tensor(added).to(device, non_blocking=True)
     counted = torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
-    buffers.sums.index_add_(0, at, torch.cat([counted, table[:, columns]], 1))
+    sums = torch.cat([counted, table[:, columns]], 1)
+    if skip is not None:
+        stays = torch.tensor([name in _STAYS for name in SUMS]).to(device, non_blocking=True)
+        grad = SUMS.index("grad_square")
+        if figures.scale is not None:  # which is then still in the gradients
+            scale = figures.scale.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+            sums[:, grad] = torch.where(skip, sums[:, grad] / scale**2, sums[:, grad])
+        sums = torch.where(skip & ~stays, 0.0, sums)
+    buffers.sums.index_add_(0, at, sums)
     greatest = []
     for i, figure in enumerate(FIGURES):
         if figure.merge != "sum":
             value = -table[:, i] if figure.merge == "min" else table[:, i]
             greatest.append(_or_nothing(value))
-    raised = [float(vectors.at[place] in failed) for place in mine]
-    others = torch.full((len(mine), 5), -torch.inf, dtype=torch.float64)
+    raised = [float(vectors.at[place] in figures.failed) for place in mine]
+    others = torch.full((len(mine), len(MAXIMA) - len(_GREATEST)), -torch.inf, dtype=torch.float64)
     others[:, -1] = torch.tensor(raised, dtype=torch.float64)
-    values = torch.cat([torch.stack(greatest, 1), others.to(device, non_blocking=True)], 1)
+    most = torch.stack(greatest, 1)
+    if skip is not None:
+        most = torch.where(skip, -torch.inf, most)
+    values = torch.cat([most, others.to(device, non_blocking=True)], 1)
     index = at.unsqueeze(1).expand(-1, len(MAXIMA))
     buffers.maxima.scatter_reduce_(0, index, values, "amax")
-    _add_rates(buffers, vectors, rows, folds=folds)
+    _add_rates(buffers, vectors, rows, skip, folds=folds)
 
 
-def _add_rates(buffers: Buffers, vectors: Vectors, rows: Sequence[int], *, folds: bool) -> None:
+def _add_rates(
+    buffers: Buffers,
+    vectors: Vectors,
+    rows: Sequence[int],
+    skip: Tensor | None,
+    *,
+    folds: bool,
+) -> None:
     count, device = len(buffers.sums), buffers.sums.device
     if vectors.bins is not None and len(vectors.bins.owner):
         mine = vectors.bins.merged(np.array(rows, np.int64))
         if folds or device.type != "cpu":
             there = torch.from_numpy(folded(mine, count)).to(device, non_blocking=True)
+            there = there if skip is None else torch.where(skip, 0.0, there)
             buffers.folded = there if buffers.folded is None else buffers.folded + there
         else:
             before = [] if buffers.bins is None else [buffers.bins]
@@ -214,26 +244,17 @@ def _add_rates(buffers: Buffers, vectors: Vectors, rows: Sequence[int], *, folds
             buffers.folded = torch.zeros((count, FOLDED), dtype=torch.float64, device=device)
         mine_at = [place for place, row in enumerate(rows) if row >= 0]
         at = torch.tensor([rows[place] for place in mine_at]).to(device, non_blocking=True)
-        table = vectors.folded
+        table = vectors.folded if skip is None else torch.where(skip, 0, vectors.folded)
         if len(mine_at) < len(rows):
             table = table[torch.tensor(mine_at).to(table.device, non_blocking=True)]
         buffers.folded.index_add_(0, at, table.to(device, torch.float64, non_blocking=True))
 
 
 def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -> None:
-    """Rates of the groups, and what a fused optimizer tells of a skipped step."""
-    device = buffers.sums.device
+    """Rates of the groups."""
     for name in ("lr", "initial_lr"):
         given: Mapping[int, Scalar] = getattr(figures, name)
         _put(buffers.maxima, name, [(row_of[i], value) for i, value in given.items()])
-    for name, value in (("skipped", figures.skipped), ("scale", figures.scale)):
-        if value is not None:
-            number = torch.as_tensor(value).detach().reshape(()).to(device, torch.float64)
-            number = (number != 0).double() if name == "skipped" else number
-            rows = sorted({row_of[i] for v in figures.vectors for i in v.at if row_of[i] >= 0})
-            if rows:
-                at = torch.tensor(rows).to(device, non_blocking=True)
-                buffers.maxima[at, MAXIMA.index(name)] = number
 
 
 def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:

@@ -107,7 +107,7 @@ def judged(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
         error = np.sqrt(arrived.sum("residual") / moved)
     # A rule that says NaN of a step that was taken does not explain it.
     error = np.where(np.isnan(error) & (arrived.sum("observed") > 0), np.inf, error)
-    stepped = (arrived.sum("pieces") > 0) & ~(arrived.most("skipped") > 0)
+    stepped = arrived.sum("pieces") > 0
     raised = arrived.most("failed") > 0
     failed = {}
     for at, row in enumerate(rows):
@@ -162,10 +162,9 @@ class _Summary:
         self.rules = ["measured" if bad else rule for rule, bad in zip(rules, failed, strict=True)]
         self.measured = np.array([rule == "measured" for rule in self.rules], dtype=np.bool_)
         self.numel = np.array([row.numel for row in rows], dtype=np.int64)
-        skipped = arrived.most("skipped") > 0
         self.with_grad = arrived.sum("with_grad") > 0
-        self.stepped = (arrived.sum("pieces") > 0) & ~skipped
-        self.unused = self.with_grad & skipped
+        self.stepped = arrived.sum("pieces") > 0
+        self.unused = self.with_grad & ~self.stepped
         self.low, self.high = -arrived.most("rate_min"), arrived.most("rate_max")
         self.bins = self._bins()
 
@@ -340,9 +339,8 @@ def _add_unused_gradients(
     if not summary.unused.any():
         return
     arrived, unused = summary.arrived, summary.unused
-    scale = np.where(np.isnan(arrived.most("scale")), 1.0, arrived.most("scale"))
     squares, bad = np.zeros(len(stepped)), np.zeros(len(stepped))
-    np.add.at(squares, label[unused], (arrived.sum("grad_square") / scale**2)[unused])
+    np.add.at(squares, label[unused], arrived.sum("grad_square")[unused])
     np.add.at(bad, label[unused], arrived.sum("nonfinite")[unused])
     some = np.zeros(len(stepped), np.bool_)
     some[label[unused]] = True

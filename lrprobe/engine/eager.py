@@ -182,7 +182,11 @@ def _merged(figure: Figure, column: Tensor) -> Tensor:
 def _counted(e: Elements, counts: RateCounts | None) -> RateCounts | None:
     if e.rate is None:
         return count_rates(e.measured_rate, e.has_grad, counts)
-    return count_rates(e.rate, e.moves, counts) if is_elementwise(e.rate) else counts
+    if is_elementwise(e.rate):
+        return count_rates(e.rate, e.moves, counts)
+    if e.param.numel() == 1 and isinstance(e.rate, Tensor):  # other ranks or blocks have more
+        return count_rates(e.rate.reshape(1), e.moves.reshape(1), counts)
+    return counts
 
 
 _SQUARES = ("direction_square", "moved_square", "param_square", "grad_square")

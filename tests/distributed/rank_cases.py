@@ -1,16 +1,11 @@
-"""What the ranks of tests/test_distributed.py do: run by torchrun, or alone as the oracle.
-
-torchrun --nproc-per-node 2 tests/ranks.py FOLDER CASE...
-"""
+"""What else may happen among ranks."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
-import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,242 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_net import BATCH, OPTIMIZERS, STEPS, Net, data, frames, net, train
+from rank_wrappers import ddp, fsdp1, fsdp2, hsdp
 from torch import Tensor, nn, optim
 
 import lrprobe
-from lrprobe import distributed
-
-STEPS = 4
-BATCH = 8
-
-
-class Net(nn.Module):
-    """Layers that split unevenly: rows of 5 over 4 ranks leave the last one nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(18, 300)
-        self.norm = nn.LayerNorm(300)
-        self.middle = nn.Linear(300, 28, bias=False)
-        self.down = nn.Linear(28, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.middle(self.norm(self.up(x).tanh())).tanh())
-
-
-def net(dtype: torch.dtype = torch.float64) -> Net:
-    torch.manual_seed(3)
-    return Net().to(dtype)
-
-
-def data(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One batch, the same everywhere; each rank takes its part."""
-    generator = torch.Generator().manual_seed(100 + step)
-    x = torch.randn(BATCH, 18, generator=generator, dtype=torch.float64)
-    y = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
-    return x.to(dtype), y.to(dtype)
-
-
-def matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if is_matrix(name)]
-
-
-def vectors(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if not is_matrix(name)]
-
-
-def is_matrix(name: str) -> bool:
-    """By name: FSDP1 makes everything flat."""
-    return name.endswith(("up.weight", "middle.weight", "down.weight"))
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
-    "adamw": lambda m: optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4),
-    "adadelta": lambda m: optim.Adadelta(m.parameters()),
-    "adafactor": lambda m: optim.Adafactor(m.parameters()),
-    "sgd": lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
-    "muon": lambda m: [
-        optim.Muon(matrices(m), lr=1e-2),
-        optim.AdamW(vectors(m), lr=1e-2),
-    ],
-    "several": lambda m: {
-        "a": optim.AdamW(matrices(m), lr=1e-2, eps=1e-4),
-        "b": optim.SGD(vectors(m), lr=0.1, momentum=0.9),
-    },
-}
-
-
-def each_of(optimizers: Any) -> list[optim.Optimizer]:
-    if isinstance(optimizers, dict):
-        return list(optimizers.values())
-    return optimizers if isinstance(optimizers, list) else [optimizers]
-
-
-def train(
-    model: nn.Module,
-    optimizers: Any,
-    *,
-    dtype: torch.dtype = torch.float64,
-    part: tuple[int, int] = (0, 1),
-    steps: int = STEPS,
-    start: int = 0,
-) -> None:
-    """Steps of a training, on one part of each batch."""
-    at, parts = part
-    for step in range(start, start + steps):
-        x, y = (t.chunk(parts)[at] for t in data(step, dtype))
-        for each in each_of(optimizers):
-            each.zero_grad()
-        (model(x) - y).square().mean().backward()
-        for each in each_of(optimizers):
-            each.step()
-
-
-def frames(probe: lrprobe.Probe) -> dict[str, Any]:
-    return {
-        **{by: probe.frame(by) for by in ("parameter", "module", "group", "model")},
-        "elements": probe.elements(),
-        "histograms": probe.histograms(),
-    }
-
-
-def alone(kind: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> dict[str, Any]:
-    """The same training in one process."""
-    model = net(dtype)
-    optimizers = OPTIMIZERS[kind](model)
-    options = {"every": 2, "track": 3, "batch_size": BATCH, **kwargs}
-    with lrprobe.attach(optimizers, model, **options) as probe:
-        train(model, optimizers, dtype=dtype)
-        return frames(probe)
-
-
-# ---- wrappers: a model laid out over the ranks, and which part of a batch a rank takes ----------
-
-
-def ddp(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    return nn.parallel.DistributedDataParallel(model), (dist.get_rank(), dist.get_world_size())
-
-
-def fsdp2(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model.up)
-    fully_shard(model)
-    return model, (dist.get_rank(), dist.get_world_size())
-
-
-def hsdp(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
-    fully_shard(model, mesh=mesh)
-    return model, (dist.get_rank(), size)
-
-
-def plan() -> dict[str, Any]:
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    return {"middle": ColwiseParallel(), "down": RowwiseParallel()}
-
-
-def sequence(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    """The norm's gradients stay partial sums: each rank normalises a part of the batch."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    parallelize_module(
-        model,
-        mesh,
-        {
-            "up": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
-            "norm": SequenceParallel(sequence_dim=0),
-            "middle": ColwiseParallel(input_layouts=Shard(0)),
-            "down": RowwiseParallel(output_layouts=Replicate()),
-        },
-    )
-    return model, (0, 1)
-
-
-def tp(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan())
-    return model, (0, 1)
-
-
-def replicas(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    """Tensor parallel in pairs of ranks, which all see the same samples."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model, mesh["tp"], plan())
-    return model, (0, 1)
-
-
-def fsdp2_tp(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model, mesh["tp"], plan())
-    fully_shard(model, mesh=mesh["dp"])
-    return model, (mesh["dp"].get_local_rank(), 2)
-
-
-def fsdp1(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    return wrapped, (dist.get_rank(), dist.get_world_size())
-
-
-def fsdp1_hybrid(model: Net) -> tuple[nn.Module, tuple[int, int]]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-
-    size = dist.get_world_size()
-    wrapped = FullyShardedDataParallel(
-        model,
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-        device_mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("a", "b")),
-        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
-    )
-    return wrapped, (dist.get_rank(), size)
-
-
-WRAPPERS = (ddp, fsdp2, hsdp, tp, replicas, sequence, fsdp2_tp, fsdp1, fsdp1_hybrid)
-
-
-def wrapped(
-    wrap: Callable[[Net], tuple[nn.Module, tuple[int, int]]],
-    kind: str,
-    dtype: torch.dtype = torch.float64,
-    **kwargs: Any,
-) -> dict[str, Any] | None:
-    """The training over all ranks; what rank 0 has to tell."""
-    model, part = wrap(net(dtype))
-    optimizers = OPTIMIZERS[kind](model)
-    options = {"every": 2, "track": 3, "batch_size": BATCH // part[1], **kwargs}
-    with lrprobe.attach(optimizers, model, **options) as probe:
-        train(model, optimizers, dtype=dtype, part=part)
-        return frames(probe) if dist.get_rank() == 0 else None
-
-
-# ---- what else may happen among ranks -----------------------------------------------------------
+from lrprobe.distributed import exchange
+from lrprobe.engine import flight
 
 
 def zero() -> dict[str, Any] | None:
@@ -316,7 +82,7 @@ def stages() -> dict[str, Any] | None:
 
 def lagging() -> Any:
     """The last stage skips its second step, as a scaler of its own would have it."""
-    distributed.PATIENCE = 2.0
+    flight.PATIENCE = exchange.PATIENCE = 2.0
     model, stage, optimizer, together = staged()
     probe = lrprobe.attach(optimizer, stage, every=1)
     for step in range(STEPS):
@@ -426,10 +192,10 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def counted(wrap: Callable[[Net], tuple[nn.Module, tuple[int, int]]]) -> Any:
+def counted(wrap: Callable[[Net], tuple[nn.Module, tuple[int, int]]], kind: str) -> Any:
     """Calls and bytes of torch.distributed in each ``optimizer.step()``, and in ``close()``."""
     model, part = wrap(net())
-    optimizer = OPTIMIZERS["sgd"](model)
+    optimizer = OPTIMIZERS[kind](model)
     probe = lrprobe.attach(optimizer, model, every=2, track=3)
     calls: list[tuple[str, int]] = []
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
@@ -459,9 +225,7 @@ def counted(wrap: Callable[[Net], tuple[nn.Module, tuple[int, int]]]) -> Any:
     probe.close()
     for name, original in originals.items():
         setattr(dist, name, original)
-    exchange = probe._recorder.hooks[0].exchange
-    expected = exchange._table.nbytes if exchange is not None else None
-    return {"steps": steps, "close": list(calls), "expected": expected}
+    return {"steps": steps, "close": list(calls)}
 
 
 def untouched() -> bool:
@@ -629,35 +393,3 @@ def killed(folder: Path) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     train(model, optimizer, part=part, steps=6)
-
-
-CASES: dict[str, Callable[[], Any]] = {
-    f"{wrap.__name__}-{kind}": lambda wrap=wrap, kind=kind: wrapped(wrap, kind)
-    for wrap in WRAPPERS
-    for kind in OPTIMIZERS
-}
-CASES |= {f"counted-{wrap.__name__}": lambda wrap=wrap: counted(wrap) for wrap in WRAPPERS}
-for case in (
-    zero, stages, lagging, no_gradient, added, differing, elsewhere, untouched, skipped,
-    unexplained, mixed_precision, samples, flat, warming,
-):  # fmt: skip
-    CASES[case.__name__] = case
-
-
-def main(folder: Path, names: list[str]) -> None:
-    dist.init_process_group("gloo")
-    CASES["resumed"] = lambda: resumed(folder)
-    CASES["killed"] = lambda: killed(folder)
-    for name in names:
-        try:
-            result: Any = CASES[name]()
-        except Exception:  # noqa: BLE001 - the test tells
-            result = traceback.format_exc(limit=-3)
-        (folder / f"{name}.{dist.get_rank()}.pkl").write_bytes(pickle.dumps(result))
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), sys.argv[2:])
