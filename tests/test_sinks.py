@@ -975,8 +975,15 @@ def test_merged_rates_are_those_of_the_frame(make, blocks, tmp_path):
     if blocks == 60:
         frame = probe.frame(by="module")
         frame = frame[frame["step"] == 3].set_index("module")
+    idle = probe.frame().set_index(["step", "parameter"]).loc[3, "idle_fraction"]
+    assert (idle < 1).any()  # the first layers of such a deep net may have no gradient at all
+    rates = {n: rate for n, rate in rates.items() if idle[n] < 1}
     for name, row in shown.iterrows():
-        every = torch.cat([r.flatten() for n, r in rates.items() if n.startswith(f"{name}.")])
+        inside = [r.flatten() for n, r in rates.items() if n.startswith(f"{name}.")]
+        if not inside:
+            assert np.isnan(row["effective_lr_p50"])
+            continue
+        every = torch.cat(inside)
         for suffix in ("p05", "p50", "p95"):
             column = f"effective_lr_{suffix}"
             if blocks == 60:
