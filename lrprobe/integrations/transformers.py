@@ -27,7 +27,7 @@ class LRProbeCallback(TrainerCallback):
             ``$TENSORBOARD_LOGGING_DIR`` where that is set), for ``"wandb"`` and ``"mlflow"`` the
             run that is active, if one is. Others that it names get nothing.
         tag_style: of the tags in what ``report_to`` names.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None
