@@ -10,9 +10,16 @@ import numpy as np
 from lrprobe.diagnosis.shared import FEW, Hit, matrices
 from lrprobe.series import Bools, Floats, Ints, Series, quantile
 
-ALONG, MOST = 0.3, 2.0
+ALONG, MOST = 0.3, 1.1
 """How much of what a sum of independent gradients has in its cosine; and how many times what a sum
 of equal ones has in its norm."""
+HORIZON, DISTANT = 9, 40
+"""Steps over which the norm is looked at; where recorded steps are far apart, the second."""
+FASTER, FASTER_DISTANT = 1.2, 1.4
+"""How much faster than its number of terms the norm may grow over them: where a net leaves a saddle,
+the gradient grows faster and faster; a sum does not."""
+NEW = 0.4
+"""Norm, over the first, of what a recorded step adds: little where a gradient changes slowly."""
 PERSISTENT = 0.6
 ONGOING_ROWS = 8
 
@@ -22,20 +29,19 @@ class _Law(NamedTuple):
 
     Attributes:
         growth: at least so much of √n after n steps.
-        terms: over so many steps; over ``distant`` where recorded steps are far apart.
-        distant: see there.
+        terms: over so many steps; over ``DISTANT`` where recorded steps are far apart.
         lasting: how many times the first norm that of the median step is.
         share: of the matrices, which have to follow it.
     """
 
     growth: float
     terms: int
-    distant: int
     lasting: float
     share: float
 
 
-LAWS = (_Law(0.9, 4, 40, 1.5, 0.0), _Law(0.5, 9, 40, 2.0, 2 / 3))
+TERMS = 4
+LAWS = (_Law(0.9, TERMS, 1.5, 0.0), _Law(0.5, HORIZON, 2.0, 2 / 3))
 """What one matrix follows closely, or most of them roughly."""
 
 
@@ -77,11 +83,19 @@ def _sums(
     """How many rows behave as sums do, and which matrices are sums: (parameters,) each."""
     large = matrices(series)
     usual = quantile(grown[1:], 0.5)
+    far = len(terms) > 2 and bool(terms[2] > TERMS)
+    early = terms <= (DISTANT if far else HORIZON)
+    each = (grown / terms[:, None])[early]
+    most = (FASTER_DISTANT if far else FASTER) * np.fmin.accumulate(each, axis=0)
+    large = large & ~(each > most).any(axis=0)
+    old, new = grown[:-1], grown[1:]
+    added = np.sqrt(np.maximum(old**2 + new**2 - 2 * along[1:] * old * new, 0.0))
+    large &= quantile(added[early[1:]], 0.5) >= NEW
     for law in LAWS:
         rows = _as_a_sum(law.growth, terms, grown, along)
         wrong = large & (rows >= _least_rows(law, terms))
         wrong &= (cosine >= PERSISTENT) & (usual >= law.lasting)
-        if wrong.any() and wrong.sum() >= law.share * large.sum():
+        if wrong.any() and wrong.sum() >= law.share * matrices(series).sum():
             return rows, wrong
     return rows, np.zeros(len(large), dtype=bool)
 
@@ -89,7 +103,7 @@ def _sums(
 def _least_rows(law: _Law, terms: Floats) -> int:
     """Rows that have to behave as a sum does: four, and more where they are far apart."""
     far = len(terms) > 2 and terms[2] > law.terms
-    most = law.distant if far else law.terms
+    most = DISTANT if far else law.terms
     return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, most)) + 1))
 
 

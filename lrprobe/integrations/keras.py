@@ -25,7 +25,7 @@ class LRProbeCallback(keras.callbacks.Callback):
 
     Args:
         to: as for ``lrprobe.attach``.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
 
     Raises:
         NotImplementedError: Keras runs on another backend than torch or TensorFlow.

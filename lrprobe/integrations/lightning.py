@@ -30,7 +30,7 @@ class LRProbeCallback(Callback):
             Weights & Biases, MLflow and Comet as they are; beside another logger that has a
             directory (CSV) the dataset ``lrprobe.parquet`` in it; any other gets the scalars.
         tag_style: of the tags in the trainer's loggers.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None

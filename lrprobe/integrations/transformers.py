@@ -30,7 +30,7 @@ class LRProbeCallback(TrainerCallback):
             ``"trackio"``, ``"comet_ml"`` and ``"clearml"`` the run that is active, if one is.
             Others that it names get nothing.
         tag_style: of the tags in what ``report_to`` names.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None
