@@ -74,7 +74,6 @@ def train(  # noqa: C901, PLR0912 - one loop, with a place for each fault
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # skipped steps
         scheduler = schedule(optimizers[0]) if schedule else None
         probe = lrprobe.attach(made, model, every=every, **options)
-        fake = NewColumns(optimizers, model, every)
         for step in range(1, first + steps):
             for part in range(accumulate):
                 size = min(batch, len(X))
@@ -109,93 +108,7 @@ def train(  # noqa: C901, PLR0912 - one loop, with a place for each fault
             probe.close()
         else:
             probes.append(probe)
-        return fake.put_into(probe.frame())
-
-
-class NewColumns:
-    """FAKE of the columns that the new engine brings: remove it, with its one use, when it lands.
-
-    grad_persistence and state_error (of Adam, AdamW and SGD with momentum), from hooks of its own.
-    """
-
-    def __init__(self, optimizers: list[Any], model: nn.Module, every: int) -> None:
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.every = every
-        self.depth = 0  # a step may call its parent's
-        self.steps: dict[int, int] = {}
-        self.grads: dict[tuple[int, int], torch.Tensor] = {}
-        self.before: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.rows: dict[tuple[int, str], tuple[float, float]] = {}
-        for each in optimizers:
-            if isinstance(each, optim.Optimizer):
-                start = max((int(s["step"]) for s in each.state.values() if "step" in s), default=0)
-                self.steps[id(each)] = self.first = start
-                each.register_step_pre_hook(self._before)
-                each.register_step_post_hook(self._after)
-
-    def _due(self, optimizer: Any) -> bool:
-        step = self.steps[id(optimizer)] + 1
-        return step == self.first + 1 or step % self.every == 0
-
-    def _before(self, optimizer: Any, *_: Any) -> None:
-        self.depth += 1
-        if self.depth == 1 and self._due(optimizer):
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    state = optimizer.state.get(p) or {}
-                    keys = [k for k in ("exp_avg", "momentum_buffer") if state.get(k) is not None]
-                    grad = None if p.grad is None or p.grad.is_sparse else p.grad.clone()
-                    if grad is not None and getattr(optimizer, "grad_scale", None) is not None:
-                        grad /= optimizer.grad_scale
-                    moment = state[keys[0]].clone() if keys else None
-                    self.before[id(p)] = grad, moment, p.detach().clone()
-
-    def _after(self, optimizer: Any, *_: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            return
-        due = self._due(optimizer)
-        self.steps[id(optimizer)] += 1
-        if not due:
-            return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                grad, moment, param = self.before.pop(id(p), (None, None, None))
-                if grad is None or id(p) not in self.names:
-                    continue
-                old = self.grads.get((id(optimizer), id(p)))
-                cosine = float("nan")
-                if old is not None and old.any() and grad.any():
-                    cosine = float((grad * old).sum() / grad.norm() / old.norm())
-                self.grads[id(optimizer), id(p)] = grad
-                error = self._error(optimizer, group, p, grad, moment, param)
-                self.rows[self.steps[id(optimizer)], self.names[id(p)]] = cosine, error
-
-    def _error(self, optimizer: Any, group: Any, p: Any, grad: Any, old: Any, param: Any) -> float:
-        state = optimizer.state.get(p) or {}
-        if old is None:
-            return float("nan")
-        if isinstance(optimizer, optim.SGD):
-            grad = grad + group["weight_decay"] * param
-            expected = group["momentum"] * old + (1 - group["dampening"]) * grad
-            new = state["momentum_buffer"]
-        elif isinstance(optimizer, optim.Adam):
-            if not isinstance(optimizer, optim.AdamW):
-                grad = grad + group["weight_decay"] * param
-            expected = old.lerp(grad, 1 - group["betas"][0])
-            new = state["exp_avg"]
-        else:
-            return float("nan")
-        return float((new - expected).norm() / (expected - old).norm())
-
-    def put_into(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The frame with the columns, where the engine does not give them itself."""
-        for at, name in enumerate(("grad_persistence", "state_error")):
-            if name not in frame:
-                keys = zip(frame["step"], frame["parameter"], strict=True)
-                nothing = (float("nan"), float("nan"))
-                frame[name] = [self.rows.get(key, nothing)[at] for key in keys]
-        return frame
+        return probe.frame()
 
 
 def codes(frame: pd.DataFrame, **options: Any) -> dict[str, list[lrprobe.Finding]]:
