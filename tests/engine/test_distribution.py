@@ -6,6 +6,7 @@ import math
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from oracle import QUANTILES, Tape, assert_close
@@ -159,3 +160,11 @@ def test_histograms_of_a_real_optimizer() -> None:
         assert sum(row.counts) == rates.size
         # one of float64's rates may round across an edge
         assert np.abs(np.asarray(row.counts) - right).sum() <= 2
+
+
+def test_two_runs_have_the_same_figures() -> None:
+    """Which rates of a large parameter are counted, and checked, is the same every time."""
+    rates = torch.rand(400_000) + 0.1
+    first, second = (probe_rates(rates) for _ in range(2))
+    frames = [each.frame().drop(columns="time") for each in (first, second)]
+    pd.testing.assert_frame_equal(*frames, check_exact=True)
