@@ -146,7 +146,7 @@ class StepCount:
             return
         params = [p for group in optimizer.param_groups for p in group["params"] if id(p) in before]
         found = getattr(optimizer, "found_inf", None)  # a fused step that a scaler may skip
-        may_skip = found is not None and (found.device.type != "cpu" or bool(found))
+        may_skip = found is not None and (found.device.type != "cpu" or _value(found) != 0)
         with_grad = {id(param) for param in params if param.grad is not None}
         for at, count, state in _counts(optimizer, params):
             self._after[at] = count, self.taken, _moment(state)
@@ -195,9 +195,16 @@ def _counts(
         if isinstance(count, Tensor):
             if count.device.type != "cpu" or count.numel() != 1:
                 continue
-            count = count.item()
+            count = _value(count)
         if isinstance(count, int | float) and math.isfinite(count):
             yield id(param), float(count), state
+
+
+def _value(number: Tensor) -> float:
+    """A number that is on the host; NumPy reads it where it lies, without an operation of torch."""
+    if number.dtype in (torch.float32, torch.float64, torch.int64, torch.int32):
+        return float(number.detach().numpy().reshape(())[()])
+    return float(number)
 
 
 def _moment(state: Mapping[str, Any]) -> int:

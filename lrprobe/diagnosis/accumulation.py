@@ -16,8 +16,8 @@ of equal ones has in its norm."""
 HORIZON, DISTANT = 9, 40
 """Steps over which the norm is looked at; where recorded steps are far apart, the second."""
 FASTER, FASTER_DISTANT = 1.2, 1.4
-"""How much faster than its number of terms the norm may grow over them: where a net leaves a saddle,
-the gradient grows faster and faster; a sum does not."""
+"""How much faster than its number of terms the norm may grow over them: leaving a saddle,
+a gradient grows faster and faster; a sum does not."""
 NEW = 0.4
 """Norm, over the first, of what a recorded step adds: little where a gradient changes slowly."""
 PERSISTENT = 0.6
