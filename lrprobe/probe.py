@@ -86,17 +86,21 @@ def attach(
             destination has an ending or scheme that no sink writes; on every rank, if the ranks'
             parameters or arguments cannot be merged.
         OSError: if a destination cannot be written.
-        RuntimeError: if ``attach`` failed on another rank.
+        RuntimeError: if ``attach`` failed on another rank, or if parameters are sharded over ranks
+            that do not attach.
     """
     ranks = world(process_group)
-    rank = 0 if ranks is None else ranks.rank
     try:
         names = Names(model)
         check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
         options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
+<<<<<<< HEAD
         check_callback(on_finding)
         recorder = _attached(find_optimizers(optimizer), options, to, rank, on_finding)
+=======
+        recorder = _attached(find_optimizers(optimizer), options, to, ranks.rank)
+>>>>>>> tests2
     except Exception as error:  # so that the other ranks fail too, and do not wait
         join(ranks, [], model, error)
         raise

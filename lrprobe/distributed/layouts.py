@@ -79,6 +79,7 @@ class Layout:
         first: the rank that comes first in those; −1 for a plain tensor.
         sharded: whether it is cut into parts.
         contributes: whether this rank is one of the first replica.
+        parts: global ranks that hold the parts of the copy that counts.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +88,7 @@ class Layout:
     first: int = -1
     sharded: bool = False
     contributes: bool = True
+    parts: tuple[int, ...] = ()
 
 
 class Layouts:
@@ -127,19 +129,20 @@ class Layouts:
 
     def _flat(self, param: Tensor, handle: Any, at: int | None) -> Layout:
         flat = handle.flat_param
-        key = self._key(handle.process_group, (), ranks_of(handle.process_group))
+        ranks = tuple(ranks_of(handle.process_group))
+        key = self._key(handle.process_group, (), ranks)
         if at is None:
             size, rank = param.numel(), torch.distributed.get_rank(handle.process_group)
             padded = size * torch.distributed.get_world_size(handle.process_group)
             region = Region((padded,), (((rank * size, (rank + 1) * size),),))
-            return Layout((padded,), region, *key, sharded=True)
+            return Layout((padded,), region, *key, sharded=True, parts=ranks)
         shape, info = tuple(flat._shapes[at]), flat._shard_param_infos[at]  # noqa: SLF001 - as above
         held = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else ()
         cuts: Any = ((held,) if held else (),)
         length: tuple[int, ...] = (math.prod(shape),)
         if param.is_complex():
             shape, length, cuts = (*shape, 2), (*length, 2), (*cuts, ((0, 2),))
-        return Layout(shape, Region(length, cuts), *key, sharded=True)
+        return Layout(shape, Region(length, cuts), *key, sharded=True, parts=ranks)
 
     def _dtensor(self, param: Any) -> Layout:
         mesh, placements = param.device_mesh, param.placements
@@ -147,23 +150,25 @@ class Layouts:
         coordinate = mesh.get_coordinate()
         key = self._key(mesh, tuple(placements), mesh.mesh.flatten().tolist())
         cuts = [[(0, size)] for size in shape]
-        contributes, sharded = coordinate is not None, False
+        contributes, sharded, parts = coordinate is not None, False, mesh.mesh
         for dim, placement in enumerate(placements):
             where = coordinate[dim] if coordinate is not None else 0
             if hasattr(placement, "dim"):  # Shard and _StridedShard
                 sharded |= mesh.size(dim) > 1
-                parts = getattr(placement, "split_factor", 1)
+                factor = getattr(placement, "split_factor", 1)
                 ranges = cuts[placement.dim]
-                pieces = _chunks(ranges, parts) if parts > 1 else [ranges]
+                pieces = _chunks(ranges, factor) if factor > 1 else [ranges]
                 cuts[placement.dim] = [
                     r for piece in pieces for r in _chunks(piece, mesh.size(dim))[where]
                 ]
-            elif where != 0:
-                contributes = False
+            else:
+                parts = parts.narrow(dim, 0, 1)
+                contributes &= where == 0
         if param.is_complex():
             shape, cuts = (*shape, 2), [*cuts, [(0, 2)]]
         region = Region(shape, tuple(map(tuple, cuts)))
-        return Layout(shape, region, *key, sharded=sharded, contributes=contributes)
+        first = tuple(parts.flatten().tolist()) if sharded else ()
+        return Layout(shape, region, *key, sharded=sharded, contributes=contributes, parts=first)
 
     def _key(self, over: Any, how: tuple[Any, ...], ranks: Sequence[int]) -> tuple[str, int]:
         if (id(over), how) not in self._keys:

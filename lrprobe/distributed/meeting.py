@@ -13,23 +13,21 @@ from typing import Any
 
 import torch
 
-from lrprobe.text import warn
-
 WAIT = 30.0
 """Seconds that a rank waits for the others."""
 
 _TOGETHER, _APART = "together", "apart"
 
 
-def met(ranks: Sequence[int]) -> bool:
-    """Whether all of these global ranks attach; warns of those that do not within ``WAIT``.
+def missing_from(ranks: Sequence[int]) -> list[int]:
+    """Which of these global ranks do not attach within ``WAIT``; none where all record together.
 
     A round of the meeting ends with one decision that holds for all who came. Who comes later
     waits in the next round.
     """
     store = _store()
     if store is None:
-        return True
+        return []
     key = "lrprobe/" + hashlib.sha256(repr(list(ranks)).encode()).hexdigest()[:16]
     me = torch.distributed.get_rank()
     until = time.monotonic() + WAIT
@@ -42,15 +40,9 @@ def met(ranks: Sequence[int]) -> bool:
         if decided == wish and _is_first(store, meeting):
             store.add(f"{key}/round", 1)
         if decided == _TOGETHER:
-            return True
+            return []
         if missing:
-            break
-    names = ", ".join(map(str, missing))
-    warn(
-        f"rank{'s' * (len(missing) > 1)} {names} did not attach within {WAIT:g} s: this rank "
-        "records alone. To record all ranks as one, call attach on each of them"
-    )
-    return False
+            return missing
 
 
 def _missing(store: Any, meeting: str, ranks: Sequence[int], until: float) -> list[int]:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lrprobe.distributed import meeting
 from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, ranks_of
-from lrprobe.distributed.meeting import met
 from lrprobe.engine.columns import Row
 from lrprobe.engine.pieces import WatchedParameter, draw, local
 from lrprobe.rules.base import tolerance
+from lrprobe.text import warn
 
 if TYPE_CHECKING:
+    from lrprobe.arguments import Filter
     from lrprobe.hooks import Hooks
 
 
@@ -122,19 +124,38 @@ class World:
         return torch.distributed.new_group(self.ranks, use_local_synchronization=True)
 
 
-def world(process_group: Any) -> World | None:
-    """The ranks that record together; None where this process is alone.
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One process that records for itself.
+
+    Attributes:
+        missing: ranks that did not come to record together.
+        rank: its own among those that record.
+    """
+
+    missing: tuple[int, ...] = ()
+    rank: int = 0
+
+    @property
+    def ranks(self) -> list[int]:
+        """Its global rank."""
+        return [torch.distributed.get_rank()]
+
+
+def world(process_group: Any) -> World | Alone:
+    """The ranks that record together.
 
     Raises:
         ValueError: if this rank is not in the process group.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return None
+        return Alone()
     if distributed.get_rank(process_group) < 0:
         raise ValueError("process_group= does not contain this rank")
     found = World(process_group)
-    return found if found.size > 1 and met(found.ranks) else None
+    missing = meeting.missing_from(found.ranks) if found.size > 1 else []
+    return Alone(tuple(missing)) if missing or found.size == 1 else found
 
 
 def _on(device: torch.device) -> Any:
@@ -296,8 +317,38 @@ def holdings_of(
     return found
 
 
+def _torn(found: World | Alone, hooks: Sequence[Hooks], layouts: Layouts) -> str:
+    """What parameters have parts on ranks that are not among these; empty where none has."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    here = set(found.ranks)
+    for each in hooks:
+        for holding, _, layout in holdings_of(each.watched, layouts):
+            others = sorted(set(layout.parts) - here)
+            if layout.sharded and others:
+                return (
+                    f"{holding.name} is sharded over {_numbers(layout.parts)}, of which "
+                    f"{_numbers(others)} did not attach with this one: a part alone has no "
+                    "figures. Call attach on all ranks that hold a part"
+                )
+    return ""
+
+
+def _stay_alone(found: Alone, chosen: Filter | None, error: Exception | None) -> None:
+    if error is not None:
+        raise error
+    if found.missing:
+        warn(
+            f"{_numbers(found.missing)} did not attach within {meeting.WAIT:g} s: this rank "
+            "records alone. To record all ranks as one, call attach on each of them"
+        )
+    if chosen is not None:
+        chosen.warn_unused()
+
+
 def join(
-    found: World | None,
+    found: World | Alone,
     hooks: Sequence[Hooks],
     model: nn.Module | None,
     error: Exception | None = None,
@@ -305,28 +356,28 @@ def join(
     """Tell the other ranks what is here, and give each of ``hooks`` its part. A collective.
 
     Args:
-        found: the ranks; None where this process is alone.
+        found: the ranks.
         hooks: of all optimizers.
         model: whose wrappers tell how parameters are laid out.
         error: why ``attach`` failed here, if it did, so that it fails everywhere.
 
     Raises:
         Exception: ``error``.
-        RuntimeError: if ``attach`` failed on another rank.
+        RuntimeError: if ``attach`` failed on another rank, or if parameters are sharded over ranks
+            that are not here.
         ValueError: if what the ranks have cannot be merged; the same on every rank.
     """
     chosen = hooks[0].options.chosen if hooks else None
-    if found is None:
-        if error is not None:
-            raise error
-        if chosen is not None:
-            chosen.warn_unused()
+    layouts = Layouts(model if error is None else None)
+    if error is None and (torn := _torn(found, hooks, layouts)):
+        error = RuntimeError(torn)
+    if isinstance(found, Alone):
+        _stay_alone(found, chosen, error)
         return
     if error is not None:  # which may be the model's
         what = f"{type(error).__name__}: {error}"
         found.kinds(Spec((), error=what), torch.device("cpu"))
         raise error
-    layouts = Layouts(model)
     params = [p for each in hooks for w in each.watched if (p := w.place()) is not None]
     device = local(params[0]).device if params else torch.device("cpu")
     options = hooks[0].options if hooks else None

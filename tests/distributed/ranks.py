@@ -33,6 +33,7 @@ from rank_cases import (
     warming,
     zero,
 )  # fmt: skip
+from rank_meetings import MEETINGS, dying
 from rank_net import OPTIMIZERS
 from rank_wrappers import WRAPPERS, wrapped
 
@@ -51,11 +52,13 @@ for case in (
     unexplained, mixed_precision, samples, flat, warming,
 ):  # fmt: skip
     CASES[case.__name__] = case
+CASES |= {case.__name__: case for case in MEETINGS}
 
 
 def main(folder: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     CASES["resumed"] = lambda: resumed(folder)
+    CASES["dying"] = lambda: dying(folder)
     CASES["killed"] = lambda: killed(folder)
     for name in names:
         try:
