@@ -95,12 +95,8 @@ def attach(
         check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
         options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
-<<<<<<< HEAD
         check_callback(on_finding)
-        recorder = _attached(find_optimizers(optimizer), options, to, rank, on_finding)
-=======
-        recorder = _attached(find_optimizers(optimizer), options, to, ranks.rank)
->>>>>>> tests2
+        recorder = _attached(find_optimizers(optimizer), options, to, ranks.rank, on_finding)
     except Exception as error:  # so that the other ranks fail too, and do not wait
         join(ranks, [], model, error)
         raise
