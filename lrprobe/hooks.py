@@ -25,6 +25,7 @@ from lrprobe.engine.check import Samples
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
 from lrprobe.engine.flight import MOVED, StepInFlight
 from lrprobe.engine.pieces import WatchedParameter, draw
+from lrprobe.hyperparameters import hyperparameters
 from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
 from lrprobe.resting import at_rest, device_of, moved, moves
@@ -154,11 +155,7 @@ class Hooks:
         groups = [] if optimizer is None else optimizer.param_groups
         return {
             "class": f"{cls.__module__}.{cls.__qualname__}",
-            "groups": [
-                {key: _plain(value) for key, value in group.items() if key not in _NOT_PLAIN}
-                | {"dtypes": _dtypes(group["params"])}
-                for group in groups
-            ],
+            "groups": [hyperparameters(group) for group in groups],
             "step_count": self.count.wrong,
         }
 
@@ -490,22 +487,3 @@ _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
 _MOST_CHANGES = 3
 """A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own.
 Each description of the run begins a new part of a dataset."""
-_NOT_PLAIN = ("params", "param_names")
-
-
-def _dtypes(params: Sequence[Tensor]) -> list[str]:
-    """Those of some parameters, by name."""
-    return sorted({str(param.dtype).removeprefix("torch.") for param in params})
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON holds it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return repr(value)
