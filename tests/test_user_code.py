@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.testing._internal.two_tensor import TwoTensor
 
 import lrprobe
-import lrprobe.hooks
 from lrprobe import rules
 from lrprobe.names import Names
 from lrprobe.rules import Rule, Slice, Update, sgd
@@ -131,22 +130,19 @@ class Stubborn(torch.optim.SGD):
     """SGD under another name."""
 
 
-@pytest.mark.parametrize(("numel", "known"), [(50, True), (9000, False)])
-def test_a_parameter_that_forgets_itself(numel: int, known: bool) -> None:
-    """With lr·λ = 1 nothing of θ is left: a sample from before tells its step, else it is NaN."""
+@pytest.mark.parametrize("numel", [50, 9000])
+def test_a_parameter_that_forgets_itself(numel: int) -> None:
+    """With lr·λ = 1 nothing of θ is left: how far it moved is NaN."""
     param = nn.Parameter(torch.randn(numel))
     optimizer = torch.optim.SGD([param], lr=0.1, weight_decay=10.0)
-    moved = []
     with lrprobe.attach(optimizer, every=1) as probe:
         for _ in range(3):
             param.grad = torch.randn(numel)
-            old = param.detach().clone()
             optimizer.step()
-            moved.append(float((param.detach() - old).double().norm()))
         frame = probe.frame()
     assert set(frame["rule"]) == {"sgd"}
     assert frame["reconstruction_error"].max() < 1e-6
-    np.testing.assert_allclose(frame["update_norm"], moved if known else [np.nan] * 3, rtol=1e-6)
+    assert frame["update_norm"].isna().all()
 
 
 def test_radam_without_any_rectification() -> None:
@@ -478,7 +474,7 @@ def test_counting_passes_does_not_show_in_a_checkpoint(tmp_path: Any) -> None:
 
 
 def test_a_parameter_that_cannot_be_read_loses_no_other() -> None:
-    """Of a frozen one of a subclass of its own, and of one without values, nothing is known."""
+    """One of a subclass of its own may tell its norm; of one without values nothing is known."""
     odd = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)), requires_grad=False)
     params = [odd, nn.Parameter(torch.ones(4, device="meta")), nn.Parameter(torch.ones(4))]
     optimizer = torch.optim.SGD(params, lr=0.1, foreach=False)
@@ -487,7 +483,7 @@ def test_a_parameter_that_cannot_be_read_loses_no_other() -> None:
         optimizer.step()
     frame = probe.frame()
     assert frame["stepped"].tolist() == [False, False, True]
-    assert frame["param_norm"].notna().tolist() == [False, False, True]
+    assert frame["param_norm"].notna().tolist() == [True, False, True]
 
 
 def test_the_models_name_goes_before_that_of_one_with_the_same_id() -> None:
