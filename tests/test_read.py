@@ -300,7 +300,7 @@ def test_a_logdir_gives_its_scalars(tmp_path, own, prefix):
         writer.add_scalar("loss", 1.0, 1)
     sink.flush()
     frame = read(tmp_path)
-    keys = ["step", "time", "attempt", "optimizer", "group", "parameter"]
+    keys = ["step", "time", "attempt", "optimizer", "group", "group_name", "parameter"]
     expected = memory.frame()[keys + list(SCALARS)]
     expected[list(SCALARS)] = expected[list(SCALARS)].astype("float32").astype("float64")
     pd.testing.assert_frame_equal(frame, expected, check_exact=True)

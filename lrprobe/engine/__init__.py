@@ -165,7 +165,7 @@ class Engine:
                 group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
                 entry = entry_of(param, state, pre.scalars.get(i, {}), grad, w.span)
                 self._sort(i, w, entry, group, pre, batches, found)
-            elif param.device.type != "meta":  # which has no values
+            else:
                 resting.append((i, param))
         for batch in batches.values():
             found.vectors += self._summarised(batch, pre, found)
@@ -173,9 +173,7 @@ class Engine:
             self._remember_gradients(batch, watched, pre, latest)
         latest.take()
         for i, param in resting:
-            square = self._resting(param, watched[i].span)
-            if square is not None:
-                found.resting[i] = square
+            found.resting[i] = self._resting(param, watched[i].span)
         return found
 
     def _sort(
@@ -304,12 +302,15 @@ class Engine:
                 latest.put(i, "previous", sample(entry.grad, entry.param.shape))
             watched[i].previous = latest, i
 
-    def _resting(self, param: Tensor, span: slice | None) -> Tensor | None:
-        """Σθ² of a parameter that took no step."""
+    def _resting(self, param: Tensor, span: slice | None) -> Tensor:
+        """Σθ² of a parameter that took no step; NaN where its values cannot be read."""
+        unknown = torch.tensor(torch.nan, dtype=torch.float64)
+        if param.device.type == "meta":  # which has none
+            return unknown
         try:
             return self._of_one(PARAM, real(param, span))[0]
         except (RuntimeError, NotImplementedError, TypeError):
-            return None  # of a subclass that holds its values in a way of its own
+            return unknown  # of a subclass that holds its values in a way of its own
 
     def _of_one(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""

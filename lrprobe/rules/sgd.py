@@ -87,7 +87,7 @@ def _buffer(s: Slice) -> dict[str, Scalar]:
     if s.group["nesterov"] and _overwrites(s.group):  # g is not there any more
         return {}
     kept = s.group["momentum"] * s.old("momentum_buffer")
-    damped = 1 - s.group["dampening"] * s.had("momentum_buffer")
+    damped = 1 - s.group.get("dampening", 0.0) * s.had("momentum_buffer")
     return {"momentum_buffer": kept + damped * grad}
 
 
