@@ -28,6 +28,7 @@ from lrprobe.notebook import probe_html
 from lrprobe.record import Level
 from lrprobe.recorder import Recorder, open_recorders
 from lrprobe.runs import before_attempt
+from lrprobe.schedule import Schedule
 from lrprobe.sinks.memory import Memory
 from lrprobe.sinks.parquet import Parquet
 from lrprobe.sinks.targets import open_sinks, targets
@@ -150,8 +151,9 @@ def _attached(
             sinks, owned = [*sinks, live], [*owned, live]
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
         recorder.history = history
-    for name, each in _apart(optimizers, shared).items():
+    for name, each in _apart(optimizers, shared, options).items():
         recorder.hooks.append(Hooks(name, each, options, recorder))
+    _remember_names(recorder.hooks, shared)
     recorder.describe()
     return recorder
 
@@ -284,25 +286,42 @@ class Probe:
         return self._recorder.memory
 
 
-_named: weakref.WeakKeyDictionary[Any, dict[str, weakref.ref[Optimizer]]] = (
+_named: weakref.WeakKeyDictionary[Any, dict[str, tuple[weakref.ref[Optimizer], Schedule]]] = (
     weakref.WeakKeyDictionary()
 )
 """Sink of a user's to the optimizers that have recorded to it, by the names they have there."""
 
 
-def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[str, Optimizer]:
-    """Names that no other optimizer, living or dead, has in a sink that both write to."""
+def _apart(
+    optimizers: Mapping[str, Optimizer], shared: Sequence[Any], options: Options
+) -> dict[str, Optimizer]:
+    """Names that no other optimizer has in a sink that both write to.
+
+    One that begins where another has ended goes on under its name: a resumed training.
+    """
     sinks = [_named.setdefault(sink, {}) for sink in shared if _may_be_key(sink)]
+    recording = [hooks.optimizer for each in list(open_recorders) for hooks in each.hooks]
     result: dict[str, Optimizer] = {}
     for name, optimizer in optimizers.items():
+        start = Schedule(options.every, options.step, optimizer).step
         for unique in itertools.chain([name], (f"{name}#{n}" for n in itertools.count(1))):
-            others = [named[unique]() for named in sinks if unique in named]
-            if unique not in result and all(other is optimizer for other in others):
+            free = all(
+                other() is optimizer
+                or (schedule.step <= start and all(other() is not each for each in recording))
+                for other, schedule in (named[unique] for named in sinks if unique in named)
+            )
+            if free and unique not in result:
                 break
         result[unique] = optimizer
-        for named in sinks:
-            named[unique] = weakref.ref(optimizer)
     return result
+
+
+def _remember_names(hooks: Sequence[Hooks], shared: Sequence[Any]) -> None:
+    for sink in shared:
+        for each in hooks if _may_be_key(sink) else ():
+            if each.optimizer is not None:
+                known = weakref.ref(each.optimizer), each.schedule
+                _named.setdefault(sink, {})[each.name] = known
 
 
 def _may_be_key(sink: Any) -> bool:
