@@ -188,6 +188,10 @@ def test_a_state_that_follows_from_the_gradient_has_no_error(
     """Whatever the optimizer and its implementation, `state_error` is rounding, or NaN."""
     if dtype == torch.bfloat16 and case.sparse:
         pytest.skip("torch has no sparse gradients in 16 bits")
+    if dtype == torch.bfloat16 and case.cls is torch.optim.SGD and case.kwargs.get("fused"):
+        pytest.skip("pytorch#191763: its state has the error that is found")
+    if dtype == torch.bfloat16 and case.cls is torch.optim.Muon:
+        pytest.skip("torch normalises the momentum of a bfloat16 parameter in place")
     generator = torch.Generator().manual_seed(40)
     params = case.parameters(dtype)
     optimizer = case.make(params)

@@ -14,6 +14,7 @@ from rows import Rates, assert_quantiles, distributions, probe_rates
 from torch import nn
 
 import lrprobe
+from lrprobe.engine.distribution import Bins, count_rates, fold, unfold
 
 pytestmark = pytest.mark.usefixtures("seeded", "eager")
 
@@ -168,3 +169,19 @@ def test_two_runs_have_the_same_figures() -> None:
     first, second = (probe_rates(rates) for _ in range(2))
     frames = [each.frame().drop(columns="time") for each in (first, second)]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_folded_counts_unfold_and_add_up(parts: int, sign: float) -> None:
+    """What travels between ranks gives the same counts, added up, of rates of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    each = []
+    for _ in range(parts):
+        rates = sign * torch.empty(5000).log_normal_(0, 3, generator=generator)
+        each.append(count_rates(rates, torch.ones(5000, dtype=torch.bool), None))
+    together = sum(fold(counts.table) for counts in each)
+    found = unfold(together.unsqueeze(0).numpy())
+    right = Bins.joined([Bins.of(0, counts) for counts in each])
+    np.testing.assert_array_equal(found.bins, right.bins)
+    np.testing.assert_allclose(found.counts, right.counts, rtol=1e-12)
