@@ -1,0 +1,234 @@
+"""What generated block programs call, and the programs that are the same for all rules."""
+
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, N803, PLR0915 - Triton compiles these; they are no Python functions
+
+import triton
+import triton.language as tl
+
+from lrprobe.engine import distribution
+
+ROWS = tl.constexpr(128)
+"""Threads of a program; each has a row of neighbours."""
+LANES = tl.constexpr(4)
+BLOCK = tl.constexpr(ROWS.value * LANES.value)
+"""Elements that a program reads at once."""
+
+BINS, SHIFT, ZERO = map(tl.constexpr, (distribution.BINS, distribution.SHIFT, distribution.ZERO))
+STRIDE = tl.constexpr(distribution.STRIDE)
+FINE, OCTAVES = tl.constexpr(distribution.FINE), tl.constexpr(distribution.OCTAVES)
+ALL = tl.constexpr(4 * distribution.EXACT)
+"""Moving elements up to which every rate is counted; more than on a CPU, since those of a large
+tensor are counted as its elements stand, not as its moving elements do."""
+
+PIECES, ROUNDS, STEPS, FULL_ROWS, WIDTH, FIRST, BEGIN, NUMEL, ADDRESSES, COLUMNS = map(
+    tl.constexpr, range(10)
+)
+"""Head of a table: numbers, then where its parts begin."""
+HEAD = tl.constexpr(16)
+
+SUM, MIN, MAX, NOTHING, SHARED, LEAST, MOST, MEAN, SPREAD = map(tl.constexpr, range(9))
+"""What a column of the result is made of: of rows; of nothing; of a scalar; of means and spreads."""
+
+
+@triton.jit
+def ordered(x):
+    """Bits that are ordered as the values are; NaN beyond all."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of(key):
+    """The opposite of ``ordered``."""
+    if key.dtype == tl.int64:
+        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """The nearest number of a 16-bit type."""
+    y = x.to(tl.float32)
+    if TYPE == tl.float16:
+        return y.to(tl.float16).to(x.dtype)
+    bits = y.to(tl.int32, bitcast=True)
+    near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(y != y, y, near.to(tl.float32, bitcast=True)).to(x.dtype)
+
+
+@triton.jit
+def ulp(x, eps, least):
+    """Distance of a non-negative float64 to the next number of a dtype with this ``eps``."""
+    bits = x.to(tl.float64).to(tl.int64, bitcast=True)
+    power = (bits & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    return tl.maximum(power * eps, least)
+
+
+@triton.jit
+def read(p, at, ok, FULL: tl.constexpr):
+    """Elements of one tensor."""
+    if FULL:
+        return tl.load(p + at)
+    return tl.load(p + at, mask=ok, other=0.0)
+
+
+@triton.jit
+def added(x, ok, ALL_OF_IT: tl.constexpr, TYPE: tl.constexpr):
+    """Sum over each row of the elements that are wanted."""
+    if ALL_OF_IT:
+        return tl.sum(x.to(TYPE), axis=1)
+    return tl.sum(tl.where(ok, x.to(TYPE), 0.0), axis=1)
+
+
+@triton.jit
+def root(x):
+    """Square root, also of denormals."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
+def mean_and_spread(count, pivot, one, two):
+    """Mean, and sum of squared distances to it, of all rows together.
+
+    Of each row: how many, a pivot, and the sums of the distances to it and of their squares.
+    """
+    some = tl.maximum(count, 1.0)
+    means = pivot + one / some
+    mean = tl.sum(count * means) / tl.maximum(tl.sum(count), 1.0)
+    far = means - mean
+    return mean, tl.sum(two - one * one / some + count * far * far)
+
+
+@triton.jit
+def place(table, row, ANY: tl.constexpr, FULL: tl.constexpr):
+    """A row of sums: its number, its piece, first element, and the elements from there on."""
+    pieces = tl.load(table + PIECES)
+    full = tl.load(table + FULL_ROWS)
+    first = table + tl.load(table + FIRST)
+    begin = table + tl.load(table + BEGIN)
+    c = row
+    if ANY:
+        within = row < full
+        c = tl.where(within, row, row - full)
+    elif FULL:
+        within = row >= 0
+    else:
+        within = row < 0
+        row += full
+    first += tl.where(within, 0, pieces + 1)
+    low, high = pieces * 0, pieces
+    for _ in range(tl.load(table + ROUNDS)):
+        middle = (low + high) // 2
+        there = tl.load(first + middle) <= c
+        low = tl.where(there, middle, low)
+        high = tl.where(there, high, middle)
+    start = tl.where(within, 0, tl.load(begin + low))
+    start += (c - tl.load(first + low)) * tl.load(table + STEPS) * BLOCK
+    return row, low, start, tl.load(table + tl.load(table + NUMEL) + low) - start
+
+
+@triton.jit
+def count(counts, rate, ok, at, start, numel, AGAIN: tl.constexpr):
+    """Count rates; of a large piece one in so many, or, again, all that were not counted."""
+    bins = (ordered(rate.to(tl.float32)) >> SHIFT) + ZERO
+    met = (at + (start % STRIDE).to(tl.int32)) % STRIDE == 0
+    if AGAIN:
+        tl.atomic_add(counts + bins, tl.where(met, 1 - STRIDE, 1), mask=ok, sem="relaxed")
+    else:
+        large = numel > ALL
+        weight = tl.where(large, STRIDE, 1) + at * 0
+        tl.atomic_add(counts + bins, weight, mask=ok & (met | (numel <= ALL)), sem="relaxed")
+
+
+@triton.jit
+def combine(
+    table, scalars, out, wide, counts, result, folded, columns, WIDE: tl.constexpr, N: tl.constexpr
+):
+    """Rows of sums to figures in float64: a program for each piece and column, or part of counts.
+
+    A row of ``out`` ends with whether it is sound; what is not is in ``wide``.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1)
+    if f < columns:
+        about = table + tl.load(table + COLUMNS)
+        width = tl.load(about)
+        about += 1 + 3 * f
+        kind, at, moving = tl.load(about), tl.load(about + 1), tl.load(about + 2)
+        first = table + tl.load(table + FIRST) + t
+        pieces, full = tl.load(table + PIECES), tl.load(table + FULL_ROWS)
+        total = tl.zeros([N], tl.float64)
+        moved = tl.zeros([N], tl.float64)
+        low = tl.full([N], float("inf"), tl.float64)
+        high = tl.full([N], float("-inf"), tl.float64)
+        for part in range(2):
+            begin = tl.load(first + part * (pieces + 1)) + part * full
+            end = tl.load(first + part * (pieces + 1) + 1) + part * full
+            for b in range(begin, end, N):
+                r = (b + tl.arange(0, N)) * width
+                ok = b + tl.arange(0, N) < end
+                has = ok & (moving >= 0)
+                if WIDE:
+                    x = tl.load(wide + r + at, mask=ok, other=0.0)
+                    n = tl.load(wide + r + moving, mask=has, other=0.0)
+                else:
+                    sound = tl.load(out + r + width - 1, mask=ok, other=1.0) != 0
+                    x = tl.load(out + r + at, mask=ok & sound, other=0.0).to(tl.float64)
+                    n = tl.load(out + r + moving, mask=has & sound, other=0.0).to(tl.float64)
+                    mean = tl.load(out + r + at - (kind == SPREAD), mask=ok & sound, other=0.0)
+                    m = mean.to(tl.float64)
+                    x = tl.where(kind == MEAN, n * m, tl.where(kind == SPREAD, x + n * m * m, x))
+                    x += tl.load(wide + r + at, mask=ok & (sound == 0), other=0.0)
+                    n += tl.load(wide + r + moving, mask=has & (sound == 0), other=0.0)
+                total += x
+                moved += n
+                low = tl.where(ok, tl.where((x < low) | (x != x), x, low), low)
+                high = tl.where(ok, tl.where((x > high) | (x != x), x, high), high)
+        value = tl.sum(total)
+        bad = tl.sum((low != low).to(tl.int32)) + tl.sum((high != high).to(tl.int32)) > 0
+        value = tl.where(kind == MIN, tl.where(bad, float("nan"), tl.min(low)), value)
+        value = tl.where(kind == MAX, tl.where(bad, float("nan"), tl.max(high)), value)
+        if kind >= NOTHING:
+            if kind <= MOST:
+                shared = tl.load(scalars + t * tl.load(table + WIDTH) + at, mask=kind > NOTHING)
+                numel = tl.load(table + tl.load(table + NUMEL) + t).to(tl.float64)
+                n = tl.where(moving >= 0, tl.sum(moved), numel)
+                none = tl.where(kind == LEAST, float("inf"), float("-inf"))
+                value = tl.where(kind == SHARED, n * shared, shared)
+                value = tl.where(n > 0, value, tl.where(kind == SHARED, 0.0, none))
+                value = tl.where(kind == NOTHING, float("nan"), value)
+        tl.store(result + t * columns + f, value)
+    else:
+        part = f - columns
+        source = counts + t * BINS
+        inside = part * FINE + tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+        octaves = tl.sum(tl.load(source + inside).to(tl.uint32, bitcast=True).to(tl.int64), axis=1)
+        target = folded + t * (OCTAVES + FINE)
+        tl.store(target + part * 64 + tl.arange(0, 64), octaves.to(tl.float64))
+        fine = tl.zeros([512], tl.int64)
+        for b in range(0, BINS, FINE):
+            found = tl.load(source + b + part * 512 + tl.arange(0, 512))
+            fine += found.to(tl.uint32, bitcast=True).to(tl.int64)
+        tl.store(target + OCTAVES + part * 512 + tl.arange(0, 512), fine.to(tl.float64))
+
+
+@triton.jit
+def copy(table, buffer, N: tl.constexpr):
+    """The check sample of each tensor: address, runs, neighbours, from start to start, target.
+
+    All but the runs in units of two bytes.
+    """
+    about = table + tl.program_id(0) * 5
+    source = tl.load(about).to(tl.pointer_type(tl.int16))
+    run, stride = tl.load(about + 2), tl.load(about + 3)
+    target, total = buffer + tl.load(about + 4), tl.load(about + 1) * run
+    for b in range(0, total, N):
+        i = b + tl.arange(0, N)
+        found = tl.load(source + i // run * stride + i % run, mask=i < total, other=0)
+        tl.store(target + i, found, mask=i < total)
