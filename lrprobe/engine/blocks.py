@@ -141,71 +141,86 @@ def count(counts, rate, ok, at, start, numel, AGAIN: tl.constexpr):
     if AGAIN:
         tl.atomic_add(counts + bins, tl.where(met, 1 - STRIDE, 1), mask=ok, sem="relaxed")
     else:
-        large = numel > ALL
-        weight = tl.where(large, STRIDE, 1) + at * 0
-        tl.atomic_add(counts + bins, weight, mask=ok & (met | (numel <= ALL)), sem="relaxed")
+        weight = tl.where(numel > ALL, STRIDE, 1) + at * 0
+        met |= at < tl.where(numel > ALL, 0, 0x7FFFFFFF)
+        tl.atomic_add(counts + bins, weight, mask=ok & met, sem="relaxed")
 
 
 @triton.jit
 def combine(
-    table, scalars, out, wide, counts, result, folded, columns, WIDE: tl.constexpr, N: tl.constexpr
+    table,
+    scalars,
+    out,
+    wide,
+    counts,
+    result,
+    folded,
+    columns,
+    ONLY_WIDE: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """Rows of sums to figures in float64: a program for each piece and column, or part of counts.
+    """Rows of sums to figures in float64: a program for each piece, and some that fold its counts.
 
     A row of ``out`` ends with whether it is sound; what is not is in ``wide``.
     """
     t = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1)
-    if f < columns:
+    part = tl.program_id(1) - 1
+    if part < 0:
         about = table + tl.load(table + COLUMNS)
         width = tl.load(about)
+        f = tl.arange(0, C)
         about += 1 + 3 * f
-        kind, at, moving = tl.load(about), tl.load(about + 1), tl.load(about + 2)
+        kind = tl.load(about, mask=f < columns, other=NOTHING)
+        at = tl.load(about + 1, mask=f < columns, other=0)
+        moving = tl.load(about + 2, mask=f < columns, other=-1)
+        place = tl.where(kind < NOTHING, at, tl.where(kind >= MEAN, at, 0))[None, :]
+        below = tl.where(kind == SPREAD, at - 1, tl.where(kind == MEAN, at, 0))[None, :]
+        counted = moving[None, :] >= 0
         first = table + tl.load(table + FIRST) + t
         pieces, full = tl.load(table + PIECES), tl.load(table + FULL_ROWS)
-        total = tl.zeros([N], tl.float64)
-        moved = tl.zeros([N], tl.float64)
-        low = tl.full([N], float("inf"), tl.float64)
-        high = tl.full([N], float("-inf"), tl.float64)
-        for part in range(2):
-            begin = tl.load(first + part * (pieces + 1)) + part * full
-            end = tl.load(first + part * (pieces + 1) + 1) + part * full
+        total, moved = tl.zeros([C], tl.float64), tl.zeros([C], tl.float64)
+        low = tl.full([N, C], float("inf"), tl.float64)
+        high = tl.full([N, C], float("-inf"), tl.float64)
+        for side in range(2):
+            begin = tl.load(first + side * (pieces + 1)) + side * full
+            end = tl.load(first + side * (pieces + 1) + 1) + side * full
             for b in range(begin, end, N):
-                r = (b + tl.arange(0, N)) * width
-                ok = b + tl.arange(0, N) < end
-                has = ok & (moving >= 0)
-                if WIDE:
-                    x = tl.load(wide + r + at, mask=ok, other=0.0)
-                    n = tl.load(wide + r + moving, mask=has, other=0.0)
+                r = (b + tl.arange(0, N))[:, None]
+                ok = (r < end) & (place >= 0)
+                row = r * width
+                if ONLY_WIDE:
+                    x = tl.load(wide + row + place, mask=ok, other=0.0)
+                    n = tl.load(wide + row + moving[None, :], mask=ok & counted, other=0.0)
                 else:
-                    sound = tl.load(out + r + width - 1, mask=ok, other=1.0) != 0
-                    x = tl.load(out + r + at, mask=ok & sound, other=0.0).to(tl.float64)
-                    n = tl.load(out + r + moving, mask=has & sound, other=0.0).to(tl.float64)
-                    mean = tl.load(out + r + at - (kind == SPREAD), mask=ok & sound, other=0.0)
-                    m = mean.to(tl.float64)
-                    x = tl.where(kind == MEAN, n * m, tl.where(kind == SPREAD, x + n * m * m, x))
-                    x += tl.load(wide + r + at, mask=ok & (sound == 0), other=0.0)
-                    n += tl.load(wide + r + moving, mask=has & (sound == 0), other=0.0)
-                total += x
-                moved += n
-                low = tl.where(ok, tl.where((x < low) | (x != x), x, low), low)
-                high = tl.where(ok, tl.where((x > high) | (x != x), x, high), high)
-        value = tl.sum(total)
-        bad = tl.sum((low != low).to(tl.int32)) + tl.sum((high != high).to(tl.int32)) > 0
-        value = tl.where(kind == MIN, tl.where(bad, float("nan"), tl.min(low)), value)
-        value = tl.where(kind == MAX, tl.where(bad, float("nan"), tl.max(high)), value)
-        if kind >= NOTHING:
-            if kind <= MOST:
-                shared = tl.load(scalars + t * tl.load(table + WIDTH) + at, mask=kind > NOTHING)
-                numel = tl.load(table + tl.load(table + NUMEL) + t).to(tl.float64)
-                n = tl.where(moving >= 0, tl.sum(moved), numel)
-                none = tl.where(kind == LEAST, float("inf"), float("-inf"))
-                value = tl.where(kind == SHARED, n * shared, shared)
-                value = tl.where(n > 0, value, tl.where(kind == SHARED, 0.0, none))
-                value = tl.where(kind == NOTHING, float("nan"), value)
-        tl.store(result + t * columns + f, value)
+                    sound = ok & (tl.load(out + row + width - 1 + place * 0, mask=ok, other=1) != 0)
+                    bad = ok & (sound == 0)
+                    x = tl.load(out + row + place, mask=sound, other=0.0).to(tl.float64)
+                    m = tl.load(out + row + below, mask=sound, other=0.0).to(tl.float64)
+                    n = tl.load(out + row + moving[None, :], mask=sound & counted, other=0.0)
+                    n = n.to(tl.float64)
+                    x = tl.where((kind == MEAN)[None, :], n * m, x)
+                    x = tl.where((kind == SPREAD)[None, :], x + n * m * m, x)
+                    x += tl.load(wide + row + place, mask=bad, other=0.0)
+                    n += tl.load(wide + row + moving[None, :], mask=bad & counted, other=0.0)
+                total += tl.sum(x, axis=0)
+                moved += tl.sum(n, axis=0)
+                low = tl.where(ok & ((x < low) | (x != x)), x, low)
+                high = tl.where(ok & ((x > high) | (x != x)), x, high)
+        least, most = tl.min(low, axis=0), tl.max(high, axis=0)
+        least = tl.where(tl.max((low != low).to(tl.int32), axis=0) > 0, float("nan"), least)
+        most = tl.where(tl.max((high != high).to(tl.int32), axis=0) > 0, float("nan"), most)
+        value = tl.where(kind == MIN, least, tl.where(kind == MAX, most, total))
+        given = (kind > NOTHING) & (kind < MEAN)
+        shared = tl.load(scalars + t * tl.load(table + WIDTH) + at, mask=given, other=float("nan"))
+        numel = tl.load(table + tl.load(table + NUMEL) + t).to(tl.float64)
+        n = tl.where(moving >= 0, moved, numel)
+        none = tl.where(kind == LEAST, float("inf"), float("-inf"))
+        none = tl.where(kind == SHARED, 0.0, none)
+        shared = tl.where(n > 0, tl.where(kind == SHARED, n * shared, shared), none)
+        value = tl.where(given, shared, tl.where(kind == NOTHING, float("nan"), value))
+        tl.store(result + t * columns + f, value, mask=f < columns)
     else:
-        part = f - columns
         source = counts + t * BINS
         inside = part * FINE + tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
         octaves = tl.sum(tl.load(source + inside).to(tl.uint32, bitcast=True).to(tl.int64), axis=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -100,7 +100,6 @@ def figures(
     dtypes: Sequence[torch.dtype],
     *,
     exact: bool,
-    device: torch.device,
 ) -> tuple[Tensor, Bins | None, Tensor | None]:
     """Figures of several pieces: (pieces, figures) float64, and the distribution of their rates.
 
@@ -110,11 +109,10 @@ def figures(
         numel: elements of each piece, none of which is empty: (pieces,).
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
-        device: where they are.
     """
     module = _module(recorded, tuple(dtypes))
     columns = _columns(recorded)  # which adds scalars of figures to those of the program
-    scalars = recorded.program.table(device)
+    scalars = recorded.program.table(recorded.device)
     counted = recorded.rate is not None and recorded.moves is not None
     most = _MOST_COUNTED if counted else len(numel)
     results = [
@@ -169,9 +167,10 @@ def _figures(
     recounted = counted and bool((numel > blocks.ALL.value).any())
     if not exact or recounted:
         launch(module.again, (rows,), *given, AGAIN=True, REAL=real, WIDE=tl.float64)
-    grid = pieces, n + _PARTS * counted
+    grid = pieces, 1 + _PARTS * counted
     last = result, folds if counted else result, n
-    launch(blocks.combine, grid, table, scalars, out, wide, counts, *last, WIDE=exact, N=64)
+    size = {"N": 64 if rows > 64 * pieces else 8, "C": 1 << (n - 1).bit_length()}
+    launch(blocks.combine, grid, table, scalars, out, wide, counts, *last, ONLY_WIDE=exact, **size)
     return result, folds
 
 
@@ -243,5 +242,3 @@ def _module(recorded: Recorded, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
             module = _modules[key] = imported(text, blocks.__file__)
     return module
 
-
-Launch = Callable[..., None]

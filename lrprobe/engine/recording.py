@@ -25,6 +25,7 @@ class Recorded:
             is none.
         rate: what is counted in logarithmic bins; None where nothing is.
         moves: which elements count there, and for figures of moving elements.
+        device: where the elements are.
     """
 
     program: Program
@@ -32,6 +33,7 @@ class Recorded:
     values: list[Any]
     rate: Symbol | None
     moves: Symbol | None
+    device: torch.device
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -111,4 +113,4 @@ def record(
             counted = None
     elif any(isinstance(v, Symbol) and f.moving for f, v in zip(table, values, strict=True)):
         moves = e.moves
-    return Recorded(program, table, values, counted, moves)
+    return Recorded(program, table, values, counted, moves, entries[0].param.device)
