@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from lrprobe.engine.printer import Names, differing
-from lrprobe.engine.program import BOOL, Symbol
+from lrprobe.engine.program import BOOL
 from lrprobe.engine.recording import Recorded
 
 TYPES = {
@@ -43,11 +43,11 @@ from lrprobe.engine.blocks import *
 
 @triton.jit
 def chunk(table, scalars, out, wide, counts, seen, row, t, start, numel, recount,
-          FULL: tl.constexpr, AGAIN: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr):
+          FULL: tl.constexpr, AGAIN: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
     FAST: tl.constexpr = WIDE == tl.float32
+    BLOCK: tl.constexpr = ROWS * LANES
     NOTHING_YET = tl.zeros([ROWS, LANES], REAL)
-    steps = tl.load(table + STEPS)
-    n = tl.minimum(numel, steps * BLOCK).to(tl.int32)
+    n = tl.minimum(numel, tl.load(table + CHUNK)).to(tl.int32)
     addresses = table + tl.load(table + ADDRESSES) + t * {leaves}
     s = scalars + t * tl.load(table + WIDTH)
 """
@@ -56,14 +56,14 @@ TAIL = """
 
 @triton.jit
 def kernel(table, scalars, out, wide, counts, seen,
-           FULL: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr):
+           FULL: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
     row, t, start, n = place(table, tl.program_id(0).to(tl.int64), False, FULL)
     chunk(table, scalars, out, wide, counts, seen, row, t, start, n, n < 0,
-          FULL, False, REAL, WIDE)
+          FULL, False, REAL, WIDE, LANES)
 
 @triton.jit
 def again(table, scalars, out, wide, counts, seen,
-          AGAIN: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr):
+          REAL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
     row, t, start, n = place(table, tl.program_id(0).to(tl.int64), True, False)
     recount = row < 0
     if {counted}:
@@ -74,7 +74,7 @@ def again(table, scalars, out, wide, counts, seen,
         wrong = tl.load(out + row * {width} + {width} - 1) == 0
     if wrong | recount:
         chunk(table, scalars, out, wide, counts, seen, row, t, start, n, recount,
-              False, True, REAL, WIDE)
+              False, True, REAL, WIDE, LANES)
 """
 
 _TINY = "1e-28"
@@ -103,7 +103,9 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype]) -> str:
         f"{inner}at = k + inside",
         f"{inner}ok = at < n",
     ]
-    text += [f"{inner}x{at} = read(p{at}, at, ok, FULL).to(REAL)" for at in range(len(dtypes))]
+    for at in range(len(dtypes)):
+        masked = f"tl.load(p{at} + at, mask=ok, other=0.0)"
+        text += [f"{inner}x{at} = (tl.load(p{at} + at) if FULL else {masked}).to(REAL)"]
     text += [inner + names.printed(line) for line in lines]
     if recorded.moves is not None:
         moves = recorded.moves.label
@@ -172,7 +174,7 @@ class Sum:
         self.name, self.merge = figure.name, figure.merge
         self.value = f"b{i}"
         ok = "move" if figure.moving and recorded.moves is not None else "ok"
-        a, x, whole = f"a{i}", value.label, "FULL" if ok == "ok" else "False"
+        a, x = f"a{i}", value.label
         self.pivoted = figure.name in ("rate", "rate_square") and rate is not None
         if figure.merge != "sum":
             start = f"float('{'inf' if figure.merge == 'min' else '-inf'}')"
@@ -185,7 +187,7 @@ class Sum:
         self.begin = [f"{a} = tl.zeros([ROWS], WIDE)"]
         if value.kind == BOOL:
             x = f"tl.where({x}, 1.0, 0.0)"
-        self.add, self.end = [f"{a} += added({x}, {ok}, {whole}, WIDE)"], [f"b{i} = tl.sum({a})"]
+        self.add, self.end = [f"{a} += {added(x, ok)}"], [f"b{i} = tl.sum({a})"]
         if self.pivoted:
             self._pivot(recorded, i, figure.name == "rate")
 
@@ -194,19 +196,19 @@ class Sum:
         rate = recorded.rate.label  # type: ignore[union-attr]
         plain, end = self.add[0], self.end[0]
         if not first:
-            self.add = ["if FAST:", f"    a{i} += added(apart * apart, move, False, WIDE)"]
+            self.add = ["if FAST:", f"    a{i} += {added('apart * apart')}"]
             self.add += ["else:", f"    {plain}"]
             self.end = ["if not FAST:", f"    {end}", "else:", f"    b{i} = spread"]
             return
         self.begin += ["many, pivot = tl.zeros([ROWS], WIDE), tl.zeros([ROWS], WIDE)"]
         self.add = [
             "if FAST:",
-            "    more = added(NOTHING_YET + 1.0, move, False, WIDE)",
-            f"    middle = added({rate}, move, False, WIDE) / tl.maximum(more, 1.0)",
+            f"    more = {added('NOTHING_YET + 1.0')}",
+            f"    middle = {added(rate)} / tl.maximum(more, 1.0)",
             "    pivot = tl.where(many == 0, middle, pivot)",
             "    many += more",
             f"    apart = {rate} - pivot[:, None]",
-            f"    a{i} += added(apart, move, False, WIDE)",
+            f"    a{i} += {added('apart')}",
             "else:",
             f"    {plain}",
         ]
@@ -214,4 +216,9 @@ class Sum:
         self.end += [f"    b{i}, spread = mean_and_spread(many, pivot, a{i}, a{i + 1})"]
 
 
-__all__ = ["Sum", "Symbol", "source"]
+def added(value: str, ok: str = "move") -> str:
+    """Sum over each row of the elements that are wanted."""
+    masked = f"tl.where({ok}, ({value}).to(WIDE), 0.0)"
+    if ok == "ok":
+        masked = f"({value}).to(WIDE) if FULL else {masked}"
+    return f"tl.sum({masked}, axis=1)"

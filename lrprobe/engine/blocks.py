@@ -10,10 +10,6 @@ from lrprobe.engine import distribution
 
 ROWS = tl.constexpr(128)
 """Threads of a program; each has a row of neighbours."""
-LANES = tl.constexpr(4)
-BLOCK = tl.constexpr(ROWS.value * LANES.value)
-"""Elements that a program reads at once."""
-
 BINS, SHIFT, ZERO = map(tl.constexpr, (distribution.BINS, distribution.SHIFT, distribution.ZERO))
 STRIDE = tl.constexpr(distribution.STRIDE)
 FINE, OCTAVES = tl.constexpr(distribution.FINE), tl.constexpr(distribution.OCTAVES)
@@ -21,7 +17,7 @@ ALL = tl.constexpr(4 * distribution.EXACT)
 """Moving elements up to which every rate is counted; more than on a CPU, since those of a large
 tensor are counted as its elements stand, not as its moving elements do."""
 
-PIECES, ROUNDS, STEPS, FULL_ROWS, WIDTH, FIRST, BEGIN, NUMEL, ADDRESSES, COLUMNS = map(
+PIECES, ROUNDS, CHUNK, FULL_ROWS, WIDTH, FIRST, BEGIN, NUMEL, ADDRESSES, COLUMNS = map(
     tl.constexpr, range(10)
 )
 """Head of a table: numbers, then where its parts begin."""
@@ -69,22 +65,6 @@ def ulp(x, eps, least):
 
 
 @triton.jit
-def read(p, at, ok, FULL: tl.constexpr):
-    """Elements of one tensor."""
-    if FULL:
-        return tl.load(p + at)
-    return tl.load(p + at, mask=ok, other=0.0)
-
-
-@triton.jit
-def added(x, ok, ALL_OF_IT: tl.constexpr, TYPE: tl.constexpr):
-    """Sum over each row of the elements that are wanted."""
-    if ALL_OF_IT:
-        return tl.sum(x.to(TYPE), axis=1)
-    return tl.sum(tl.where(ok, x.to(TYPE), 0.0), axis=1)
-
-
-@triton.jit
 def root(x):
     """Square root, also of denormals."""
     if x.dtype == tl.float32:
@@ -129,7 +109,7 @@ def place(table, row, ANY: tl.constexpr, FULL: tl.constexpr):
         low = tl.where(there, middle, low)
         high = tl.where(there, high, middle)
     start = tl.where(within, 0, tl.load(begin + low))
-    start += (c - tl.load(first + low)) * tl.load(table + STEPS) * BLOCK
+    start += (c - tl.load(first + low)) * tl.load(table + CHUNK)
     return row, low, start, tl.load(table + tl.load(table + NUMEL) + low) - start
 
 

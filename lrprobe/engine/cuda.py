@@ -26,8 +26,8 @@ from lrprobe.engine.printer import differing
 from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
 
-_STEPS = 8
-"""Blocks of a chunk; more where there would be too many chunks."""
+_CHUNK = 4096
+"""Elements that one program takes; more where there would be too many chunks."""
 _MOST_CHUNKS = 1 << 17
 _MOST_COUNTED = 1 << 10
 """Pieces whose counts fit into the memory that may be taken at once."""
@@ -163,15 +163,24 @@ def _figures(
     real = tl.float64 if exact else tl.float32
     for count, whole in ((full, True), (rest, False)):
         if count:
-            launch(module.kernel, (count,), *given, FULL=whole, REAL=real, WIDE=real)
+            constants = {"REAL": real, "WIDE": real, "LANES": _lanes(whole, exact)}
+            launch(module.kernel, (count,), *given, FULL=whole, **constants)
     recounted = counted and bool((numel > blocks.ALL.value).any())
     if not exact or recounted:
-        launch(module.again, (rows,), *given, AGAIN=True, REAL=real, WIDE=tl.float64)
+        constants = {"REAL": real, "WIDE": tl.float64, "LANES": _lanes(False, True)}
+        launch(module.again, (rows,), *given, **constants)
     grid = pieces, 1 + _PARTS * counted
     last = result, folds if counted else result, n
     size = {"N": 64 if rows > 64 * pieces else 8, "C": 1 << (n - 1).bit_length()}
     launch(blocks.combine, grid, table, scalars, out, wide, counts, *last, ONLY_WIDE=exact, **size)
     return result, folds
+
+
+def _lanes(full: bool, wide: bool) -> int:
+    """Neighbours that a thread takes at once: as many as its registers hold."""
+    if interpreted():
+        return 8
+    return (2 if wide else 4) if full else (1 if wide else 2)
 
 
 def _table(
@@ -180,10 +189,9 @@ def _table(
     """What programs know of the pieces; the number of full chunks, and of others."""
     from lrprobe.engine import blocks
 
-    steps, block = _STEPS, blocks.BLOCK.value
-    while numel.sum() > _MOST_CHUNKS * steps * block:
-        steps *= 2
-    chunk = steps * block
+    chunk = _CHUNK
+    while numel.sum() > _MOST_CHUNKS * chunk:
+        chunk *= 2
     full = np.where((addresses % _ALIGNED == 0).all(1), numel // chunk, 0)
     rest = -(-(numel - full * chunk) // chunk)
     first = [np.concatenate([[0], np.cumsum(each)]) for each in (full, rest)]
@@ -191,7 +199,7 @@ def _table(
     begin = np.cumsum([blocks.HEAD.value, *map(len, parts)])
     head = np.zeros(blocks.HEAD.value, np.int64)
     rounds = len(numel).bit_length()
-    numbers = len(numel), rounds, steps, int(full.sum()), scalars, *begin[:-1]
+    numbers = len(numel), rounds, chunk, int(full.sum()), scalars, *begin[:-1]
     head[: len(numbers)] = numbers
     return np.concatenate([head, *parts]), int(full.sum()), int(rest.sum())
 
@@ -224,7 +232,7 @@ def launch(program: Any, grid: tuple[int, ...], *args: Any, **constants: Any) ->
     """Run a program on the device of its first tensor."""
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        program[grid](*args, **constants)
+        program[grid](*args, **constants, enable_fp_fusion=True)
 
 
 _modules: dict[Any, ModuleType] = {}
