@@ -36,7 +36,7 @@ from lrprobe.engine.pieces import (
 from lrprobe.engine.program import UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Entry, Rule, Scalar
+from lrprobe.rules.base import Entry, Rule, Scalar, there
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """Of a parameter that has no gradient."""
@@ -90,7 +90,7 @@ class Engine:
             flat = real(param, w.span)
             pre.samples.want(i, "param", flat)
             if w.tracked is not None:
-                at = w.tracked.to(flat.device, non_blocking=True)
+                at = there(w.tracked, flat.device)
                 pre.tracked[i] = {"param": _tracked_of(flat, at)}
             if w.rule is not None and w.rule.advance is not None:
                 shape = param.shape
@@ -126,7 +126,7 @@ class Engine:
         flat = real(grad, w.span)
         pre.samples.want(i, "grad", flat)
         if w.tracked is not None:
-            at = w.tracked.to(flat.device, non_blocking=True)
+            at = there(w.tracked, flat.device)
             pre.tracked[i]["grad"] = _tracked_of(flat, at)
         pre.gradient[i] = self._of_one(GRADIENT, flat)
 
@@ -231,7 +231,7 @@ class Engine:
                 for at, figure in enumerate(GRADIENT):
                     whole.table[row, column(figure.name)] = pre.gradient[i][at]
         scale = torch.tensor([n / _checked(n) for n in whole.numel], dtype=torch.float64)
-        checked = checks.table * scale.unsqueeze(1).to(checks.table.device, non_blocking=True)
+        checked = checks.table * there(scale.unsqueeze(1), checks.table.device)
         table = torch.cat([whole.table, checked.to(whole.table.device, non_blocking=True)], 1)
         rates = whole if ruled else checks
         return Vectors(batch.at, table, whole.numel, rates.bins, rates.folded)
@@ -278,7 +278,7 @@ class Engine:
             at, rule = watched[i].tracked, None if i in found.failed else batch.rule
             if at is None or not len(at) or i not in pre.tracked:
                 continue
-            at = at.to(entry.param.device, non_blocking=True)
+            at = there(at, entry.param.device)
             kept = {name: value.double() for name, value in pre.tracked[i].items()}
             s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept)
             e = Elements(s, rule)

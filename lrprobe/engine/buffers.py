@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lrprobe.engine.distribution import FOLDED, Bins, folded
 from lrprobe.engine.figures import CHECKS, FIGURES
-from lrprobe.rules.base import Scalar
+from lrprobe.rules.base import Scalar, there
 
 _COUNTS = ("pieces", "elements", "with_grad")
 """Pieces that took the step, and their elements; pieces with a gradient."""
@@ -115,7 +116,7 @@ class Buffers:
             shape = len(rows), FOLDED
             self.folded = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
         elif len(rows) < len(self.folded):
-            self.folded = self.folded[torch.tensor(rows).to(self.folded.device, non_blocking=True)]
+            self.folded = self.folded[there(torch.tensor(rows), self.folded.device)]
         self.folded_rows = rows
         return self.folded
 
@@ -147,28 +148,42 @@ def fill(
         folds: whether distributions are to be folded, since other ranks add to them.
     """
     device = buffers.sums.device
+    known = buffers if device.type == "cpu" else blank(len(buffers.sums), 0, torch.device("cpu"))
     for vectors in figures.vectors:
-        _add_vectors(buffers, vectors, row_of, figures.failed, folds=folds)
+        _add_known(known, vectors, row_of, figures.failed)
+        _add_vectors(buffers, vectors, row_of, folds=folds)
     resting = [i for i in figures.resting if row_of[i] >= 0]
     if resting:
-        at = torch.tensor([row_of[i] for i in resting]).to(device, non_blocking=True)
+        at = there(torch.tensor([row_of[i] for i in resting]), device)
         squares = [figures.resting[i].to(device, torch.float64, non_blocking=True) for i in resting]
         param = SUMS.index("param_square")
         buffers.sums[:, param] = buffers.sums[:, param].index_add(0, at, torch.stack(squares))
-    _fill_known(buffers, figures, row_of)
+    _fill_known(buffers, known, figures, row_of)
+    if known is not buffers:  # what the host knows crosses at once
+        sent = there(torch.cat([known.added, known.maxima.reshape(-1)]), device)
+        buffers.sums += sent[: len(known.added)].view_as(buffers.sums)
+        most = sent[len(known.added) :].view_as(buffers.maxima)
+        torch.maximum(buffers.maxima, most, out=buffers.maxima)
     for i, where in slots.items():
         if i in figures.tracked and row_of[i] >= 0:
             values = figures.tracked[i].to(device, torch.float64, non_blocking=True)
             buffers.tracked.index_put_((where.reshape(-1),), values.reshape(-1))
 
 
+def _add_known(
+    known: Buffers, vectors: Vectors, row_of: Sequence[int], failed: Mapping[int, str]
+) -> None:
+    """What the host knows of pieces: how many there are, their elements, whether a rule raised."""
+    sums, raised = known.sums.numpy(), known.maxima.numpy()[:, MAXIMA.index("failed")]
+    for i, numel in zip(vectors.at, vectors.numel, strict=True):
+        row = row_of[i]
+        if row >= 0:
+            sums[row, : len(_COUNTS)] += 1.0, numel, 1.0
+            raised[row] = max(raised[row], float(i in failed))
+
+
 def _add_vectors(
-    buffers: Buffers,
-    vectors: Vectors,
-    row_of: Sequence[int],
-    failed: Mapping[int, str],
-    *,
-    folds: bool,
+    buffers: Buffers, vectors: Vectors, row_of: Sequence[int], *, folds: bool
 ) -> None:
     device = buffers.sums.device
     rows = [row_of[i] for i in vectors.at]
@@ -176,27 +191,29 @@ def _add_vectors(
     if not mine:
         return
     table = vectors.table.to(device, non_blocking=True)
-    everything = len(mine) == len(rows)
-    if not everything:
-        table = table[torch.tensor(mine).to(device, non_blocking=True)]
-    at = torch.tensor([rows[place] for place in mine]).to(device, non_blocking=True)
-    counts = [[1.0, float(vectors.numel[place]), 1.0] for place in mine]
-    added = [i for i, f in enumerate((*FIGURES, *CHECKS)) if f.merge == "sum"]
-    columns = torch.tensor(added).to(device, non_blocking=True)
-    counted = torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
-    buffers.sums.index_add_(0, at, torch.cat([counted, table[:, columns]], 1))
-    greatest = []
-    for i, figure in enumerate(FIGURES):
-        if figure.merge != "sum":
-            value = -table[:, i] if figure.merge == "min" else table[:, i]
-            greatest.append(_or_nothing(value))
-    raised = [float(vectors.at[place] in failed) for place in mine]
-    others = torch.full((len(mine), 5), -torch.inf, dtype=torch.float64)
-    others[:, -1] = torch.tensor(raised, dtype=torch.float64)
-    values = torch.cat([torch.stack(greatest, 1), others.to(device, non_blocking=True)], 1)
-    index = at.unsqueeze(1).expand(-1, len(MAXIMA))
-    buffers.maxima.scatter_reduce_(0, index, values, "amax")
+    if len(mine) < len(rows):
+        table = table[there(torch.tensor(mine), device)]
+    at = there(torch.tensor([rows[place] for place in mine]), device)
+    columns, signs = _merging(device)
+    table = table.index_select(1, columns)
+    buffers.sums[:, len(_COUNTS) :].index_add_(0, at, table[:, : len(_ADDED)])
+    values = (table[:, len(_ADDED) :] * signs).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    index = at.unsqueeze(1).expand(-1, len(_GREATEST))
+    buffers.maxima[:, : len(_GREATEST)].scatter_reduce_(0, index, values, "amax")
     _add_rates(buffers, vectors, rows, folds=folds)
+
+
+@cache
+def _merging(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Columns of what merges by ``+``, then by ``max``; signs of the latter."""
+    figures = (*FIGURES, *CHECKS)
+    added = [i for i, f in enumerate(figures) if f.merge == "sum"]
+    greatest = [i for i, f in enumerate(figures) if f.merge != "sum"]
+    signs = [-1.0 if figures[i].merge == "min" else 1.0 for i in greatest]
+    return (
+        there(torch.tensor([*added, *greatest]), device),
+        there(torch.tensor(signs, dtype=torch.float64), device),
+    )
 
 
 def _add_rates(buffers: Buffers, vectors: Vectors, rows: Sequence[int], *, folds: bool) -> None:
@@ -204,46 +221,50 @@ def _add_rates(buffers: Buffers, vectors: Vectors, rows: Sequence[int], *, folds
     if vectors.bins is not None and len(vectors.bins.owner):
         mine = vectors.bins.merged(np.array(rows, np.int64))
         if folds or device.type != "cpu":
-            there = torch.from_numpy(folded(mine, count)).to(device, non_blocking=True)
-            buffers.folded = there if buffers.folded is None else buffers.folded + there
+            sent = there(torch.from_numpy(folded(mine, count)), device)
+            buffers.folded = sent if buffers.folded is None else buffers.folded + sent
         else:
             before = [] if buffers.bins is None else [buffers.bins]
             buffers.bins = Bins.joined([*before, mine])
     if vectors.folded is not None:
+        if buffers.folded is None and rows == list(range(count)):
+            buffers.folded = vectors.folded.to(device, torch.float64, non_blocking=True)
+            return
         if buffers.folded is None:
             buffers.folded = torch.zeros((count, FOLDED), dtype=torch.float64, device=device)
         mine_at = [place for place, row in enumerate(rows) if row >= 0]
-        at = torch.tensor([rows[place] for place in mine_at]).to(device, non_blocking=True)
+        at = there(torch.tensor([rows[place] for place in mine_at]), device)
         table = vectors.folded
         if len(mine_at) < len(rows):
-            table = table[torch.tensor(mine_at).to(table.device, non_blocking=True)]
+            table = table[there(torch.tensor(mine_at), table.device)]
         buffers.folded.index_add_(0, at, table.to(device, torch.float64, non_blocking=True))
 
 
-def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -> None:
+def _fill_known(
+    buffers: Buffers, known: Buffers, figures: StepFigures, row_of: Sequence[int]
+) -> None:
     """Rates of the groups, and what a fused optimizer tells of a skipped step."""
     device = buffers.sums.device
     for name in ("lr", "initial_lr"):
         given: Mapping[int, Scalar] = getattr(figures, name)
+        target = known.maxima.numpy()[:, MAXIMA.index(name)]
+        for i, value in given.items():
+            if row_of[i] >= 0 and not isinstance(value, Tensor) and value == value:
+                target[row_of[i]] = value
         _put(buffers.maxima, name, [(row_of[i], value) for i, value in given.items()])
     for name, value in (("skipped", figures.skipped), ("scale", figures.scale)):
         if value is not None:
-            number = torch.as_tensor(value).detach().reshape(()).to(device, torch.float64)
+            number = torch.as_tensor(value).detach().reshape(())
+            number = number.to(device, torch.float64, non_blocking=True)
             number = (number != 0).double() if name == "skipped" else number
             rows = sorted({row_of[i] for v in figures.vectors for i in v.at if row_of[i] >= 0})
             if rows:
-                at = torch.tensor(rows).to(device, non_blocking=True)
+                at = there(torch.tensor(rows), device)
                 buffers.maxima[at, MAXIMA.index(name)] = number
 
 
 def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
     target = maxima[:, MAXIMA.index(name)]
-    numbers = [(row, x) for row, x in given if row >= 0 and not isinstance(x, Tensor)]
-    if numbers:  # they cross to the device together
-        rows, values = zip(*numbers, strict=True)
-        there = _or_nothing(torch.tensor(values, dtype=torch.float64))
-        at = torch.tensor(rows).to(maxima.device, non_blocking=True)
-        target.index_copy_(0, at, there.to(maxima.device, non_blocking=True))
     tensors = [(row, x) for row, x in given if row >= 0 and isinstance(x, Tensor)]
     if tensors:
         rows, values = zip(*tensors, strict=True)
@@ -252,12 +273,9 @@ def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
             key: x.detach().reshape(()).to(maxima.device, torch.float64, non_blocking=True)
             for key, x in unique.items()
         }
-        there = _or_nothing(torch.stack([read[id(x)] for x in values]))
-        target.index_copy_(0, torch.tensor(rows).to(maxima.device, non_blocking=True), there)
-
-
-def _or_nothing(values: Tensor) -> Tensor:
-    return torch.where(values.isnan(), -torch.inf, values)
+        found = torch.stack([read[id(x)] for x in values])
+        found = torch.where(found.isnan(), -torch.inf, found)
+        target.index_copy_(0, there(torch.tensor(rows), maxima.device), found)
 
 
 @dataclass(slots=True)

@@ -21,10 +21,11 @@ from torch import Tensor
 from lrprobe.engine.block_printer import TYPES, Sum, source
 from lrprobe.engine.distribution import BINS, FOLDED, Bins
 from lrprobe.engine.generated import folder, imported
-from lrprobe.engine.pieces import sample_runs, there
+from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import differing
 from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
+from lrprobe.rules.base import there
 
 _CHUNK = 4096
 """Elements that one program takes; more where there would be too many chunks."""
@@ -192,7 +193,8 @@ def _table(
     chunk = _CHUNK
     while numel.sum() > _MOST_CHUNKS * chunk:
         chunk *= 2
-    full = np.where((addresses % _ALIGNED == 0).all(1), numel // chunk, 0)
+    aligned = (addresses % _ALIGNED == 0).all(1) & (numel.max() > chunk)  # else one launch does
+    full = np.where(aligned, numel // chunk, 0)
     rest = -(-(numel - full * chunk) // chunk)
     first = [np.concatenate([[0], np.cumsum(each)]) for each in (full, rest)]
     parts = [np.concatenate(first), full * chunk, numel, addresses.reshape(-1), columns]

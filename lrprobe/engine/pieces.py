@@ -104,13 +104,6 @@ def entry_of(
     return Entry(real(param, span), gradient, {**entries, **extra})
 
 
-def there(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for it."""
-    if device.type in ("cpu", "mps"):
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
-
-
 def precision(tensor: Tensor) -> torch.dtype:
     """The dtype in which elements are computed: at least float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

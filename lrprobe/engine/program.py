@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lrprobe.rules.base import there
+
 REAL, WIDE, BOOL = "real", "wide", "bool"
 """What a variable is: in the precision of the elements; in that of the sums; a condition."""
 
@@ -95,14 +97,14 @@ class Program:
             near[:, at] = value.reshape(-1) if isinstance(value, Tensor) else float(value)
         if device.type == "cpu":
             return near
-        there = iter(near.to(device, non_blocking=True).unbind(1))
+        if len(numbers) == len(self.scalars):
+            return there(near, device)
+        sent = iter(there(near, device).unbind(1))
         for value in self.scalars:
             if _is_far(value):
                 columns.append(value.detach().double().reshape(-1).expand(self.rows))
             else:
-                columns.append(next(there))
-        if not columns:
-            return near.to(device)
+                columns.append(next(sent))
         return torch.stack(columns, 1)
 
 
