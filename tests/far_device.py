@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from lrprobe.arguments import Filter, Options
 from lrprobe.engine import cuda
 from lrprobe.engine.flight import StepInFlight
+from lrprobe.engine.program import Symbol
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names
 
@@ -105,6 +106,9 @@ class Watching(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         given = list(tree_iter((args, kwargs)))
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
+        if any(isinstance(each, Symbol) for each in tensors):
+            with self:
+                return Symbol.__torch_dispatch__(func, types, args, kwargs)
         if not any(isinstance(each, FakeTensor) for each in tensors) and FAR not in given:
             with _disable_current_modes():
                 return func(*args, **kwargs)
@@ -120,7 +124,8 @@ class Watching(TorchDispatchMode):
                 fast = source.device == FAR or source in self.pinned
                 assert fast, f"{name} of memory that is not pinned waits for the device"
         is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        computes = isinstance(result, torch.Tensor) and not name.startswith(("empty", "new_empty"))
+        made = any(isinstance(each, torch.Tensor) for each in tree_iter(result))
+        computes = made and not name.startswith(("empty", "new_empty"))
         if computes and not is_view:
             self.launches[name] += 1
         return result

@@ -36,7 +36,7 @@ from lrprobe.engine.pieces import (
 from lrprobe.engine.program import UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Entry, Rule, Scalar, there
+from lrprobe.rules.base import Entry, Rule, Scalar, brought, there
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """Of a parameter that has no gradient."""
@@ -287,7 +287,7 @@ class Engine:
                 change: Any = e.observed
             else:
                 rate, change = torch.as_tensor(e.rate, dtype=torch.float64), e.change
-                rate = rate.to(e.param.device, non_blocking=True).expand(e.param.shape)
+                rate = brought(rate, e.param.device).expand(e.param.shape)
             sign = -1.0 if batch.group.get("maximize", False) else 1.0
             found.tracked[i] = torch.stack([rate, change, sign * e.grad, e.param])
 
@@ -323,7 +323,15 @@ def _recorded(
     """The batch's program; None where it has to be eager."""
     kept = () if samples is None else [samples.names(i) for i in batch.at]
     try:
-        return record(table, batch.entries, batch.group, batch.rule, rates=rates, kept=kept)
+        return record(
+            table,
+            batch.entries,
+            batch.group,
+            batch.rule,
+            rates=rates,
+            kept=kept,
+            memo=batch.memo,
+        )
     except UnknownOperationError as error:
         name = batch.rule.name if batch.rule is not None else "the table"
         notice(f"no code can be generated for {error} in the rule {name!r}")

@@ -33,6 +33,7 @@ class Batch:
         columns: name of a tensor of elements to its address in each piece; nothing where the
             tensors cannot all be read by address.
         whole: whether all of those are contiguous.
+        memo: scalars that its programs share.
     """
 
     at: list[int]
@@ -41,6 +42,7 @@ class Batch:
     rule: Rule | None
     columns: dict[str, list[int]] = field(default_factory=dict)
     whole: bool = True
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self.at)))

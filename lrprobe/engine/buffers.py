@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrprobe.engine.distribution import FOLDED, Bins, folded
 from lrprobe.engine.figures import CHECKS, FIGURES
-from lrprobe.rules.base import Scalar, there
+from lrprobe.rules.base import Scalar, brought, there
 
 _COUNTS = ("pieces", "elements", "with_grad")
 """Pieces that took the step, and their elements; pieces with a gradient."""
@@ -109,6 +109,11 @@ class Buffers:
     folded: Tensor | None = None
     folded_rows: list[int] | None = None
     bins: Bins | None = None
+
+    def note(self, column: int, value: float | Tensor) -> None:
+        """Put a number of the caller's into the last row."""
+        target = self.maxima[-1, column]
+        target.copy_(value) if isinstance(value, Tensor) else target.fill_(value)
 
     def fold_rows(self, rows: list[int]) -> Tensor:
         """Keep the distributions of some rows only, as a message between ranks."""
@@ -268,12 +273,11 @@ def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
     tensors = [(row, x) for row, x in given if row >= 0 and isinstance(x, Tensor)]
     if tensors:
         rows, values = zip(*tensors, strict=True)
-        unique = {id(x): x for x in values}
-        read = {
-            key: x.detach().reshape(()).to(maxima.device, torch.float64, non_blocking=True)
-            for key, x in unique.items()
-        }
-        found = torch.stack([read[id(x)] for x in values])
+        alike = len({(x.device, x.dtype) for x in values}) == 1  # so that few launches do
+        if not alike:
+            values = tuple(brought(x.detach(), maxima.device) for x in values)
+        stacked = torch.stack([x.detach().reshape(()) for x in values])
+        found = brought(stacked, maxima.device)
         found = torch.where(found.isnan(), -torch.inf, found)
         target.index_copy_(0, there(torch.tensor(rows), maxima.device), found)
 

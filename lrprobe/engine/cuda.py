@@ -125,6 +125,7 @@ def figures(
             columns,
             exact=exact,
             counted=counted,
+            device=recorded.device,
         )
         for at in range(0, len(numel), most)
     ]
@@ -143,14 +144,21 @@ def _figures(
     *,
     exact: bool,
     counted: bool,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     import triton.language as tl
 
     from lrprobe.engine import blocks
 
-    device, pieces = scalars.device, len(numel)
+    pieces = len(numel)
     host, full, rest = _table(addresses, numel, scalars.shape[1], columns)
-    table = there(torch.from_numpy(host), device)
+    table = torch.from_numpy(host)
+    if scalars.device.type == "cpu":  # both cross at once
+        known = scalars.contiguous().view(torch.int64).reshape(-1)
+        table = there(torch.cat([table, known]), device)
+        scalars = table[len(host) :].view(torch.float64)
+    else:
+        table = there(table, device)
     width, rows, n = int(columns[0]), full + rest, len(columns) // 3
     single, double = (1, rows * width) if exact else (rows * width, rows * width)
     out = torch.empty(single, dtype=torch.float32, device=device)
@@ -203,7 +211,8 @@ def _table(
     rounds = len(numel).bit_length()
     numbers = len(numel), rounds, chunk, int(full.sum()), scalars, *begin[:-1]
     head[: len(numbers)] = numbers
-    return np.concatenate([head, *parts]), int(full.sum()), int(rest.sum())
+    padding = np.zeros(-(len(head) + sum(map(len, parts))) % 2, np.int64)  # keeps scalars aligned
+    return np.concatenate([head, *parts, padding]), int(full.sum()), int(rest.sum())
 
 
 def _columns(recorded: Recorded) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lrprobe.engine.distribution import RateCounts, count_rates
 from lrprobe.engine.figures import Elements, Figure, is_elementwise
 from lrprobe.engine.pieces import At, precision, read
-from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, there
+from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, brought
 
 BLOCK = 1 << 17
 """Elements that are read at once: few enough for what is made of them to stay in cache."""
@@ -142,7 +142,7 @@ def _block(
             number = _over_elements(figure, value, e)
         else:
             number = _shared(figure, value, like.numel() if not figure.moving else moving)
-        numbers.append(_brought(number, like.device))
+        numbers.append(brought(number, like.device))
     return torch.stack(numbers)
 
 
@@ -161,16 +161,10 @@ def _shared(figure: Figure, value: Any, count: Any) -> Tensor:
     value = torch.as_tensor(value, dtype=torch.float64).reshape(())
     count = torch.as_tensor(count, dtype=torch.float64)
     device = count.device if value.device.type == "cpu" else value.device
-    value, count = _brought(value, device), _brought(count, device)
+    value, count = brought(value, device), brought(count, device)
     if figure.merge == "sum":
         return torch.where(count > 0, value * count, 0.0)
     return torch.where(count > 0, value, torch.inf if figure.merge == "min" else -torch.inf)
-
-
-def _brought(number: Tensor, device: torch.device) -> Tensor:
-    if number.device.type == "cpu":
-        return there(number.double(), device)
-    return number.to(device, torch.float64, non_blocking=True)
 
 
 def _merged(figure: Figure, column: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Program:
         return self._known[key]
 
     def table(self, device: torch.device) -> Tensor:
-        """All scalars: (rows, scalars), float64, without waiting for a device."""
+        """All scalars: (rows, scalars), float64; on the device only where some are there."""
         columns: list[Any] = []
         numbers = [
             v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
@@ -95,10 +95,8 @@ class Program:
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
         for at, value in enumerate(numbers):
             near[:, at] = value.reshape(-1) if isinstance(value, Tensor) else float(value)
-        if device.type == "cpu":
+        if device.type == "cpu" or not any(map(_is_far, self.scalars)):
             return near
-        if len(numbers) == len(self.scalars):
-            return there(near, device)
         sent = iter(there(near, device).unbind(1))
         for value in self.scalars:
             if _is_far(value):

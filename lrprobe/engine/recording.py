@@ -77,6 +77,7 @@ def record(
     *,
     rates: bool,
     kept: Sequence[Collection[str]] = (),
+    memo: dict[Any, Any] | None = None,
 ) -> Recorded:
     """Run the rule on symbols, and the table on what it says.
 
@@ -88,6 +89,7 @@ def record(
         rates: whether the rates are to be counted.
         kept: of each piece, names of what is known from before the step; nothing for figures that
             do not ask.
+        memo: keeps scalars for other programs of the same entries.
 
     Raises:
         UnknownOperationError: if the rule does something that cannot be printed.
@@ -101,7 +103,7 @@ def record(
     def had(name: str) -> Scalar:
         return column([float(name in each) for each in kept], entries[0].param.device)
 
-    s = Slice(entries, group, program.leaf, kept=names, had=had)
+    s = Slice(entries, group, program.leaf, memo, kept=names, had=had)
     e = Elements(s, rule)
     values = [figure.of(e) for figure in table]
     counted: Any = None

@@ -436,6 +436,13 @@ def there(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
 
 
+def brought(number: Tensor, device: torch.device) -> Tensor:
+    """A tensor from anywhere, in float64, without waiting for a device."""
+    if number.device.type == "cpu":
+        return there(number.double(), device)
+    return number.to(device, torch.float64, non_blocking=True)
+
+
 def column(values: Sequence[Any], device: torch.device) -> Tensor:
     """One number a row: 0-dim where all are known to be the same, else (rows, 1)."""
     first = values[0]
