@@ -172,11 +172,11 @@ def _figures(
     real = tl.float64 if exact else tl.float32
     for count, whole in ((full, True), (rest, False)):
         if count:
-            constants = {"REAL": real, "WIDE": real, "LANES": _lanes(whole, exact)}
+            constants = {"REAL": real, "WIDE": real, "LANES": lanes(whole, exact)}
             launch(module.kernel, (count,), *given, FULL=whole, **constants)
     recounted = counted and bool((numel > blocks.ALL.value).any())
     if not exact or recounted:
-        constants = {"REAL": real, "WIDE": tl.float64, "LANES": _lanes(False, True)}
+        constants = {"REAL": real, "WIDE": tl.float64, "LANES": lanes(False, True)}
         launch(module.again, (rows,), *given, **constants)
     grid = pieces, 1 + _PARTS * counted
     last = result, folds if counted else result, n
@@ -185,7 +185,7 @@ def _figures(
     return result, folds
 
 
-def _lanes(full: bool, wide: bool) -> int:
+def lanes(full: bool, wide: bool) -> int:
     """Neighbours that a thread takes at once: as many as its registers hold."""
     if interpreted():
         return 8
