@@ -99,10 +99,13 @@ def compare(found: list[Vectors], right: list[Vectors], dtype: torch.dtype) -> N
                 x, y = (np.sqrt(np.maximum(q / n - (r / n) ** 2, 0)) for q, r in ((x, t), (y, s)))
                 slack = np.maximum(1e-5 if tolerance == 1e-5 else 1e-7, tolerance) * s / n
             elif figure.name == "update_grad":
-                slack = tolerance * np.sqrt(of(b, "update_square") * of(b, "grad_square"))
+                slack = tolerance * (np.sqrt(of(b, "grad_square")) + 1e-5)
+                slack *= np.sqrt(of(b, "update_square"))
             elif figure.name == "below_eps":
                 slack = 1 + 0 * y  # one that is as large as eps
             agree = (np.abs(x - y) <= slack) | (x == y) | (np.isnan(x) & np.isnan(y))
+            if figure.name in ("rate_min", "rate_max"):  # either shows that there is a NaN
+                agree |= np.isnan(y) & (np.isnan(of(a, "rate_min")) | np.isnan(of(a, "rate_max")))
             agree |= ~np.isfinite(y) & ~np.isfinite(x) & (figure.name == "rate_square")
             assert agree.all(), (figure.name, x, y)
         for figure in CHECKS:
@@ -114,11 +117,13 @@ def compare(found: list[Vectors], right: list[Vectors], dtype: torch.dtype) -> N
             agree |= np.isnan(y) & (x == 0)
             assert agree.all(), (figure.name, x, y)
     for mine, theirs in zip(bins, wanted, strict=True):
-        assert mine.counts.sum() == theirs.counts.sum()
+        if not len(theirs.counts) and mine.counts.sum() == 1:
+            continue  # eager code takes the rate of a single element as shared
+        assert mine.counts.sum() == theirs.counts.sum(), (mine.counts, theirs.counts)
         far = np.repeat(mine.bins, mine.counts.astype(int)) - np.repeat(
             theirs.bins, theirs.counts.astype(int)
         )
-        assert np.abs(far).max(initial=0) <= 1
+        assert np.abs(far).max(initial=0) <= 1, far
 
 
 def nothing(_: list[Tensor]) -> None:
@@ -287,6 +292,7 @@ def main() -> None:
     """What the command line says."""
     what, part, parts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.manual_seed(0)
+    np.seterr(all="ignore")
     run = {"interpret": interpret, "compile": compiled}[what]
     print(f"{run(part, parts)} programs")
 

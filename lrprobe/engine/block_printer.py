@@ -177,12 +177,13 @@ class Sum:
         a, x = f"a{i}", value.label
         self.pivoted = figure.name in ("rate", "rate_square") and rate is not None
         if figure.merge != "sum":
-            start = f"float('{'inf' if figure.merge == 'min' else '-inf'}')"
-            self.begin = [f"{a} = ordered(tl.full([ROWS], {start}, REAL))"]
-            self.begin += [f"none{i} = ordered(tl.full([ROWS, LANES], {start}, REAL))"]
-            self.add = [f"key{i} = tl.where({ok}, ordered({x}), none{i})"]
+            none = f"float('{'inf' if figure.merge == 'min' else '-inf'}')"
+            start = f"extreme(REAL, {figure.merge == 'min'})"
+            self.begin = [f"{a} = tl.zeros([ROWS], ordered(NOTHING_YET).dtype) + {start}"]
+            self.add = [f"key{i} = tl.where({ok}, ordered({x}), {start})"]
             self.add += [f"{a} = tl.{figure.merge}imum({a}, tl.{figure.merge}(key{i}, axis=1))"]
-            self.end = [f"b{i} = value_of(tl.{figure.merge}({a}))"]
+            self.end = [f"key{i} = tl.{figure.merge}({a})"]
+            self.end += [f"b{i} = tl.where(key{i} == {start}, {none}, value_of(key{i}))"]
             return
         self.begin = [f"{a} = tl.zeros([ROWS], WIDE)"]
         if value.kind == BOOL:

@@ -38,6 +38,14 @@ def ordered(x):
 
 
 @triton.jit
+def extreme(TYPE: tl.constexpr, GREATEST: tl.constexpr):
+    """What no ``ordered`` bits of a number reach."""
+    if TYPE == tl.float64:
+        return tl.full([], 0x7FFFFFFFFFFFFFFF if GREATEST else -0x8000000000000000, tl.int64)
+    return tl.full([], 0x7FFFFFFF if GREATEST else -0x80000000, tl.int32)
+
+
+@triton.jit
 def value_of(key):
     """The opposite of ``ordered``."""
     if key.dtype == tl.int64:
