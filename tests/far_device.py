@@ -210,7 +210,9 @@ def record(
         torch.Tensor.pin_memory = watching.pinned.__call__  # type: ignore[method-assign]
         torch.Tensor.pin_memory = lambda tensor, w=watching: w.pinned(tensor)  # type: ignore[method-assign]
 
-        def launch(program: Any, *_: Any, count: Counter[str] = watching.launches, **__: Any) -> None:
+        def launch(
+            program: Any, *_: Any, count: Counter[str] = watching.launches, **__: Any
+        ) -> None:
             count[program.__name__] += 1
 
         cuda.launch = launch

@@ -187,9 +187,7 @@ def _add_known(
             raised[row] = max(raised[row], float(i in failed))
 
 
-def _add_vectors(
-    buffers: Buffers, vectors: Vectors, row_of: Sequence[int], *, folds: bool
-) -> None:
+def _add_vectors(buffers: Buffers, vectors: Vectors, row_of: Sequence[int], *, folds: bool) -> None:
     device = buffers.sums.device
     rows = [row_of[i] for i in vectors.at]
     mine = [place for place, row in enumerate(rows) if row >= 0]

@@ -260,4 +260,3 @@ def _module(recorded: Recorded, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
             text = source(recorded, dtypes)
             module = _modules[key] = imported(text, blocks.__file__)
     return module
-
