@@ -26,10 +26,10 @@ from lrprobe.rules import find_rule
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "AdamW": lambda p: torch.optim.AdamW(p),
-    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "AdamW": torch.optim.AdamW,
+    "Adadelta": torch.optim.Adadelta,
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "RMSprop": lambda p: torch.optim.RMSprop(p),
+    "RMSprop": torch.optim.RMSprop,
 }
 
 

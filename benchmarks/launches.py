@@ -37,8 +37,8 @@ MODELS = {
     "GPT, 1.3 billion": gpt(24, 2048, 2048),
 }
 OPTIMIZERS = {
-    "AdamW": [lambda p: torch.optim.AdamW(p), lambda p: torch.optim.AdamW(p, fused=True)],
-    "Adadelta": [lambda p: torch.optim.Adadelta(p)],
+    "AdamW": [torch.optim.AdamW, lambda p: torch.optim.AdamW(p, fused=True)],
+    "Adadelta": [torch.optim.Adadelta],
 }
 
 

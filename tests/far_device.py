@@ -207,13 +207,10 @@ def record(
     hooks.engine.ways = {FAR.type: cuda}
     for _ in range(recorded):
         watching = Watching()
-        torch.Tensor.pin_memory = watching.pinned.__call__  # type: ignore[method-assign]
         torch.Tensor.pin_memory = lambda tensor, w=watching: w.pinned(tensor)  # type: ignore[method-assign]
 
-        def launch(
-            program: Any, *_: Any, count: Counter[str] = watching.launches, **__: Any
-        ) -> None:
-            count[program.__name__] += 1
+        def launch(program: Any, *_: Any, to: Counter[str] = watching.launches, **__: Any) -> None:
+            to[program.__name__] += 1
 
         cuda.launch = launch
         with watching:

@@ -43,7 +43,8 @@ from lrprobe.engine.blocks import *
 
 @triton.jit
 def chunk(table, scalars, out, wide, counts, seen, row, t, start, numel, recount,
-          FULL: tl.constexpr, AGAIN: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
+          FULL: tl.constexpr, AGAIN: tl.constexpr,
+          REAL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
     FAST: tl.constexpr = WIDE == tl.float32
     BLOCK: tl.constexpr = ROWS * LANES
     NOTHING_YET = tl.zeros([ROWS, LANES], REAL)
@@ -121,11 +122,11 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype]) -> str:
             f"{inner}    {count}, False)",
         ]
     text += [f"{pad}{line}" for one in sums for line in one.end]
-    text += _stored(recorded, sums, counted=counted)
+    text += _stored(sums, counted=counted)
     return "\n".join(text) + TAIL.format(width=len(sums) + 1, counted=counted)
 
 
-def _stored(recorded: Recorded, sums: Sequence[Sum], *, counted: bool) -> list[str]:
+def _stored(sums: Sequence[Sum], *, counted: bool) -> list[str]:
     """Lines that keep the sums of a chunk, and whether they are sound."""
     pad, inner = " " * 4, " " * 8
     width = len(sums) + 1

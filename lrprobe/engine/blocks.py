@@ -1,7 +1,7 @@
 """What generated block programs call, and the programs that are the same for all rules."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, N803, PLR0915 - Triton compiles these; they are no Python functions
+# ruff: noqa: ANN001, ANN201, N803, PLR0124, PLR0915, SIM300 - Triton compiles these; they are no Python functions
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ PIECES, ROUNDS, CHUNK, FULL_ROWS, WIDTH, FIRST, BEGIN, NUMEL, ADDRESSES, COLUMNS
 HEAD = tl.constexpr(16)
 
 SUM, MIN, MAX, NOTHING, SHARED, LEAST, MOST, MEAN, SPREAD = map(tl.constexpr, range(9))
-"""What a column of the result is made of: of rows; of nothing; of a scalar; of means and spreads."""
+"""What makes a column of the result: rows; nothing; a scalar; means and spreads."""
 
 
 @triton.jit

@@ -6,6 +6,7 @@ an all-reduce; and the host reads them all in the same way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -252,12 +253,12 @@ def _fill_known(
         given: Mapping[int, Scalar] = getattr(figures, name)
         target = known.maxima.numpy()[:, MAXIMA.index(name)]
         for i, value in given.items():
-            if row_of[i] >= 0 and not isinstance(value, Tensor) and value == value:
+            if row_of[i] >= 0 and not isinstance(value, Tensor) and not math.isnan(value):
                 target[row_of[i]] = value
         _put(buffers.maxima, name, [(row_of[i], value) for i, value in given.items()])
-    for name, value in (("skipped", figures.skipped), ("scale", figures.scale)):
-        if value is not None:
-            number = torch.as_tensor(value).detach().reshape(())
+    for name, told in (("skipped", figures.skipped), ("scale", figures.scale)):
+        if told is not None:
+            number = torch.as_tensor(told).detach().reshape(())
             number = number.to(device, torch.float64, non_blocking=True)
             number = (number != 0).double() if name == "skipped" else number
             rows = sorted({row_of[i] for v in figures.vectors for i in v.at if row_of[i] >= 0})
