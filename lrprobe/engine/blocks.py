@@ -1,7 +1,7 @@
 """What generated block programs call, and the programs that are the same for all rules."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, N803, PLR0124, PLR0915, SIM300 - Triton compiles these; they are no Python functions
+# ruff: noqa: ANN001, ANN201, N803, PLR0124, PLR0915, SIM108, SIM300 - Triton compiles these; they are no Python functions
 
 import triton
 import triton.language as tl
@@ -32,25 +32,31 @@ def ordered(x):
     """Bits that are ordered as the values are; NaN beyond all."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
-        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return key
 
 
 @triton.jit
 def extreme(TYPE: tl.constexpr, GREATEST: tl.constexpr):
     """What no ``ordered`` bits of a number reach."""
     if TYPE == tl.float64:
-        return tl.full([], 0x7FFFFFFFFFFFFFFF if GREATEST else -0x8000000000000000, tl.int64)
-    return tl.full([], 0x7FFFFFFF if GREATEST else -0x80000000, tl.int32)
+        key = tl.full([], 0x7FFFFFFFFFFFFFFF if GREATEST else -0x8000000000000000, tl.int64)
+    else:
+        key = tl.full([], 0x7FFFFFFF if GREATEST else -0x80000000, tl.int32)
+    return key
 
 
 @triton.jit
 def value_of(key):
     """The opposite of ``ordered``."""
     if key.dtype == tl.int64:
-        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        value = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -58,10 +64,12 @@ def rounded(x, TYPE: tl.constexpr):
     """The nearest number of a 16-bit type."""
     y = x.to(tl.float32)
     if TYPE == tl.float16:
-        return y.to(tl.float16).to(x.dtype)
-    bits = y.to(tl.int32, bitcast=True)
-    near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where(y != y, y, near.to(tl.float32, bitcast=True)).to(x.dtype)
+        y = y.to(tl.float16).to(tl.float32)
+    else:
+        bits = y.to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        y = tl.where(y != y, y, near.to(tl.float32, bitcast=True))
+    return y.to(x.dtype)
 
 
 @triton.jit
@@ -76,8 +84,10 @@ def ulp(x, eps, least):
 def root(x):
     """Square root, also of denormals."""
     if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    return tl.sqrt(x)
+        y = tl.sqrt_rn(x)
+    else:
+        y = tl.sqrt(x)
+    return y
 
 
 @triton.jit
