@@ -267,13 +267,13 @@ class Hooks:
             return None
         if kept is None:  # nothing is to be known of it but whether it was a step
             buffers = blank(0, 0, device_of(optimizer))
-            buffers.maxima[-1, MOVED] = moved(optimizer, buffers.maxima.device)
+            buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
             return StepInFlight((), buffers, info)
         figures = self.engine.after(self.watched, optimizer, kept)
         slots, end = slots_of(self.rows)
         buffers = blank(len(self.rows), end, device_of(optimizer))
         fill(buffers, figures, range(len(self.rows)), slots, folds=False)
-        buffers.maxima[-1, MOVED] = moved(optimizer, buffers.maxima.device)
+        buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
         self.reasons = {self.rows[i].name: why for i, why in figures.failed.items()}
         return StepInFlight(self.rows, buffers, info)
 

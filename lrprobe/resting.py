@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,10 +55,13 @@ def moved(optimizer: Optimizer, device: torch.device) -> Any:
     grads = _gradients(optimizer)
     if not grads:
         return 1.0
-    rates = [torch.as_tensor(group["lr"]).detach().reshape(()) for group in optimizer.param_groups]
-
-    def some(values: Sequence[Tensor]) -> Tensor:
-        there = [v.any().to(device, torch.float64, non_blocking=True) for v in values]
-        return torch.stack(there).amax()
-
-    return torch.maximum(some(rates), some(grads))
+    given = [group["lr"] for group in optimizer.param_groups]
+    rates = [v.detach().reshape(()) for v in given if isinstance(v, Tensor)]  # a number here is 0
+    # A few launches for all gradients together, as torch clips them.
+    sizes = torch._foreach_norm(grads, torch.inf)  # noqa: SLF001 - torch has no other name for it
+    alike: dict[Any, list[Tensor]] = {}
+    for value in {id(each): each for each in (*rates, *sizes)}.values():
+        alike.setdefault((value.device, value.dtype), []).append(value)
+    most = [torch.stack(each).abs().amax() for each in alike.values()]
+    sent = [each.to(device, torch.float64, non_blocking=True) for each in most]
+    return (torch.stack(sent) != 0).any().double()

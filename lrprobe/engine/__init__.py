@@ -36,7 +36,7 @@ from lrprobe.engine.pieces import (
 from lrprobe.engine.program import UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Entry, Rule, Scalar
+from lrprobe.rules.base import Entry, Rule, Scalar, brought, there
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """Of a parameter that has no gradient."""
@@ -90,7 +90,7 @@ class Engine:
             flat = real(param, w.span)
             pre.samples.want(i, "param", flat)
             if w.tracked is not None:
-                at = w.tracked.to(flat.device, non_blocking=True)
+                at = there(w.tracked, flat.device)
                 pre.tracked[i] = {"param": _tracked_of(flat, at)}
             if w.rule is not None and w.rule.advance is not None:
                 shape = param.shape
@@ -126,7 +126,7 @@ class Engine:
         flat = real(grad, w.span)
         pre.samples.want(i, "grad", flat)
         if w.tracked is not None:
-            at = w.tracked.to(flat.device, non_blocking=True)
+            at = there(w.tracked, flat.device)
             pre.tracked[i]["grad"] = _tracked_of(flat, at)
         pre.gradient[i] = self._of_one(GRADIENT, flat)
 
@@ -229,7 +229,7 @@ class Engine:
                 for at, figure in enumerate(GRADIENT):
                     whole.table[row, column(figure.name)] = pre.gradient[i][at]
         scale = torch.tensor([n / _checked(n) for n in whole.numel], dtype=torch.float64)
-        checked = checks.table * scale.unsqueeze(1).to(checks.table.device, non_blocking=True)
+        checked = checks.table * there(scale.unsqueeze(1), checks.table.device)
         table = torch.cat([whole.table, checked.to(whole.table.device, non_blocking=True)], 1)
         rates = whole if ruled else checks
         return Vectors(batch.at, table, whole.numel, rates.bins, rates.folded)
@@ -276,7 +276,7 @@ class Engine:
             at, rule = watched[i].tracked, None if i in found.failed else batch.rule
             if at is None or not len(at) or i not in pre.tracked:
                 continue
-            at = at.to(entry.param.device, non_blocking=True)
+            at = there(at, entry.param.device)
             kept = {name: value.double() for name, value in pre.tracked[i].items()}
             s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept, chosen=True)
             e = Elements(s, rule)
@@ -285,7 +285,7 @@ class Engine:
                 change: Any = e.observed
             else:
                 rate, change = torch.as_tensor(e.rate, dtype=torch.float64), e.change
-                rate = rate.to(e.param.device, non_blocking=True).expand(e.param.shape)
+                rate = brought(rate, e.param.device).expand(e.param.shape)
             sign = -1.0 if batch.group.get("maximize", False) else 1.0
             found.tracked[i] = torch.stack([rate, change, sign * e.grad, e.param])
 
@@ -324,7 +324,15 @@ def _recorded(
     """The batch's program; None where it has to be eager."""
     kept = () if samples is None else [samples.names(i) for i in batch.at]
     try:
-        return record(table, batch.entries, batch.group, batch.rule, rates=rates, kept=kept)
+        return record(
+            table,
+            batch.entries,
+            batch.group,
+            batch.rule,
+            rates=rates,
+            kept=kept,
+            memo=batch.memo,
+        )
     except UnknownOperationError as error:
         name = batch.rule.name if batch.rule is not None else "the table"
         notice(f"no code can be generated for {error} in the rule {name!r}")

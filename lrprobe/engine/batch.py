@@ -33,6 +33,7 @@ class Batch:
         columns: name of a tensor of elements to its address in each piece; nothing where the
             tensors cannot all be read by address.
         whole: whether all of those are contiguous.
+        memo: scalars that its programs share.
     """
 
     at: list[int]
@@ -41,6 +42,7 @@ class Batch:
     rule: Rule | None
     columns: dict[str, list[int]] = field(default_factory=dict)
     whole: bool = True
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self.at)))
@@ -86,7 +88,12 @@ def described(ways: Ways, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int]
         same = value.shape == shape
         kinds.append((name, value.dtype, same))
         if same and (shape or value.device == device):
-            if way is None or value.stride() != strides or not way.is_addressable(value):
+            if (
+                way is None
+                or value.device != device
+                or value.stride() != strides
+                or not way.is_addressable(value)
+            ):
                 way = None
             else:
                 addresses[name] = value.data_ptr()
@@ -117,6 +124,7 @@ def addresses_of(
     None where a tensor that the program reads has none.
     """
     columns, dtypes, alive = [], [], []
+    wanted: list[tuple[list[int], int, Tensor]] = []
     large = [n for n, entry in enumerate(batch.entries) if entry.param.numel() > SAMPLE]
     for leaf in recorded.program.leaves:
         name = leaf.removeprefix("old ")
@@ -133,17 +141,19 @@ def addresses_of(
             continue
         column = list(batch.columns[name])
         tensors = {n: leaf_of(batch.entries[n], name) for n in (large if batch.whole else batch)}
-        odd = {n: sample(t, t.shape) for n, t in tensors.items() if not t.is_contiguous()}
-        even = [n for n in large if n not in odd]
-        if even:
-            buffer, starts = way.gather([tensors[n] for n in even])
-            alive.append(buffer)
-            for n, start in zip(even, starts, strict=True):
-                column[n] = buffer.data_ptr() + start
-        for n, copy in odd.items():
-            alive.append(copy)
-            column[n] = copy.data_ptr()
+        for n, tensor in tensors.items():
+            if tensor.is_contiguous():
+                if n in large:
+                    wanted.append((column, n, tensor))
+            else:
+                alive.append(sample(tensor, tensor.shape))
+                column[n] = alive[-1].data_ptr()
         columns.append(column)
+    if wanted:
+        buffer, starts = way.gather([tensor for _, _, tensor in wanted])
+        alive.append(buffer)
+        for (column, n, _), start in zip(wanted, starts, strict=True):
+            column[n] = buffer.data_ptr() + start
     table = np.array(columns, np.int64).reshape(len(columns), len(batch.at)).T
     return np.ascontiguousarray(table), dtypes, alive
 

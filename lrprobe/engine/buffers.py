@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrprobe.engine.distribution import FOLDED, Bins, folded
 from lrprobe.engine.figures import CHECKS, FIGURES
-from lrprobe.rules.base import Scalar
+from lrprobe.rules.base import Scalar, there
 
 _COUNTS = ("pieces", "elements", "with_grad")
 """Pieces that took the step, and their elements; pieces with a gradient."""
@@ -111,13 +111,18 @@ class Buffers:
     folded_rows: list[int] | None = None
     bins: Bins | None = None
 
+    def note(self, column: int, value: float | Tensor) -> None:
+        """Put a number of the caller's into the last row."""
+        target = self.maxima[-1, column]
+        target.copy_(value) if isinstance(value, Tensor) else target.fill_(value)
+
     def fold_rows(self, rows: list[int]) -> Tensor:
         """Keep the distributions of some rows only, as a message between ranks."""
         if self.folded is None:
             shape = len(rows), FOLDED
             self.folded = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
         elif len(rows) < len(self.folded):
-            self.folded = self.folded[torch.tensor(rows).to(self.folded.device, non_blocking=True)]
+            self.folded = self.folded[there(torch.tensor(rows), self.folded.device)]
         self.folded_rows = rows
         return self.folded
 
@@ -156,7 +161,7 @@ def fill(
         _add_vectors(buffers, vectors, row_of, figures, skip, folds=folds)
     resting = [i for i in figures.resting if row_of[i] >= 0]
     if resting:
-        at = torch.tensor([row_of[i] for i in resting]).to(device, non_blocking=True)
+        at = there(torch.tensor([row_of[i] for i in resting]), device)
         squares = [figures.resting[i].to(device, torch.float64, non_blocking=True) for i in resting]
         param = SUMS.index("param_square")
         buffers.sums[:, param] = buffers.sums[:, param].index_add(0, at, torch.stack(squares))
@@ -189,15 +194,15 @@ def _add_vectors(
     table = vectors.table.to(device, non_blocking=True)
     everything = len(mine) == len(rows)
     if not everything:
-        table = table[torch.tensor(mine).to(device, non_blocking=True)]
-    at = torch.tensor([rows[place] for place in mine]).to(device, non_blocking=True)
+        table = table[there(torch.tensor(mine), device)]
+    at = there(torch.tensor([rows[place] for place in mine]), device)
     counts = [[1.0, float(vectors.numel[place]), 1.0] for place in mine]
     added = [i for i, f in enumerate((*FIGURES, *CHECKS)) if f.merge == "sum"]
-    columns = torch.tensor(added).to(device, non_blocking=True)
-    counted = torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
+    columns = there(torch.tensor(added), device)
+    counted = there(torch.tensor(counts, dtype=torch.float64), device)
     sums = torch.cat([counted, table[:, columns]], 1)
     if skip is not None:
-        stays = torch.tensor([name in _STAYS for name in SUMS]).to(device, non_blocking=True)
+        stays = there(torch.tensor([name in _STAYS for name in SUMS]), device)
         grad = SUMS.index("grad_square")
         if figures.scale is not None:  # which is then still in the gradients
             scale = figures.scale.detach().reshape(()).to(device, torch.float64, non_blocking=True)
@@ -233,9 +238,9 @@ def _add_rates(
     if vectors.bins is not None and len(vectors.bins.owner):
         mine = vectors.bins.merged(np.array(rows, np.int64))
         if folds or device.type != "cpu":
-            there = torch.from_numpy(folded(mine, count)).to(device, non_blocking=True)
-            there = there if skip is None else torch.where(skip, 0.0, there)
-            buffers.folded = there if buffers.folded is None else buffers.folded + there
+            sent = there(torch.from_numpy(folded(mine, count)), device)
+            sent = sent if skip is None else torch.where(skip, 0.0, sent)
+            buffers.folded = sent if buffers.folded is None else buffers.folded + sent
         else:
             before = [] if buffers.bins is None else [buffers.bins]
             buffers.bins = Bins.joined([*before, mine])
@@ -243,10 +248,10 @@ def _add_rates(
         if buffers.folded is None:
             buffers.folded = torch.zeros((count, FOLDED), dtype=torch.float64, device=device)
         mine_at = [place for place, row in enumerate(rows) if row >= 0]
-        at = torch.tensor([rows[place] for place in mine_at]).to(device, non_blocking=True)
+        at = there(torch.tensor([rows[place] for place in mine_at]), device)
         table = vectors.folded if skip is None else torch.where(skip, 0, vectors.folded)
         if len(mine_at) < len(rows):
-            table = table[torch.tensor(mine_at).to(table.device, non_blocking=True)]
+            table = table[there(torch.tensor(mine_at), table.device)]
         buffers.folded.index_add_(0, at, table.to(device, torch.float64, non_blocking=True))
 
 
@@ -262,9 +267,9 @@ def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
     numbers = [(row, x) for row, x in given if row >= 0 and not isinstance(x, Tensor)]
     if numbers:  # they cross to the device together
         rows, values = zip(*numbers, strict=True)
-        there = _or_nothing(torch.tensor(values, dtype=torch.float64))
-        at = torch.tensor(rows).to(maxima.device, non_blocking=True)
-        target.index_copy_(0, at, there.to(maxima.device, non_blocking=True))
+        sent = _or_nothing(torch.tensor(values, dtype=torch.float64))
+        at = there(torch.tensor(rows), maxima.device)
+        target.index_copy_(0, at, there(sent, maxima.device))
     tensors = [(row, x) for row, x in given if row >= 0 and isinstance(x, Tensor)]
     if tensors:
         rows, values = zip(*tensors, strict=True)
@@ -273,8 +278,8 @@ def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
             key: x.detach().reshape(()).to(maxima.device, torch.float64, non_blocking=True)
             for key, x in unique.items()
         }
-        there = _or_nothing(torch.stack([read[id(x)] for x in values]))
-        target.index_copy_(0, torch.tensor(rows).to(maxima.device, non_blocking=True), there)
+        sent = _or_nothing(torch.stack([read[id(x)] for x in values]))
+        target.index_copy_(0, there(torch.tensor(rows), maxima.device), sent)
 
 
 def _or_nothing(values: Tensor) -> Tensor:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import itertools
-import os
-import stat
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
-from pathlib import Path
-from types import ModuleType
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.distribution import BINS, Bins
+from lrprobe.engine.generated import folder, imported
 from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
 from lrprobe.engine.recording import Recorded
@@ -42,7 +35,7 @@ def unavailable() -> str:
         import numba  # noqa: F401
     except ImportError as error:
         return f"numba cannot be imported ({error})"
-    if _folder() is None:
+    if folder() is None:
         return "there is no folder that generated code could be written to"
     return ""
 
@@ -203,56 +196,10 @@ def _kernel(recorded: Recorded, dtypes: tuple[torch.dtype, ...], exact: bool) ->
     if kernel is None:
         with _compiling:
             text = source(recorded, dtypes, exact=exact)
-            kernel = _kernels[key] = _module(text).kernel
+            from lrprobe.engine import intrinsics
+
+            kernel = _kernels[key] = imported(text, intrinsics.__file__).kernel
     return kernel
-
-
-def _module(text: str) -> ModuleType:
-    """The text as a module in a real file, next to which numba keeps what it compiled."""
-    name = "lrprobe_" + hashlib.sha256((_version() + text).encode()).hexdigest()[:20]
-    if name in sys.modules:
-        return sys.modules[name]
-    folder = _folder()
-    if folder is None:
-        raise OSError("there is no folder that generated code could be written to")
-    path = folder / f"{name}.py"
-    if not path.exists():  # complete, or not there: other processes read it
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise OSError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[name] = module
-    return module
-
-
-@cache
-def _version() -> str:
-    """What the generated text builds on, so that another version does not find it."""
-    from lrprobe.engine import intrinsics
-
-    return Path(intrinsics.__file__).read_text(encoding="utf-8")
-
-
-@cache
-def _folder() -> Path | None:
-    """Where generated code is kept: in this user's cache, else in a temporary folder of theirs."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    for folder in (Path(home) / "lrprobe", Path(tempfile.gettempdir()) / f"lrprobe-{user}"):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = folder.stat()
-            mine = not hasattr(os, "getuid") or about.st_uid == os.getuid()
-            if mine and not about.st_mode & stat.S_IWOTH:
-                with tempfile.NamedTemporaryFile(dir=folder):
-                    return folder
-        except OSError:
-            continue
-    return None
 
 
 def is_addressable(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lrprobe.engine.distribution import RateCounts, count_rates
 from lrprobe.engine.figures import Elements, Figure, is_elementwise
 from lrprobe.engine.pieces import At, precision, read
-from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole
+from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, brought
 
 BLOCK = 1 << 17
 """Elements that are read at once: few enough for what is made of them to stay in cache."""
@@ -148,7 +148,7 @@ def _block(
             number = _over_elements(figure, value, e)
         else:
             number = _shared(figure, value, like.numel() if not figure.moving else moving)
-        numbers.append(number.to(like.device, torch.float64, non_blocking=True))
+        numbers.append(brought(number, like.device))
     return torch.stack(numbers)
 
 
@@ -165,9 +165,9 @@ def _over_elements(figure: Figure, value: Tensor, e: Elements) -> Tensor:
 def _shared(figure: Figure, value: Any, count: Any) -> Tensor:
     """What a value that all elements share comes to over so many of them."""
     value = torch.as_tensor(value, dtype=torch.float64).reshape(())
-    count = torch.as_tensor(count, dtype=torch.float64).to(value.device, non_blocking=True)
-    if value.device.type == "cpu" and isinstance(count, Tensor) and count.device.type != "cpu":
-        value = value.to(count.device, non_blocking=True)
+    count = torch.as_tensor(count, dtype=torch.float64)
+    device = count.device if value.device.type == "cpu" else value.device
+    value, count = brought(value, device), brought(count, device)
     if figure.merge == "sum":
         return torch.where(count > 0, value * count, 0.0)
     return torch.where(count > 0, value, torch.inf if figure.merge == "min" else -torch.inf)

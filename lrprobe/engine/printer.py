@@ -6,7 +6,7 @@ rule and most sums; then, over the rates alone, for their sums and extremes; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,8 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
     """
-    names = _Names(recorded.program)
+    scalar = "scalars[t, {0}]"
+    names = Names(recorded.program, OPERATIONS, f"real({scalar})", scalar)
     stages = _staged(recorded)
     pad, inner = " " * 8, " " * 12
     lines = [
@@ -170,11 +171,14 @@ def differing(recorded: Recorded) -> list[int]:
     return [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
 
 
-class _Names:
-    """Variables of a program as the loop calls them."""
+class Names:
+    """Lines of a program in a dialect: its operations, and how it reads a scalar."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(
+        self, program: Program, operations: Mapping[str, str], real: str, wide: str
+    ) -> None:
         self._kinds = {line.target: line.kind for line in program.lines}
+        self._operations, self._real, self._wide = operations, real, wide
 
     def _is_wide(self, line: Line) -> bool:
         if line.kind != BOOL:
@@ -185,7 +189,7 @@ class _Names:
         """One assignment."""
         letter = "w" if self._is_wide(line) or line.op == "ulp" else "s"
         args = [arg if isinstance(arg, str) else f"{letter}{arg}" for arg in line.args]
-        return f"{line.target} = {OPERATIONS[line.op].format(*args)}"
+        return f"{line.target} = {self._operations[line.op].format(*args)}"
 
     def hoisted(self, lines: Iterable[Line]) -> list[str]:
         """The scalars that they use, read once a chunk."""
@@ -194,8 +198,8 @@ class _Names:
             is_wide = self._is_wide(line) or line.op == "ulp"
             for arg in line.args:
                 if not isinstance(arg, str):
-                    value = f"scalars[t, {arg}]"
-                    used[f"{'w' if is_wide else 's'}{arg}"] = value if is_wide else f"real({value})"
+                    value = (self._wide if is_wide else self._real).format(arg)
+                    used[f"{'w' if is_wide else 's'}{arg}"] = value
         return [f"{name} = {value}" for name, value in used.items()]
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lrprobe.rules.base import there
+
 REAL, WIDE, BOOL = "real", "wide", "bool"
 """What a variable is: in the precision of the elements; in that of the sums; a condition."""
 
@@ -85,7 +87,7 @@ class Program:
         return self._known[key]
 
     def table(self, device: torch.device) -> Tensor:
-        """All scalars: (rows, scalars), float64, without waiting for a device."""
+        """All scalars: (rows, scalars), float64; on the device only where some are there."""
         columns: list[Any] = []
         numbers = [
             v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
@@ -93,16 +95,14 @@ class Program:
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
         for at, value in enumerate(numbers):
             near[:, at] = value.reshape(-1) if isinstance(value, Tensor) else float(value)
-        if device.type == "cpu":
+        if device.type == "cpu" or not any(map(_is_far, self.scalars)):
             return near
-        there = iter(near.to(device, non_blocking=True).unbind(1))
+        sent = iter(there(near, device).unbind(1))
         for value in self.scalars:
             if _is_far(value):
                 columns.append(value.detach().double().reshape(-1).expand(self.rows))
             else:
-                columns.append(next(there))
-        if not columns:
-            return near.to(device)
+                columns.append(next(sent))
         return torch.stack(columns, 1)
 
 

@@ -25,6 +25,7 @@ class Recorded:
             is none.
         rate: what is counted in logarithmic bins; None where nothing is.
         moves: which elements count there, and for figures of moving elements.
+        device: where the elements are.
     """
 
     program: Program
@@ -32,6 +33,7 @@ class Recorded:
     values: list[Any]
     rate: Symbol | None
     moves: Symbol | None
+    device: torch.device
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -75,6 +77,7 @@ def record(
     *,
     rates: bool,
     kept: Sequence[Collection[str]] = (),
+    memo: dict[Any, Any] | None = None,
 ) -> Recorded:
     """Run the rule on symbols, and the table on what it says.
 
@@ -86,6 +89,7 @@ def record(
         rates: whether the rates are to be counted.
         kept: of each piece, names of what is known from before the step; nothing for figures that
             do not ask.
+        memo: keeps scalars for other programs of the same entries.
 
     Raises:
         UnknownOperationError: if the rule does something that cannot be printed.
@@ -99,7 +103,7 @@ def record(
     def had(name: str) -> Scalar:
         return column([float(name in each) for each in kept], entries[0].param.device)
 
-    s = Slice(entries, group, program.leaf, kept=names, had=had)
+    s = Slice(entries, group, program.leaf, memo, kept=names, had=had)
     e = Elements(s, rule)
     values = [figure.of(e) for figure in table]
     counted: Any = None
@@ -111,4 +115,4 @@ def record(
             counted = None
     elif any(isinstance(v, Symbol) and f.moving for f, v in zip(table, values, strict=True)):
         moves = e.moves
-    return Recorded(program, table, values, counted, moves)
+    return Recorded(program, table, values, counted, moves, entries[0].param.device)

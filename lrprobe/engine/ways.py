@@ -7,6 +7,8 @@ from functools import cache
 from types import ModuleType
 from typing import Literal
 
+import torch
+
 from lrprobe.text import warn
 
 Way = Literal["auto", "eager", "cpu", "cuda"]
@@ -33,6 +35,11 @@ def generators(way: Way) -> dict[str, ModuleType]:
         from lrprobe.engine import cpu
 
         _add(found, "cpu", cpu, cpu.unavailable())
+    if way == "cuda" or (way == "auto" and torch.cuda.is_available()):
+        from lrprobe.engine import cuda
+
+        for device in cuda.DEVICES:  # Triton's interpreter takes what is on the CPU
+            _add(found, device, cuda, cuda.unavailable())
     return found
 
 

@@ -429,6 +429,20 @@ def nonzero(value: Any) -> Tensor:
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
+def there(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for it."""
+    if device.type in ("cpu", "mps"):
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
+
+
+def brought(number: Tensor, device: torch.device) -> Tensor:
+    """A tensor from anywhere, in float64, without waiting for a device."""
+    if number.device.type == "cpu":
+        return there(number.double(), device)
+    return number.to(device, torch.float64, non_blocking=True)
+
+
 def column(values: Sequence[Any], device: torch.device) -> Tensor:
     """One number a row: 0-dim where all are known to be the same, else (rows, 1)."""
     first = values[0]
@@ -442,4 +456,5 @@ def column(values: Sequence[Any], device: torch.device) -> Tensor:
         numbers = column.double().numpy()
         if (numbers == numbers[0]).all():
             return column[0]
-    return column.unsqueeze(1).to(device, non_blocking=True)
+    column = column.unsqueeze(1)
+    return there(column, device) if column.device.type == "cpu" else column.to(device)
