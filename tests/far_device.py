@@ -147,6 +147,9 @@ class Owner:
     def collect(self) -> None:
         """Nothing has arrived."""
 
+    def look(self, _: Any) -> None:
+        """Nothing to be said of who steps what."""
+
     def describe(self) -> None:
         """Nothing is asked."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrprobe.engine.distribution import FOLDED, Bins, folded
 from lrprobe.engine.figures import CHECKS, FIGURES
-from lrprobe.rules.base import Scalar, there
+from lrprobe.rules.base import Scalar, brought, there
 
 _COUNTS = ("pieces", "elements", "with_grad")
 """Pieces that took the step, and their elements; pieces with a gradient."""
@@ -162,13 +162,13 @@ def fill(
     resting = [i for i in figures.resting if row_of[i] >= 0]
     if resting:
         at = there(torch.tensor([row_of[i] for i in resting]), device)
-        squares = [figures.resting[i].to(device, torch.float64, non_blocking=True) for i in resting]
+        squares = [brought(figures.resting[i], device) for i in resting]
         param = SUMS.index("param_square")
         buffers.sums[:, param] = buffers.sums[:, param].index_add(0, at, torch.stack(squares))
     _fill_known(buffers, figures, row_of)
     for i, where in slots.items():
         if i in figures.tracked and row_of[i] >= 0:
-            values = figures.tracked[i].to(device, torch.float64, non_blocking=True)
+            values = brought(figures.tracked[i], device)
             if skip is not None:
                 rate, update, *others = values
                 moved = torch.where(skip, torch.nan, torch.stack([rate, update]))
@@ -191,39 +191,45 @@ def _add_vectors(
     mine = [place for place, row in enumerate(rows) if row >= 0]
     if not mine:
         return
-    table = vectors.table.to(device, non_blocking=True)
-    everything = len(mine) == len(rows)
-    if not everything:
+    table = brought(vectors.table, device)
+    if len(mine) < len(rows):
         table = table[there(torch.tensor(mine), device)]
     at = there(torch.tensor([rows[place] for place in mine]), device)
+    order, signs, stays = _merging(device)
+    table = table.index_select(1, order)
+    sums, most = table[:, : len(_ADDED)], table[:, len(_ADDED) :] * signs
     counts = [[1.0, float(vectors.numel[place]), 1.0] for place in mine]
-    added = [i for i, f in enumerate((*FIGURES, *CHECKS)) if f.merge == "sum"]
-    columns = there(torch.tensor(added), device)
     counted = there(torch.tensor(counts, dtype=torch.float64), device)
-    sums = torch.cat([counted, table[:, columns]], 1)
+    sums = torch.cat([counted, sums], 1)
+    most = most.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     if skip is not None:
-        stays = there(torch.tensor([name in _STAYS for name in SUMS]), device)
-        grad = SUMS.index("grad_square")
         if figures.scale is not None:  # which is then still in the gradients
-            scale = figures.scale.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+            grad = SUMS.index("grad_square")
+            scale = brought(figures.scale.detach().reshape(()), device)
             sums[:, grad] = torch.where(skip, sums[:, grad] / scale**2, sums[:, grad])
         sums = torch.where(skip & ~stays, 0.0, sums)
-    buffers.sums.index_add_(0, at, sums)
-    greatest = []
-    for i, figure in enumerate(FIGURES):
-        if figure.merge != "sum":
-            value = -table[:, i] if figure.merge == "min" else table[:, i]
-            greatest.append(_or_nothing(value))
-    raised = [float(vectors.at[place] in figures.failed) for place in mine]
-    others = torch.full((len(mine), len(MAXIMA) - len(_GREATEST)), -torch.inf, dtype=torch.float64)
-    others[:, -1] = torch.tensor(raised, dtype=torch.float64)
-    most = torch.stack(greatest, 1)
-    if skip is not None:
         most = torch.where(skip, -torch.inf, most)
-    values = torch.cat([most, others.to(device, non_blocking=True)], 1)
-    index = at.unsqueeze(1).expand(-1, len(MAXIMA))
-    buffers.maxima.scatter_reduce_(0, index, values, "amax")
+    buffers.sums.index_add_(0, at, sums)
+    index = at.unsqueeze(1).expand(-1, len(_GREATEST))
+    buffers.maxima[:, : len(_GREATEST)].scatter_reduce_(0, index, most, "amax")
+    raised = [rows[place] for place in mine if vectors.at[place] in figures.failed]
+    if raised:
+        buffers.maxima[there(torch.tensor(raised), device), MAXIMA.index("failed")] = 1.0
     _add_rates(buffers, vectors, rows, skip, folds=folds)
+
+
+@cache
+def _merging(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of what merges by ``+``, then by ``max``; signs of the latter; sums that stay."""
+    figures = (*FIGURES, *CHECKS)
+    added = [i for i, f in enumerate(figures) if f.merge == "sum"]
+    greatest = [i for i, f in enumerate(figures) if f.merge != "sum"]
+    signs = [-1.0 if figures[i].merge == "min" else 1.0 for i in greatest]
+    return (
+        there(torch.tensor([*added, *greatest]), device),
+        there(torch.tensor(signs, dtype=torch.float64), device),
+        there(torch.tensor([name in _STAYS for name in SUMS]), device),
+    )
 
 
 def _add_rates(
@@ -252,34 +258,30 @@ def _add_rates(
         table = vectors.folded if skip is None else torch.where(skip, 0, vectors.folded)
         if len(mine_at) < len(rows):
             table = table[there(torch.tensor(mine_at), table.device)]
-        buffers.folded.index_add_(0, at, table.to(device, torch.float64, non_blocking=True))
+        buffers.folded.index_add_(0, at, brought(table, device))
 
 
 def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -> None:
-    """Rates of the groups."""
-    for name in ("lr", "initial_lr"):
+    """Rates of the groups: numbers cross to the device together."""
+    names = ("lr", "initial_lr")
+    numbers = np.full((len(buffers.sums), len(names)), -np.inf)
+    tensors: list[tuple[int, int, Tensor]] = []
+    for at, name in enumerate(names):
         given: Mapping[int, Scalar] = getattr(figures, name)
-        _put(buffers.maxima, name, [(row_of[i], value) for i, value in given.items()])
-
-
-def _put(maxima: Tensor, name: str, given: Sequence[tuple[int, Any]]) -> None:
-    target = maxima[:, MAXIMA.index(name)]
-    numbers = [(row, x) for row, x in given if row >= 0 and not isinstance(x, Tensor)]
-    if numbers:  # they cross to the device together
-        rows, values = zip(*numbers, strict=True)
-        sent = _or_nothing(torch.tensor(values, dtype=torch.float64))
-        at = there(torch.tensor(rows), maxima.device)
-        target.index_copy_(0, at, there(sent, maxima.device))
-    tensors = [(row, x) for row, x in given if row >= 0 and isinstance(x, Tensor)]
+        for i, value in given.items():
+            if row_of[i] >= 0 and isinstance(value, Tensor):
+                tensors.append((row_of[i], MAXIMA.index(name), value))
+            elif row_of[i] >= 0:
+                numbers[row_of[i], at] = value
+    device, first = buffers.sums.device, MAXIMA.index(names[0])
+    target = buffers.maxima[: len(buffers.sums), first : first + len(names)]
+    target.copy_(there(_or_nothing(torch.from_numpy(numbers)), device))
     if tensors:
-        rows, values = zip(*tensors, strict=True)
-        unique = {id(x): x for x in values}
-        read = {
-            key: x.detach().reshape(()).to(maxima.device, torch.float64, non_blocking=True)
-            for key, x in unique.items()
-        }
-        sent = _or_nothing(torch.stack([read[id(x)] for x in values]))
-        target.index_copy_(0, there(torch.tensor(rows), maxima.device), sent)
+        unique = {id(value): value for _, _, value in tensors}
+        read = {key: brought(x.detach().reshape(()), device) for key, x in unique.items()}
+        values = _or_nothing(torch.stack([read[id(value)] for _, _, value in tensors]))
+        places = torch.tensor([[row, column] for row, column, _ in tensors])
+        buffers.maxima[there(places[:, 0], device), there(places[:, 1], device)] = values
 
 
 def _or_nothing(values: Tensor) -> Tensor:
