@@ -4,7 +4,8 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-integrations soak bench docs format clean
+.PHONY: demo test test-integrations test-oldest test-installed release-check soak bench docs \
+	linkcheck format clean
 .DELETE_ON_ERROR:
 
 # One thread: the network is small, and two would mostly wait for each other.
@@ -25,6 +26,26 @@ test-integrations: .venv-integrations/.done
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --session-timeout=1200 \
 		--disable-warnings
 
+# All but the documentation and the browser, which need more packages.
+UNIT := tests lrprobe --ignore=tests/test_docs.py --ignore=tests/test_browser.py
+
+# With the oldest release of every dependency that is declared.
+test-oldest: .venv-oldest/.done
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(UNIT) -n $(JOBS)
+
+# With the newest releases, and TORCH=2.9.* or another; always a new environment.
+test-installed:
+	$(PYTHON) -m venv --clear .venv-installed
+	.venv-installed/bin/python -m pip install -qq --editable '.[unit]' 'torch$(if $(TORCH),==$(TORCH))'
+	OMP_NUM_THREADS=1 .venv-installed/bin/python -m pytest $(UNIT) -n $(JOBS)
+
+# Builds dist/, and installs wheel and sdist in an empty environment each, where they have to work.
+release-check: .venv-release/.done
+	rm -rf dist
+	LRPROBE_DIST=dist .venv-release/bin/python -m pytest tests/integrations/test_packaging.py -v \
+		--deselect tests/integrations/test_packaging.py::test_import_touches_no_optional_package
+	.venv-release/bin/python -m twine check --strict dist/*
+
 # What takes half an hour: 200 kills, 20,000 steps, 10,000 probes. -s shows what was measured.
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak.py -s -v
@@ -35,7 +56,12 @@ bench: .venv/.bench
 
 docs: .venv/.dev
 	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
+	$(BIN)/python docs/check_site.py build/docs
 	@echo "build/docs/index.html"
+
+# The links that lead elsewhere; needs a network.
+linkcheck: .venv/.dev
+	$(BIN)/sphinx-build -b linkcheck docs build/linkcheck
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix
@@ -53,6 +79,17 @@ clean:
 		--constraint constraints-integrations.txt --editable '.[integrations,optimizers]' einops
 	.venv-integrations/bin/python -m pip install -qq --no-deps \
 		--constraint constraints-integrations.txt timm
+	@touch $@
+
+.venv-oldest/.done: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --constraint constraints-oldest.txt --editable '.[unit]'
+	@touch $@
+
+.venv-release/.done: pyproject.toml constraints.txt constraints-integrations.txt
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install -qq --constraint constraints.txt \
+		--constraint constraints-integrations.txt build pytest pytest-timeout pytest-xdist twine
 	@touch $@
 
 .venv/.demo .venv/.dev .venv/.bench: .venv/.%: pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import lrprobe
-from lrprobe.summary.pending import Pending
+from lrprobe.engine.flight import StepInFlight
 
 WIDTH, BLOCKS, WORDS = 768, 6, 16_000
 ROUNDS = 11
@@ -37,11 +38,14 @@ def shapes() -> list[tuple[int, ...]]:
     return [(WORDS, w)] + BLOCKS * [*block, (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
 
 
-def trained(sizes: Sequence[tuple[int, ...]]) -> torch.optim.AdamW:
-    """An optimizer with a gradient for everything, and moments of several of them."""
+def trained(
+    sizes: Sequence[tuple[int, ...]], kind: str = "AdamW", **options: Any
+) -> torch.optim.Optimizer:
+    """An optimizer with a gradient for everything, and state of several steps."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(0.02 * torch.randn(size, generator=generator)) for size in sizes]
-    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+    options = options or ({"fused": True} if kind == "AdamW" else {})
+    optimizer = getattr(torch.optim, kind)(params, lr=1e-3, **options)
     for _ in range(4):
         for param in params:
             param.grad = 1e-3 * torch.randn(param.shape, generator=generator)
@@ -57,11 +61,12 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def recorded(
-    optimizer: torch.optim.AdamW, rounds: int = ROUNDS, **options: Any
+    optimizer: torch.optim.Optimizer, rounds: int = ROUNDS, way: str = "auto"
 ) -> list[tuple[float, float, float]]:
     """Seconds of bare steps, and what recorded ones take more: inside, and with the record made."""
     found = []
-    with attached(optimizer, **options) as (probe, due):
+    os.environ["LRPROBE_ENGINE"] = way
+    with attached(optimizer) as (probe, due):
         for _ in range(rounds):
             unit = seconds(optimizer.step)
             due.on = True
@@ -71,6 +76,7 @@ def recorded(
             due.on = False
             probe.flush()
             found.append((unit, taken - unit, time.perf_counter() - start - unit))
+    del os.environ["LRPROBE_ENGINE"]
     return found
 
 
@@ -114,7 +120,7 @@ def attached(optimizer: Any, **options: Any) -> Iterator[tuple[lrprobe.Probe, Sw
 # --- What people paste ---------------------------------------------------------------------------
 
 
-def forum_loop(optimizer: torch.optim.AdamW) -> None:
+def forum_loop(optimizer: torch.optim.Optimizer) -> None:
     """Mean, min, max and std of α/(√v̂+ε), each asked for at once."""
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -124,14 +130,14 @@ def forum_loop(optimizer: torch.optim.AdamW) -> None:
             _ = rate.mean().item(), rate.min().item(), rate.max().item(), rate.std().item()
 
 
-def norms(optimizer: torch.optim.AdamW) -> None:
+def norms(optimizer: torch.optim.Optimizer) -> None:
     """Norms of parameter, gradient and both moments, each asked for at once."""
     for param, state in optimizer.state.items():
         for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]):
             torch.linalg.vector_norm(each).item()
 
 
-def exact_quantiles(optimizer: torch.optim.AdamW) -> None:
+def exact_quantiles(optimizer: torch.optim.Optimizer) -> None:
     """Five quantiles of the rate by sorting."""
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -141,7 +147,7 @@ def exact_quantiles(optimizer: torch.optim.AdamW) -> None:
             ordered[(torch.tensor([0.01, 0.05, 0.5, 0.95, 0.99]) * (len(ordered) - 1)).long()]
 
 
-def wandb_watch(optimizer: torch.optim.AdamW) -> list[float] | None:
+def wandb_watch(optimizer: torch.optim.Optimizer) -> list[float] | None:
     """Units of histograms of all gradients by ``wandb.watch``; None without the package."""
     try:
         import wandb
@@ -189,18 +195,17 @@ def step() -> None:
             found.append(seconds(extra) / unit)
         return found
 
-    modes: list[tuple[str, dict[str, Any]]] = [
-        ("lrprobe, the defaults: all elements", {}),
-        ("lrprobe, `compile=True`: all elements", {"compile": True}),
-        ("lrprobe, `sample=65536`", {"sample": 65_536}),
-        ("lrprobe, `sample=65536, compile=True`", {"sample": 65_536, "compile": True}),
-    ]
-    for name, options in modes:
-        rounds = recorded(optimizer, **options)
+    threads = torch.get_num_threads()
+    for count in range(1, threads + 1):
+        torch.set_num_threads(count)
+        rounds = recorded(optimizer)
         inside = [extra / unit for unit, extra, _ in rounds]
         alike = [made / unit for unit, _, made in rounds]
-        rows.append((name, spread(inside), spread(alike)))
-    others: list[tuple[str, Callable[[torch.optim.AdamW], None]]] = [
+        name = f"lrprobe, {count} thread{'s' * (count > 1)}"
+        rows.append((name, spread(inside, 2), spread(alike, 2)))
+    inside = [extra / unit for unit, extra, _ in recorded(optimizer, 5, "eager")]
+    rows.append(("lrprobe, `LRPROBE_ENGINE=eager`", spread(inside), ""))
+    others: list[tuple[str, Callable[[torch.optim.Optimizer], None]]] = [
         ("four norms a parameter, with `.item()`", norms),
         ("loop pasted from forums: mean, min, max, std of the rate", forum_loop),
         ("exact quantiles by sorting", exact_quantiles),
@@ -242,39 +247,79 @@ def growth() -> None:
     table("Growth with elements", ("elements", "recorded step, ns an element", "units"), rows)
 
 
+def kinds() -> None:
+    """Other optimizers, beside the same unit."""
+    bare = trained(shapes())
+    rows = []
+    chosen: list[tuple[str, dict[str, Any]]] = [
+        ("Adadelta", {"foreach": True}),
+        ("SGD", {"momentum": 0.9}),
+        ("RMSprop", {"foreach": True}),
+        ("NAdam", {"foreach": True}),
+        ("Adagrad", {"foreach": True}),
+    ]
+    for kind, options in chosen:
+        optimizer = trained(shapes(), kind, **options)
+        found = []
+        for own, extra, _ in recorded(optimizer):
+            found.append(extra / seconds(bare.step))
+            del own
+        rows.append((kind, spread(found, 2)))
+    table("A recorded step of other optimizers", ("what", "units, in the step"), rows)
+
+
+def first() -> None:
+    """The first recorded step, with nothing cached on disk and with all."""
+    program = (
+        "import time, torch, lrprobe\n"
+        "from torch import nn\n"
+        "params = [nn.Parameter(torch.randn(64, 64)) for _ in range(4)]\n"
+        "optimizer = torch.optim.AdamW(params)\n"
+        "probe = lrprobe.attach(optimizer, every=1)\n"
+        "for param in params: param.grad = torch.randn_like(param)\n"
+        "start = time.perf_counter(); optimizer.step(); print(time.perf_counter() - start)\n"
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("nothing cached", "cached on disk"):
+            environment = {**os.environ, "XDG_CACHE_HOME": folder}
+            command = [sys.executable, "-c", program]
+            told = subprocess.run(  # noqa: S603 - our own program
+                command, env=environment, check=True, capture_output=True, text=True
+            )
+            rows.append((name, f"{float(told.stdout):.2f}"))
+    table("The first recorded step", ("what", "seconds"), rows)
+
+
 def sizes() -> None:
     """What a tensor costs, by its size."""
     rows = []
     for side in (8, 64, 128, 256, 512):
-        row = [f"{side} × {side}"]
-        for options in ({}, {"compile": True}):
-            rounds = recorded(trained([(side, side)] * 100), **options)
-            row.append(spread([1e4 * extra for _, extra, _ in rounds], 0))
-            row.append(spread([extra / unit for unit, extra, _ in rounds]))
-        rows.append(row)
-    head = ("100 tensors of", "µs a tensor", "units", "`compile=True`, µs a tensor", "units")
-    table("Size of a tensor", head, rows)
+        rounds = recorded(trained([(side, side)] * 100))
+        micros = spread([1e4 * extra for _, extra, _ in rounds], 0)
+        rows.append((f"{side} × {side}", micros, spread([extra / u for u, extra, _ in rounds])))
+    table("Size of a tensor", ("100 tensors of", "µs a tensor", "units"), rows)
 
 
 def sinks() -> None:
     """What sinks take for a record of 150 parameters."""
     records: list[Any] = []
     made: list[float] = []
-    original = Pending.record
+    original = StepInFlight.record
 
-    def record(self: Pending) -> Any:
+    def record(self: StepInFlight) -> Any:
         start = time.thread_time()
         records.append(original(self))
         made.append(time.thread_time() - start)
         return records[-1]
 
     optimizer = trained([(100, 50), (50,)] * 75)
-    Pending.record = record  # type: ignore[method-assign]
+    StepInFlight.record = record  # type: ignore[method-assign]
     with attached(optimizer) as (_, due):
         due.on = True
         for _ in range(20):
             optimizer.step()
-    Pending.record = original  # type: ignore[method-assign]
+    StepInFlight.record = original  # type: ignore[method-assign]
     rows = [("making it", spread([1e3 * each for each in made[2:]], 2))]
     with tempfile.TemporaryDirectory() as folder:
         places = {
@@ -293,7 +338,7 @@ def sinks() -> None:
     table("Sinks, a record of 150 parameters", ("what", "ms"), rows)
 
 
-def by_hand(folder: str, optimizer: torch.optim.AdamW) -> str:
+def by_hand(folder: str, optimizer: torch.optim.Optimizer) -> str:
     """The same in TensorBoard without lrprobe."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -372,7 +417,7 @@ def training() -> None:
 def main() -> None:
     """The tables that are named, or all."""
     warnings.filterwarnings("ignore", "lrprobe: another probe")
-    tables = {each.__name__: each for each in (step, growth, sizes, sinks, training)}
+    tables = {each.__name__: each for each in (step, kinds, first, growth, sizes, sinks, training)}
     chosen = sys.argv[1:] or list(tables)
     if not set(chosen) <= set(tables):
         sys.exit(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
+from lrprobe.engine.ways import Way
 from lrprobe.names import Names
 from lrprobe.text import warn
 
@@ -22,7 +23,8 @@ class Options:
     Attributes:
         names: of the parameters in the model.
         chosen: which parameters are recorded.
-        every, step, track, batch_size, sample, compile: as given to ``attach``.
+        every, step, track, batch_size: as given to ``attach``.
+        way: how figures are taken.
     """
 
     names: Names
@@ -31,11 +33,10 @@ class Options:
     step: Step
     track: int
     batch_size: int | None
-    sample: int | None = None
-    compile: bool = False
+    way: Way = "auto"
 
 
-def check_counts(every: Any, track: Any, batch_size: Any, step: Any, sample: Any) -> None:
+def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
     """Check the whole numbers among the arguments of ``attach``.
 
     Raises:
@@ -45,9 +46,18 @@ def check_counts(every: Any, track: Any, batch_size: Any, step: Any, sample: Any
     _check("every", every, 1, ", or a function of the step", callable(every))
     _check("track", track, 0)
     _check("batch_size", batch_size, 1, ", or None", batch_size is None)
-    _check("sample", sample, 1, ", or None", sample is None)
     allowed = ", a function that gives it, or None"
     _check("step", step, 0, allowed, step is None or callable(step))
+
+
+def check_callback(on_finding: Any) -> None:
+    """Check that it can be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if on_finding is not None and not callable(on_finding):
+        raise TypeError(f"on_finding= takes a function of a Finding, or None; got {on_finding!r}")
 
 
 def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False) -> None:

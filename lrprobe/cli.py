@@ -91,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "report",
         _report,
-        "write one HTML page: findings, pictures, table",
+        "write one HTML page: findings, heatmaps and charts to explore, table",
         "Write one self-contained HTML page about one run or several, which are overlaid by the "
-        "names of their parameters. It needs no network to be read, and Matplotlib to be made: "
-        "pip install 'lrprobe[plot]'.",
+        "names of their parameters. It needs no network to be read, and Matplotlib and Plotly to "
+        "be made: pip install 'lrprobe[plot]'.",
         "lrprobe report runs/mlp.parquet -o mlp.html",
         "lrprobe report runs/*.parquet -o compare.html",
     )
@@ -135,12 +135,20 @@ def _parser() -> argparse.ArgumentParser:
         "it usually means and what to try. docs/findings.md has a section for each. Notes are no "
         "faults, and do not count for the exit code.",
         "lrprobe diagnose runs/mlp.parquet",
+        "lrprobe diagnose runs/mlp.parquet --follow",
         "lrprobe diagnose runs/mlp.parquet --format csv > findings.csv",
     )
     diagnose.add_argument("runs", nargs="+", metavar="RUN", help="a dataset, a logdir, or a folder")
     diagnose.add_argument(
         "--format", choices=("text", "csv", "json"), default="text", help="default: %(default)s"
     )
+    diagnose.add_argument(
+        "--follow", action="store_true", help="go on until Ctrl-C, and print what is new"
+    )
+    diagnose.add_argument(
+        "--interval", type=_seconds, default=5.0, metavar="SECONDS",
+        help="how often to look for new steps with --follow; default: %(default)s",
+    )  # fmt: skip
 
     demo = _command(
         commands,
@@ -192,8 +200,10 @@ def _diagnose(options: argparse.Namespace) -> int:
     from lrprobe.diagnosis import diagnose
     from lrprobe.runs import load
 
+    if options.follow:
+        return _follow(options)
     runs = load(*options.runs)
-    found = diagnose(runs.frame, hyperparameters=runs.hyperparameters)
+    found = diagnose(runs.frame)
     if options.format == "csv":
         found.to_frame().to_csv(sys.stdout, index=False)
     elif options.format == "json":
@@ -202,6 +212,41 @@ def _diagnose(options: argparse.Namespace) -> int:
     else:
         print(found)
     return FOUND if found.findings else NONE
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Print each finding once, as it comes, until Ctrl-C."""
+    from lrprobe.diagnosis import Finding, Findings, diagnose
+    from lrprobe.runs import find, load, stamp
+
+    if options.format != "text":
+        raise ValueError(f"--follow prints text, not {options.format}")
+    _end_with_ctrl_c()
+    seen: Any = None
+    told: dict[tuple[str, str, str, str], Finding] = {}
+    began = False
+    try:
+        while True:
+            now = [stamp(run) for path in options.runs for run in find(Path(path))]
+            if now != seen:
+                seen = now
+                found = diagnose(load(*options.runs).frame, ongoing=True)
+                keys = {(f.code, f.run, f.optimizer, f.parameter): f for f in found}
+                new = [finding for key, finding in keys.items() if key not in told]
+                told |= keys
+                if new or not began:
+                    print(Findings(new, found.looked_at, () if began else found.left_out))
+                    print(flush=True)
+                began = True
+            time.sleep(options.interval)
+    except KeyboardInterrupt:
+        return FOUND if any(each.severity == "finding" for each in told.values()) else NONE
+
+
+def _end_with_ctrl_c() -> None:
+    """A shell starts what stands before "&" with Ctrl-C ignored; kill -INT ends it all the same."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -216,9 +261,8 @@ def _show(options: argparse.Namespace) -> int:
 
     (path,) = options.runs
     runs = find(Path(path))
-    if options.follow and threading.current_thread() is threading.main_thread():
-        # A shell starts what stands before "&" with Ctrl-C ignored; kill -INT ends it all the same.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if options.follow:
+        _end_with_ctrl_c()
     seen: Any = None
     while True:
         now = [stamp(run) for run in runs]
@@ -262,7 +306,7 @@ def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> s
     if not len(frame):
         return f"{run}: no step was recorded yet"
     blocks = []
-    for optimizer, recorded in frame.groupby("optimizer", sort=False):
+    for optimizer, recorded in frame.groupby("optimizer", sort=False, observed=True):
         step = int(recorded["step"].max())
         rows = recorded[recorded["step"] == step]
         ago = f", {_ago(time.time() - float(rows['time'].max()))}" if "time" in rows else ""

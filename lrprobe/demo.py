@@ -67,7 +67,7 @@ def main(epochs: int = EPOCHS, out: Path | None = None) -> None:
         out: the folder for it all; by default a new one in ``runs``.
 
     Raises:
-        ImportError: scikit-learn, Matplotlib or tqdm is not installed.
+        ImportError: scikit-learn, Matplotlib, Plotly or tqdm is not installed.
     """
     _check_installed()
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -101,7 +101,7 @@ def main(epochs: int = EPOCHS, out: Path | None = None) -> None:
     page = out / "report.html"
     report.write(page, *datasets)
 
-    print(f"TensorBoard logdir: {logdir}")
+    print(f"TensorBoard logdir: {logdir}  (tensorboard --logdir ...; the tab LRPROBE)")
     print("Parquet datasets:  ", *datasets)
     print(f"Picture:            {picture}")
     print(f"Report:             {page}")
@@ -113,6 +113,7 @@ def _check_installed() -> None:
     for module, package in (
         ("sklearn", "scikit-learn"),
         ("matplotlib", "Matplotlib"),
+        ("plotly", "Plotly"),
         ("tqdm", "tqdm"),
     ):
         try:

@@ -6,43 +6,36 @@ import inspect
 import math
 import time
 import weakref
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lrprobe.arguments import Every, Options, Step
+from lrprobe import compiled
+from lrprobe.arguments import Options
+from lrprobe.census import StepCount
+from lrprobe.engine import Engine, PreStep, copied
+from lrprobe.engine.buffers import blank, fill
+from lrprobe.engine.check import Samples
+from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
+from lrprobe.engine.flight import MOVED, StepInFlight
+from lrprobe.engine.pieces import WatchedParameter, draw
+from lrprobe.hyperparameters import hyperparameters
 from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
+from lrprobe.resting import at_rest, device_of, moved, moves
 from lrprobe.rules import find_rule
-from lrprobe.summary.pending import Pending, StepInfo
-from lrprobe.summary.reading import keep_freed_memory
-from lrprobe.summary.shards import Kept
-from lrprobe.summary.snapshot import (
-    Before,
-    How,
-    Watched,
-    after,
-    at_rest,
-    before,
-    copied,
-    has_closure,
-    moves,
-    resting,
-    tolerance,
-)
+from lrprobe.rules.base import has_closure, tolerance
+from lrprobe.schedule import Schedule
 from lrprobe.text import listed, warn
 
 if TYPE_CHECKING:
-    from lrprobe.distributed import Exchange, Merging
+    from lrprobe.distributed import Exchange
 
 
 class Owner(Protocol):
@@ -55,7 +48,7 @@ class Owner(Protocol):
     def waiting(self) -> bool:
         """Whether figures are still on their way to the host."""
 
-    def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
+    def add(self, hooks: Hooks, step: StepInFlight) -> None:
         """Take the figures of a step."""
 
     def collect(self) -> None:
@@ -63,6 +56,9 @@ class Owner(Protocol):
 
     def describe(self) -> None:
         """Read hyperparameters anew."""
+
+    def look(self, hooks: Hooks) -> None:
+        """See who steps what, and how the optimizer counts, after a step that is recorded."""
 
 
 class Hooks:
@@ -72,7 +68,10 @@ class Hooks:
         """Start listening; ``owner`` gets the figures, and holds what describes the run."""
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
-        self.watched: list[Watched] = []
+        self.count = StepCount()
+        self.watched: list[WatchedParameter] = []
+        self.rows: list[Row] = []
+        self.engine = Engine(options.way)
         self._owner = owner
         self.options = options
         self._optimizer = weakref.ref(optimizer)
@@ -83,10 +82,12 @@ class Hooks:
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
         """Where the parameters are spread over ranks."""
+        self.reasons: dict[str, str] = {}
+        """Name of a parameter to what its rule raised in the last recorded step."""
         self._silent = False
         self._depth = 0
         self._number = self.schedule.step
-        self._kept: Before | Kept | None = None
+        self._kept: PreStep | None = None
         self._seen: list[list[tuple[int, int]]] = []
         """By group, id and elements of its parameters."""
         self._given: dict[int, str] = {}
@@ -95,22 +96,22 @@ class Hooks:
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
-        keep_freed_memory()
         self._refresh(optimizer)
         if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
                 "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
             )
+        # The hooks keep their owner alive, and it them, until the optimizer goes.
+        self._finalizer = weakref.finalize(optimizer, self._release)
+        self._finalizer.atexit = False
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        # Before the user's own post-hooks, which may step a scheduler or drop the gradients, and
-        # after the pre-hooks, also those to come, which may clip them.
+        # Before the user's own post-hooks, which may step a scheduler or drop the gradients.
         hooks: Any = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no `prepend`
         hooks.move_to_end(self._handles[1].id, last=False)
-        _LAST.add(optimizer, self._handles[0].id)
 
     def join(self, data_parallel: int, flat: Sequence[Tensor], *, silent: bool) -> None:
         """Take part among other ranks.
@@ -129,13 +130,23 @@ class Hooks:
         if self._passes is not None:
             self._passes.tell(passes)
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, while it lives."""
+        return self._optimizer()
+
     def remove(self) -> None:
         """Leave the optimizer as it was."""
-        _LAST.remove(self._handles[0].id)
+        self._finalizer.detach()
         for handle in self._handles:
             handle.remove()
         if self._passes is not None:
             self._passes.remove()
+
+    def _release(self) -> None:
+        """The optimizer is gone: nothing is recorded any more, and no cycle is left."""
+        self.watched, self.rows = [], []
+        del self._owner
 
     def describe(self) -> dict[str, Any]:
         """Class and hyperparameters of the optimizer, as plain JSON values."""
@@ -144,23 +155,30 @@ class Hooks:
         groups = [] if optimizer is None else optimizer.param_groups
         return {
             "class": f"{cls.__module__}.{cls.__qualname__}",
-            "groups": [
-                {key: _plain(value) for key, value in group.items() if key not in _NOT_PLAIN}
-                for group in groups
-            ],
+            "groups": [hyperparameters(group) for group in groups],
+            "step_count": self.count.wrong,
         }
 
+    def parameters(self) -> list[Tensor]:
+        """Those that the optimizer has now."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [param for group in groups for param in group["params"]]
+
+    @property
+    def kind(self) -> str:
+        """Name of the optimizer's class."""
+        return type(self._optimizer()).__name__
+
+    def name_of(self, param: Tensor) -> str:
+        """What a parameter is called."""
+        return self._given.get(id(param), "")
+
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            _outside_graph(self._before_step, optimizer, args, kwargs)
-        else:
-            self._before_step(optimizer, args, kwargs)
+        compiled.call(self._before_step, optimizer, args, kwargs)
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            _outside_graph(self._after_step, optimizer)
-        else:
-            self._after_step(optimizer)
+        compiled.call(self._after_step, optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._cuda and self._in_capture():
@@ -189,11 +207,13 @@ class Hooks:
             return
         with self._harmless(), _undisturbed():
             self._refresh(optimizer)
-            closure = has_closure(args, kwargs)
+            self.count.before(optimizer, self._number, self._given)
+            # What runs after this may still change the gradients, or make them.
+            closure = has_closure(args, kwargs) or not self._is_last(optimizer)
             if self.exchange is None:
-                self._kept = before(self.watched, optimizer, closure=closure)
+                self._kept = self.engine.before(self.watched, optimizer, closure=closure)
             else:
-                self._kept = Kept()  # the other ranks must not wait, whatever happens here
+                self._kept = PreStep(Samples({}))  # the others must not wait, whatever happens
                 self._kept = self.exchange.before(self.watched, optimizer, closure=closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -206,6 +226,9 @@ class Hooks:
         self._depth = 0
         kept, self._kept = self._kept, None
         self.schedule.step = self._number
+        self.count.taken += 1
+        if not self._is_last(optimizer):  # pre-hooks that clip are to run before ours
+            _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
             if kept is None and not at_rest(optimizer):
@@ -214,6 +237,9 @@ class Hooks:
             self.failed(error)
             return
         with self._harmless():
+            if kept is not None:
+                self.count.after(optimizer, self._number, self._given)
+                self._owner.look(self)
             info = StepInfo(
                 step=self._number,
                 time=time.time(),
@@ -223,33 +249,33 @@ class Hooks:
                 recorded=kept is not None,
             )
             with _undisturbed():
-                pending = self._figures(optimizer, kept, info)
+                step = self._figures(optimizer, kept, info)
             del kept  # torch lets other threads go on while it frees memory
-            if pending is not None:  # last: a thread begins that holds up this one
-                self._owner.add(self, pending)
+            if step is not None:  # last: a thread begins that holds up this one
+                self._owner.add(self, step)
 
     def _figures(
-        self, optimizer: Optimizer, kept: Before | Kept | None, info: StepInfo
-    ) -> Pending | Merging | None:
+        self, optimizer: Optimizer, kept: PreStep | None, info: StepInfo
+    ) -> StepInFlight | None:
         """Those of the step that was just taken."""
         if self.exchange is not None:
-            return self._exchanged(optimizer, kept, info, self.exchange)
-        if isinstance(kept, Before):
-            how = How(self.options.sample, self.options.compile)
-            raw = after(self.watched, optimizer, kept, how)
-            return Pending(raw, self.watched, info)
-        # Nothing is to be known of it but whether it was a step.
-        return Pending(resting(optimizer), (), info)
-
-    def _exchanged(
-        self, optimizer: Optimizer, kept: Any, info: StepInfo, exchange: Exchange
-    ) -> Merging | None:
-        still = bool(at_rest(optimizer)) and not moves(optimizer)
-        if kept is not None:
-            return exchange.after(optimizer, kept, info, still=still)
-        if still:  # no message will tell of it
-            self.schedule.take_back()
-        return None
+            still = bool(at_rest(optimizer)) and not moves(optimizer)
+            if kept is not None:
+                return self.exchange.after(optimizer, kept, info, still=still)
+            if still:  # no message will tell of it
+                self.schedule.take_back()
+            return None
+        if kept is None:  # nothing is to be known of it but whether it was a step
+            buffers = blank(0, 0, device_of(optimizer))
+            buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
+            return StepInFlight((), buffers, info)
+        figures = self.engine.after(self.watched, optimizer, kept)
+        slots, end = slots_of(self.rows)
+        buffers = blank(len(self.rows), end, device_of(optimizer))
+        fill(buffers, figures, range(len(self.rows)), slots, folds=False)
+        buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
+        self.reasons = {self.rows[i].name: why for i, why in figures.failed.items()}
+        return StepInFlight(self.rows, buffers, info)
 
     def settle(self) -> None:
         """Over ranks, take a recorded step back that was none: all do, before the next one."""
@@ -259,6 +285,16 @@ class Hooks:
     def take_back(self) -> int:
         """A record tells that its step was none; how much less those after it are numbered."""
         return self.schedule.take_back() if self.exchange is None else 0  # else see `settle`
+
+    def _is_last(self, optimizer: Optimizer) -> bool:
+        """Whether no pre-hook of the optimizer runs after ours, but for other probes'."""
+        hooks = _pre_hooks(optimizer)
+        for number in reversed(hooks):
+            if number == self._handles[0].id:
+                return True
+            if not isinstance(getattr(hooks[number], "__self__", None), Hooks):
+                return False
+        return True
 
     def _in_capture(self) -> bool:
         """Whether a CUDA graph is being captured, which would replay what is done now."""
@@ -307,7 +343,7 @@ class Hooks:
         given = {at: name for at, name in self._given.items() if at not in gone}
         named = list(name_parameters(optimizer, self.options.names.now(given)))
         self._given = {id(param): name for _, name, param in named}
-        known = {(w.name, w.ref.id, w.numel): w for w in self.watched}
+        known = {(w.name, w.place.id, w.numel): w for w in self.watched}
         rule = find_rule(type(optimizer))
         self.watched = []
         found = places(optimizer)
@@ -317,19 +353,38 @@ class Hooks:
                 continue
             watched = known.get((name, id(param), numel))
             if watched is None:
-                watched = Watched(
+                watched = WatchedParameter(
                     name=name,
                     group=group,
-                    ref=place,
+                    place=place,
                     rule=rule,
                     tracked=draw(name, numel, self.options.track),
                     numel=numel,
                     initial_lr=_initial_lr(optimizer.param_groups[group]),
                 )
-            watched.group, watched.ref = group, place
+            watched.group, watched.place = group, place
+            watched.group_name = group_name(optimizer, group)
             self.watched.append(watched)
+        self.rows = [self._row(watched) for watched in self.watched]
         if self._passes is not None:
             self._passes.watch(found)
+
+    def _row(self, watched: WatchedParameter) -> Row:
+        """What the frame shows of a parameter that this process holds whole."""
+        param = watched.place()
+        known = next((row for row in self.rows if row.name == watched.name), None)
+        measured = watched.rule is None or param is None
+        return Row(
+            name=watched.name,
+            group=watched.group,
+            group_name=watched.group_name,
+            shared_rate=watched.rule is not None and watched.rule.shared_rate,
+            shape=(watched.numel,),
+            rule="measured" if watched.rule is None else watched.rule.name,
+            tolerance=0.0 if measured else tolerance(param.dtype, watched.rule),  # type: ignore[union-attr,arg-type]
+            tracked=watched.tracked,
+            bad_steps=0 if known is None else known.bad_steps,
+        )
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Describe the run anew where one has changed that nothing moves from step to step."""
@@ -346,25 +401,19 @@ class Hooks:
         if before:
             self._owner.describe()
 
-    def judge(self, pending: Pending | Merging) -> None:
+    def judge(self, step: StepInFlight) -> None:
         """Parameters whose rule does not explain their steps become measured."""
-        if not isinstance(pending, Pending):
+        if self.exchange is not None:
             return  # all ranks do so together, at the next recorded step
-        failed = {pending.watched[i]: why for i, why in pending.errors.items()}
-        if not pending.skipped:
-            errors = pending.reconstruction_errors()
-            for watched, error in zip(pending.watched, errors, strict=True):
-                param = watched.ref()
-                if watched.rule is None or param is None or math.isnan(error):
-                    continue
-                wrong = error > tolerance(param.dtype, watched.rule)
-                watched.bad_steps = watched.bad_steps + 1 if wrong else 0
-                if watched.bad_steps >= 2:
-                    failed[watched] = f"error {error:.2g} of the step really taken"
-        for watched in failed:
-            watched.rule = None
-        if failed:
-            self.tell_unexplained([w.name for w in failed], next(iter(failed.values())))
+        failed = judged(step.rows, step.arrived())
+        if not failed:
+            return
+        names = [step.rows[at].name for at in failed]
+        for watched in self.watched:
+            if watched.name in names:
+                watched.rule = None
+        why = next(iter(failed.values()))
+        self.tell_unexplained(names, self.reasons.get(names[0], why))
 
     def tell_unexplained(self, names: Sequence[str], reason: str) -> None:
         """Warn of parameters that are measured from now on."""
@@ -375,82 +424,15 @@ class Hooks:
         )
 
 
-class _Last:
-    """Keeps pre-hooks the last of their optimizers, however late others are registered.
-
-    By a hook of all optimizers, which runs before those of one, and is there while it is needed.
-    """
-
-    def __init__(self) -> None:
-        self._optimizers: dict[int, tuple[int, weakref.finalize[..., Optimizer]]] = {}
-        """Pre-hook to the id of its optimizer, and what forgets it with that."""
-        self._hooks: dict[int, list[int]] = {}
-        """id of an optimizer to its pre-hooks."""
-        self._handle: Any = None
-
-    def add(self, optimizer: Optimizer, hook: int) -> None:
-        forget = weakref.finalize(optimizer, self.discard, hook)
-        forget.atexit = False
-        self._optimizers[hook] = id(optimizer), forget
-        self._hooks.setdefault(id(optimizer), []).append(hook)
-        if self._handle is None:
-            self._handle = register_optimizer_step_pre_hook(self._run)
-
-    def discard(self, hook: int) -> None:
-        if hook not in self._optimizers:
-            return
-        optimizer, forget = self._optimizers.pop(hook)
-        forget.detach()
-        self._hooks[optimizer].remove(hook)
-        if not self._hooks[optimizer]:
-            del self._hooks[optimizer]
-
-    def remove(self, hook: int) -> None:
-        """As ``discard``; not for a finalizer, which may run while the hooks are gone through."""
-        self.discard(hook)
-        if not self._optimizers and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _run(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for hook in self._hooks.get(id(optimizer), ()):
-            hooks: Any = optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - as above
-            if hook in hooks:  # or it is of another optimizer, which had the same id
-                hooks.move_to_end(hook)
+def _pre_hooks(optimizer: Optimizer) -> Any:
+    hooks: Any = optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - torch has no way to order them
+    return hooks
 
 
-_LAST = _Last()
-
-
-class Schedule:
-    """Counts the steps of one optimizer, and says which are recorded."""
-
-    def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
-        self._every = every
-        self._source = step if callable(step) else None
-        self.step = _steps_taken(optimizer) if step is None or callable(step) else int(step)
-
-    def next(self) -> int:
-        """The number of the step that is about to be taken."""
-        return int(self._source()) if self._source is not None else self.step + 1
-
-    def take_back(self) -> int:
-        """The last step was none; how much less those after it are numbered."""
-        if self._source is not None:
-            return 0
-        self.step -= 1
-        return 1
-
-    def due(self, step: int) -> bool:
-        """Whether that step is recorded."""
-        if callable(self._every):
-            return bool(self._every(step))
-        return step == 1 or step % self._every == 0
-
-    def __repr__(self) -> str:
-        return "step chosen" if callable(self._every) else f"{self._every} steps"
+def group_name(optimizer: Optimizer, group: int) -> str:
+    """The group's own name, else its number."""
+    given = optimizer.param_groups[group].get("name")
+    return f"group{group}" if given is None else str(given)
 
 
 def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
@@ -460,19 +442,6 @@ def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
         for key, value in group.items()
         if key not in moved and isinstance(value, bool | int | float | str | None)
     }
-
-
-def _steps_taken(optimizer: Optimizer) -> int:
-    states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
-    steps = [state["step"] for state in states if "step" in state]
-    return max(map(_as_count, steps), default=0)
-
-
-def _as_count(step: Any) -> int:
-    try:
-        return int(step)
-    except (ValueError, TypeError, OverflowError, RuntimeError):
-        return 0  # no count that can be gone on from
 
 
 def _numel(param: Tensor) -> int:
@@ -486,22 +455,6 @@ def _initial_lr(group: Mapping[str, Any]) -> Any:
     rate = group.get("initial_lr", group.get("lr"))
     rate = math.nan if rate is None else rate  # Transformers' Adafactor finds its own
     return copied(rate)
-
-
-def draw(name: str, numel: int, count: int) -> Tensor | None:
-    """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
-    if not count or not numel:
-        return None
-    generator = torch.Generator("cpu").manual_seed(
-        zlib.crc32(name.encode("utf-8", "backslashreplace"))
-    )
-    if numel <= 1 << 16:
-        drawn = torch.randperm(numel, generator=generator, device="cpu")[:count]
-    else:
-        drawn = torch.randint(numel, (2 * count,), generator=generator, device="cpu")
-        drawn = torch.unique(drawn)
-        drawn = drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]]
-    return torch.sort(drawn)[0]
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
@@ -530,26 +483,7 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-@_disable_dynamo
-def _outside_graph(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
-
-
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
 _MOST_CHANGES = 3
 """A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own.
 Each description of the run begins a new part of a dataset."""
-_NOT_PLAIN = ("params", "param_names")
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON holds it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return repr(value)

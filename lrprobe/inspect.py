@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrprobe.engine.eager import add_whole, slice_of
+from lrprobe.engine.figures import Elements, unexplained
+from lrprobe.engine.pieces import entry_of, precision, real
 from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.notebook import step_html
 from lrprobe.rules import Rule, Slice, Update, find_rule
-from lrprobe.rules.base import Entry
-from lrprobe.summary.figures import measured_rates, ulp
-from lrprobe.summary.reading import entry_of, positions, precision, real
-from lrprobe.summary.snapshot import has_closure, tolerance
-from lrprobe.summary.stream import whole_of
+from lrprobe.rules.base import Entry, has_closure, tolerance, writes_of
 from lrprobe.text import listed, warn
 
 
@@ -50,6 +50,9 @@ class StepView:
         shape = "×".join(map(str, self.effective_lr.shape)) or "a scalar"
         dtype = str(self.effective_lr.dtype).removeprefix("torch.")
         return f"<StepView {shape} {dtype}, rule {self.rule}, error {self.error:.2g}>"
+
+    def _repr_html_(self) -> str:
+        return step_html(self)
 
 
 class Steps(Mapping[str, StepView]):
@@ -165,17 +168,15 @@ class _Watch:
 
 
 def reconstruct(
-    entry: Entry, group: Mapping[str, Any], rule: Rule, before: Tensor | None
+    entry: Entry, group: Mapping[str, Any], rule: Rule, old: Mapping[str, Tensor] | None = None
 ) -> tuple[Slice, Update]:
-    """A whole parameter as one slice, flat, and what its rule says of the step."""
-    whole_of(entry, group, rule)
-    dtype = precision(entry.param)
+    """A whole parameter as one slice, flat, and what its rule says of the step.
 
-    def take(tensors: Any) -> Tensor:
-        return positions(tensors[0], None).to(dtype)
-
-    old = None if before is None else before.reshape(-1).to(dtype)
-    s = Slice([entry], group, take, old)
+    ``old`` has what is known from before the step, flat.
+    """
+    add_whole(entry, group, rule)
+    everything = slice(0, entry.param.numel())
+    s = slice_of(entry, group, everything, precision(entry.param), old=old)
     return s, rule.update(s)
 
 
@@ -189,19 +190,19 @@ def _view(
 ) -> StepView:
     before = old.reshape(-1).to(torch.float64)
     after = entry.param.reshape(-1).to(torch.float64)
-    observed = after - before
     if rule is None:
-        grad = positions(entry.grad, None).to(torch.float64)
-        rate: Any = measured_rates(observed, grad)
+        everything = slice(0, len(after))
+        e = Elements(slice_of(entry, group, everything, torch.float64, old={"param": before}), None)
         # Where nothing moved the rate is 0, and any direction will do.
-        direction = torch.where(rate == 0, grad, -observed / rate)
-        change, decay, name = observed, 0.0, "measured"
+        rate: Any = torch.where(e.has_grad, e.measured_rate, torch.nan)
+        direction = torch.where(rate == 0, e.grad, -e.observed / rate)
+        change, decay, name = e.observed, 0.0, "measured"
     else:
-        _, update = reconstruct(entry, group, rule, old)
+        _, update = reconstruct(entry, group, rule, {"param": old.reshape(-1)})
         rate, direction, decay = update.effective_lr, update.direction, float(update.decay)
         change = -decay * old.reshape(-1).to(direction.dtype) - rate * direction
         name = rule.name
-        error = step_error(change.double(), observed, before, old.dtype)
+        error = step_error(change.double(), before, after, group, rule, old.dtype)
 
     def shaped(value: Any) -> Tensor:
         value = torch.as_tensor(value, dtype=precision(entry.param), device=after.device)
@@ -211,11 +212,19 @@ def _view(
     return StepView(shaped(rate), shaped(direction), decay, shaped(change), name, error)
 
 
-def step_error(change: Tensor, observed: Tensor, before: Tensor, dtype: torch.dtype) -> float:
-    """‖max(|Δθ − observed| − ulp(θ_before), 0)‖ / max(‖Δθ‖, ‖observed‖), in float64."""
-    residual = ((change - observed).abs() - ulp(before, dtype)).clamp(min=0)
+def step_error(
+    change: Tensor,
+    before: Tensor,
+    after: Tensor,
+    group: Mapping[str, Any],
+    rule: Rule,
+    dtype: torch.dtype,
+) -> float:
+    """``reconstruction_error`` of all elements of a parameter, in float64."""
+    observed = after - before
+    beyond = unexplained(change, before, after, writes_of(rule, group), dtype)
     moved = torch.maximum(change.norm(), observed.norm())
-    return float(residual.norm() / moved)
+    return float(beyond.norm() / moved)
 
 
 def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -289,7 +298,7 @@ def _last_rate(
     else:
         entry = entry_of(param, state, {})
     try:
-        _, update = reconstruct(entry, group, rule, None)
+        _, update = reconstruct(entry, group, rule)
     except Exception as error:
         raise RuntimeError(
             f"the state of {kind} does not tell its effective rate ({type(error).__name__}: "

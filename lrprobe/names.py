@@ -65,6 +65,11 @@ class Names:
         self._first = parameter_names(model)
         self._model = None if model is None else weakref.ref(model)
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while it lives."""
+        return self._model() if self._model is not None else None
+
     def now(self, given: Mapping[int, str] | None = None) -> dict[int, str]:
         """id of each parameter to its name; one that left the model has that which it had.
 
@@ -200,10 +205,11 @@ def find_optimizers(given: Any) -> dict[str, Optimizer]:
 
 
 def _unwrap(given: Any) -> Optimizer:
-    found, seen = given, set()
-    while id(found) not in seen:
-        seen.add(id(found))
-        for attribute in ("optimizer", "optim"):
+    found = given
+    seen: list[Any] = []
+    while not any(found is each for each in seen):
+        seen.append(found)
+        for attribute in ("optimizer", "optim", "base_optimizer"):
             inner = getattr(found, attribute, None)
             # A wrapper may itself subclass Optimizer without ever running its hooks.
             if isinstance(inner, Optimizer) or (
@@ -214,8 +220,9 @@ def _unwrap(given: Any) -> Optimizer:
     if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_post_hooks"):
         return found
     raise TypeError(
-        "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer or "
-        f".optim), a list of them, or a dict of name to optimizer; got {kind(given)}"
+        "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer, "
+        ".optim or .base_optimizer), a list of them, or a dict of name to optimizer; got "
+        f"{kind(given)}"
     )
 
 

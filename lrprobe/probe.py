@@ -1,26 +1,36 @@
 """attach and Probe: what is recorded of an optimizer, and what a user has of it.
 
-step hook → rule (reconstruct) → summary → recorder → record → sinks
+step hook → engine: rule → figures of each piece → recorder → record → sinks
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lrprobe.arguments import Every, Filter, Options, Step, check_counts
+from lrprobe.about import KEY, description, joined
+from lrprobe.arguments import Every, Filter, Options, Step, check_callback, check_counts
 from lrprobe.delivery import Delivery
+from lrprobe.diagnosis import Finding, Findings, diagnose
+from lrprobe.diagnosis.live import Live
 from lrprobe.distributed import join, world
+from lrprobe.engine import ways
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers, name_parameters
+from lrprobe.notebook import probe_html
 from lrprobe.record import Level
 from lrprobe.recorder import Recorder, open_recorders
+from lrprobe.runs import before_attempt
+from lrprobe.schedule import Schedule
 from lrprobe.sinks.memory import Memory
+from lrprobe.sinks.parquet import Parquet
 from lrprobe.sinks.targets import open_sinks, targets
 from lrprobe.text import listed, warn
 
@@ -39,8 +49,7 @@ def attach(
     track: int = 0,
     batch_size: int | None = None,
     step: Step = None,
-    sample: int | None = None,
-    compile: bool = False,  # noqa: A002 - the field's word for it
+    on_finding: Callable[[Finding], object] | None = None,
     process_group: Any = None,
 ) -> Probe:
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
@@ -64,9 +73,8 @@ def attach(
             the columns ``samples`` and ``lr_per_sample``.
         step: where to start counting, or a function that gives the trainer's own step. By default
             the count goes on from the optimizer's state, else from 0.
-        sample: take the figures from this many elements of each parameter instead of all:
-            cheaper, and then they are estimates.
-        compile: fuse rule and summary with ``torch.compile``; the first recorded step is slow.
+        on_finding: called with each new ``Finding`` while the training runs, once, in a thread of
+            its own; :mod:`lrprobe.alerts` has some ready-made.
         process_group: of ``torch.distributed``, where not all ranks attach. All of its ranks must
             call ``attach``; the lowest writes, and its probe has the frame. By default all ranks.
 
@@ -79,16 +87,17 @@ def attach(
             destination has an ending or scheme that no sink writes; on every rank, if the ranks'
             parameters or arguments cannot be merged.
         OSError: if a destination cannot be written.
-        RuntimeError: if ``attach`` failed on another rank.
+        RuntimeError: if ``attach`` failed on another rank, or if parameters are sharded over ranks
+            that do not attach.
     """
     ranks = world(process_group)
-    rank = 0 if ranks is None else ranks.rank
     try:
         names = Names(model)
-        check_counts(every, track, batch_size, step, sample)
+        check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
-        options = Options(names, chosen, every, step, track, batch_size, sample, compile)
-        recorder = _attached(find_optimizers(optimizer), options, to, rank)
+        options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
+        check_callback(on_finding)
+        recorder = _attached(find_optimizers(optimizer), options, to, ranks.rank, on_finding)
     except Exception as error:  # so that the other ranks fail too, and do not wait
         join(ranks, [], model, error)
         raise
@@ -101,7 +110,11 @@ def attach(
 
 
 def _attached(
-    optimizers: Mapping[str, Optimizer], options: Options, to: Any, rank: int
+    optimizers: Mapping[str, Optimizer],
+    options: Options,
+    to: Any,
+    rank: int,
+    on_finding: Callable[[Finding], object] | None,
 ) -> Recorder:
     chosen = options.chosen
     now = options.names.now()
@@ -115,13 +128,12 @@ def _attached(
     # A sink may be shared, but not twice by one optimizer; memory alone is a destination too.
     shared: list[Any] = [target.open() for target in found if target.place is None]
     shared += [None] * (not found)
-    places += [
-        f"{'memory' if sink is None else type(sink).__name__} for {name} ({id(sink)}, {id(each)})"
-        for sink in shared
-        for name, each in optimizers.items()
-    ]
-    older = [each for each in list(open_recorders) if set(places) & set(each.places)]
-    release = partial(_close, older, places)
+    older = {
+        each: same
+        for each in list(open_recorders)
+        if (same := _same_destinations(each, places, shared, optimizers))
+    }
+    release = partial(_close, older)
     if rank:  # which has nothing to write
         release()
         recorder = Recorder(None, Delivery([]), places, shared, rank=rank)
@@ -133,11 +145,26 @@ def _attached(
             memory = Memory()
             sinks.insert(0, memory)
         attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
+        history = _history(sinks, attempt)
+        if on_finding is not None:
+            live = Live(on_finding, history)
+            sinks, owned = [*sinks, live], [*owned, live]
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
-    for name, each in _apart(optimizers, shared).items():
+        recorder.history = history
+    for name, each in _apart(optimizers, shared, options).items():
         recorder.hooks.append(Hooks(name, each, options, recorder))
+    _remember_names(recorder.hooks, shared)
     recorder.describe()
     return recorder
+
+
+def _history(sinks: Sequence[Any], attempt: int) -> Callable[[], pd.DataFrame | None] | None:
+    """Gives what the dataset that is continued has of earlier attempts."""
+    if attempt:
+        for sink in sinks:
+            if isinstance(sink, Parquet):
+                return partial(before_attempt, Path(sink.destination), attempt)
+    return None
 
 
 class Probe:
@@ -178,6 +205,25 @@ class Probe:
         self._recorder.wait()
         return self._memory.histograms()
 
+    def findings(self) -> Findings:
+        """What the recorded steps so far point to, as :func:`lrprobe.diagnose` says it.
+
+        Of a dataset that is continued, what earlier attempts recorded counts, too. Until the probe
+        is closed, nothing is said that the rest of the run may change.
+
+        Raises:
+            RuntimeError: as ``frame`` does.
+        """
+        import pandas as pd
+
+        frame = self.frame()
+        history = self._recorder.history() if self._recorder.history is not None else None
+        if history is not None:
+            about = joined(description(history), description(frame))
+            frame = pd.concat([history, frame[history.columns]], ignore_index=True)
+            frame.attrs[KEY] = about
+        return diagnose(frame, ongoing=not self._recorder.closed)
+
     def flush(self) -> None:
         """Write all that was recorded so far, and make sinks that buffer do the same."""
         self._recorder.flush()
@@ -194,7 +240,10 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the counts stand, as plain values, to go into a checkpoint."""
-        return {"steps": self._recorder.steps()}
+        state: dict[str, Any] = {"steps": self._recorder.steps()}
+        if self._recorder.live is not None:
+            state["told"] = [list(key) for key in self._recorder.live.told]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where another probe stood, or this one earlier.
@@ -214,6 +263,8 @@ class Probe:
                 f"this state is of the optimizers {sorted(steps)}; the probe has {sorted(names)}"
             )
         self._recorder.go_on_from(steps)
+        if self._recorder.live is not None:
+            self._recorder.live.forget_none(state.get("told", ()))
 
     def __repr__(self) -> str:
         hooks = self._recorder.hooks
@@ -221,6 +272,9 @@ class Probe:
         names = ", ".join(each.name for each in hooks)
         state = "closed" if self._recorder.closed else f"every {hooks[0].schedule}"
         return f"<lrprobe.Probe of {names}: {watched} parameters, step {self.step}, {state}>"
+
+    def _repr_html_(self) -> str:
+        return probe_html(self)
 
     @property
     def _memory(self) -> Memory:
@@ -232,27 +286,73 @@ class Probe:
         return self._recorder.memory
 
 
-def _apart(optimizers: Mapping[str, Optimizer], shared: Sequence[Any]) -> dict[str, Optimizer]:
-    """Names that no other probe's optimizer has in a sink that both write to."""
-    sinks = {id(sink) for sink in shared if sink is not None}
-    others = [each for each in list(open_recorders) if sinks & set(map(id, each.shared))]
-    taken = {hooks.name for each in others for hooks in each.hooks}
+_named: weakref.WeakKeyDictionary[Any, dict[str, tuple[weakref.ref[Optimizer], Schedule]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Sink of a user's to the optimizers that have recorded to it, by the names they have there."""
+
+
+def _apart(
+    optimizers: Mapping[str, Optimizer], shared: Sequence[Any], options: Options
+) -> dict[str, Optimizer]:
+    """Names that no other optimizer has in a sink that both write to.
+
+    One that begins where another has ended goes on under its name: a resumed training.
+    """
+    sinks = [_named.setdefault(sink, {}) for sink in shared if _may_be_key(sink)]
+    recording = [hooks.optimizer for each in list(open_recorders) for hooks in each.hooks]
     result: dict[str, Optimizer] = {}
     for name, optimizer in optimizers.items():
-        unique = next(
-            each
-            for each in itertools.chain([name], (f"{name}#{n}" for n in itertools.count(1)))
-            if each not in taken and each not in result
-        )
+        start = Schedule(options.every, options.step, optimizer).step
+        for unique in itertools.chain([name], (f"{name}#{n}" for n in itertools.count(1))):
+            free = all(
+                other() is optimizer
+                or (schedule.step <= start and all(other() is not each for each in recording))
+                for other, schedule in (named[unique] for named in sinks if unique in named)
+            )
+            if free and unique not in result:
+                break
         result[unique] = optimizer
     return result
 
 
-def _close(older: Sequence[Recorder], places: Sequence[str]) -> None:
-    for each in older:
-        same = set(places) & set(each.places)
+def _remember_names(hooks: Sequence[Hooks], shared: Sequence[Any]) -> None:
+    for sink in shared:
+        for each in hooks if _may_be_key(sink) else ():
+            if each.optimizer is not None:
+                known = weakref.ref(each.optimizer), each.schedule
+                _named.setdefault(sink, {})[each.name] = known
+
+
+def _may_be_key(sink: Any) -> bool:
+    try:
+        weakref.ref(sink)
+        hash(sink)
+    except TypeError:
+        return False
+    return sink is not None
+
+
+def _same_destinations(
+    recorder: Recorder,
+    places: Sequence[str],
+    shared: Sequence[Any],
+    optimizers: Mapping[str, Optimizer],
+) -> list[str]:
+    """What another probe records to as well: a path, or a sink (None: memory) of an optimizer."""
+    same = sorted(set(places) & set(recorder.places))
+    sinks = [sink for sink in shared if any(sink is other for other in recorder.shared)]
+    for name, each in optimizers.items():
+        # By living objects: an id may be used again.
+        if any(hooks.optimizer is each for hooks in recorder.hooks):
+            same += [f"{'memory' if s is None else type(s).__name__} for {name}" for s in sinks]
+    return same
+
+
+def _close(older: Mapping[Recorder, Sequence[str]]) -> None:
+    for each, same in older.items():
         warn(
-            f"another probe was recording to {listed(sorted(same))}: it is closed, and this "
+            f"another probe was recording to {listed(same)}: it is closed, and this "
             "one takes its place. (For several optimizers attach once, with a list.)"
         )
         each.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from lrprobe.about import KEY, Description, description, merged, of_rows, of_several
 from lrprobe.record import KEYS, LEVELS, Level
 from lrprobe.text import warn
 
@@ -64,7 +65,9 @@ def read(
             every row.
 
     Returns:
-        The rows in the order in which they were recorded, with a plain ``RangeIndex``.
+        The rows in the order in which they were recorded, with a plain ``RangeIndex``. What
+        describes the run is in ``attrs["lrprobe"]``, as in ``Probe.frame()``; of several paths, in
+        ``attrs["lrprobe"]["runs"]`` by the name of each. A logdir has none.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -98,9 +101,12 @@ def read(
     frames = [_read_one(Path(path), table, by, attempts == "last") for path in paths]
     if len(paths) == 1:
         return frames[0]
-    for frame, run in zip(frames, _run_names([Path(path) for path in paths]), strict=True):
+    names = _run_names([Path(path) for path in paths])
+    for frame, run in zip(frames, names, strict=True):
         frame.insert(0, "run", pd.Series(run, index=frame.index, dtype="str"))
+    about = of_several({run: description(each) for run, each in zip(names, frames, strict=True)})
     frame = pd.concat(frames, ignore_index=True)
+    frame.attrs[KEY] = about
     if "stepped" in frame and frame["stepped"].dtype != bool:  # a logdir beside a dataset
         # Of what did not step, a logdir has the gradient at most.
         moved = frame["update_norm"].notna() if by in {"parameter", "module"} else True
@@ -173,10 +179,16 @@ def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
     tables = []
     keys = [SCHEMAS["parameter"].empty_table().select(_KEYS)]
     broken: list[str] = []
+    told: list[Description] = []
     for path in part_files(folder):
-        table, its_keys = _read_parts(path, name, broken)
+        table, its_keys, its_run = _read_parts(path, name, broken)
         tables += table
         keys += its_keys
+        for rows in its_keys:
+            columns: list[Any] = [rows.column(key).to_pylist() for key in _KEYS]
+            told += of_rows(its_run, *columns)
+        if not told:
+            told.append(Description(0, 0, "", its_run))
     if broken:
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
         message = f"{len(broken)} of the files in {str(folder)!r} cannot be read: " + (
@@ -186,6 +198,7 @@ def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
             raise ValueError(message)
         warn(f"{message}. The others are read")
     frame = to_pandas(pa.concat_tables([SCHEMAS[name].empty_table(), *tables]))
+    frame.attrs[KEY] = merged(told)
     if not last:
         return frame
     every = pa.concat_tables(keys).group_by(["optimizer", "attempt"]).aggregate([("step", "min")])
@@ -195,41 +208,43 @@ def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
 
 def _read_parts(
     path: Path, name: TableName, broken: list[str]
-) -> tuple[list[pa.Table], list[pa.Table]]:
+) -> tuple[list[pa.Table], list[pa.Table], Mapping[str, Any]]:
     """What one part file of the frame, or the same part of another table, has.
 
     Returns:
         The table, and the frame's columns that tell attempts; each a list of one, or of none where
-        it cannot be read, which ``broken`` is told.
+        it cannot be read, which ``broken`` is told. And what describes the run.
     """
     from lrprobe.sinks.memory import SCHEMAS
     from lrprobe.sinks.parquet import FOLDERS, inspect_part
 
     rows: int | None = None
     keys = []
+    run: Mapping[str, Any] = {}
     try:
         part = inspect_part(path)
+        run = part.run
         frame = _read_part(path, "parameter", None, keys_only=name != "parameter")
         keys = [frame.select(_KEYS)]
         if name == "parameter":
-            return [frame], keys
+            return [frame], keys, run
         rows = part.rows[name]
         if not rows:
-            return [SCHEMAS[name].empty_table()], keys
+            return [SCHEMAS[name].empty_table()], keys, run
     except FileNotFoundError:  # the run has just taken it away: an attempt without a record
-        return [], []
+        return [], [], run
     except ValueError as error:
         broken.append(str(error))
         if name == "parameter":
-            return [], []
+            return [], [], run
     other = path.parent / FOLDERS[name] / path.name
     try:
         # Where the frame's part is broken, nobody knows how many rows belong to it: take all.
         if rows or other.exists():
-            return [_read_part(other, name, rows)], keys
+            return [_read_part(other, name, rows)], keys, run
     except (ValueError, FileNotFoundError) as error:
         broken.append(str(error))
-    return [], keys
+    return [], keys, run
 
 
 def _read_part(path: Path, name: TableName, rows: int | None, keys_only: bool = False) -> pa.Table:

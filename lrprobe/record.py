@@ -18,7 +18,7 @@ Level: TypeAlias = Literal["parameter", "module", "group", "model"]
 LEVELS: tuple[Level, ...] = ("parameter", "module", "group", "model")
 
 KEYS: Mapping[Level, Mapping[str, str]] = {
-    "parameter": {"group": "int64", "parameter": "str"},
+    "parameter": {"group": "int64", "group_name": "str", "parameter": "str"},
     "module": {"module": "str"},
     "group": {"group": "int64"},
     "model": {},
@@ -47,18 +47,21 @@ FIGURES = (
     "samples",
     "lr_per_sample",
     *RATE,
+    "idle_fraction",
     "update_norm",
     "update_ratio",
     "update_grad_cosine",
     "param_norm",
     "grad_norm",
     "zero_grad_fraction",
+    "grad_persistence",
     "rms_grad_mean",
     "rms_update_mean",
     "eps_fraction",
     "nonfinite",
     "lost_fraction",
     "reconstruction_error",
+    "state_error",
 )
 """The float64 columns of a frame, in order."""
 

@@ -6,22 +6,30 @@ import atexit
 import os
 import platform
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lrprobe.about import IN_TWO_OPTIMIZERS, NOT_IN_OPTIMIZER
+from lrprobe.census import Membership
 from lrprobe.delivery import Delivery
-from lrprobe.distributed import Merging, finish
+from lrprobe.diagnosis.live import Live
+from lrprobe.distributed import finish
+from lrprobe.engine.flight import StepInFlight
 from lrprobe.hooks import Hooks
 from lrprobe.record import SCHEMA_VERSION
 from lrprobe.sinks.memory import Memory
-from lrprobe.summary.pending import Pending
+from lrprobe.sinks.parquet import Parquet
 from lrprobe.text import warn
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Recorder:
@@ -36,6 +44,7 @@ class Recorder:
         hooks: of each optimizer.
         run: hyperparameters and versions, which travel with every record.
         closed: whether it has ended.
+        history: gives what earlier attempts recorded in a dataset that is continued.
     """
 
     def __init__(
@@ -56,8 +65,11 @@ class Recorder:
         self.hooks: list[Hooks] = []
         self.run: dict[str, Any] = {}
         self.closed = False
+        self.history: Callable[[], pd.DataFrame | None] | None = None
+        self._attached = time.time()
+        self._membership = Membership()
         self._delivery = delivery
-        self._waiting: deque[tuple[Hooks, Pending | Merging]] = deque()
+        self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
         self._lock = threading.RLock()  # a frame may be asked for beside the training
         open_recorders.add(self)
 
@@ -106,9 +118,14 @@ class Recorder:
         """Go on counting from there."""
         self.collect(wait=True)
         for hooks in self.hooks:
-            hooks.schedule.step = int(steps[hooks.name])
+            hooks.schedule.go_on_from(int(steps[hooks.name]))
         if any(hooks.schedule.step < hooks.recorded for hooks in self.hooks):
             self._begin_attempt()
+
+    @property
+    def live(self) -> Live | None:
+        """What tells of findings while the run goes on."""
+        return next((sink for sink in self._delivery.sinks if isinstance(sink, Live)), None)
 
     @property
     def waiting(self) -> bool:
@@ -122,10 +139,24 @@ class Recorder:
             "lrprobe": _version("lrprobe"),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "attached": self._attached,
             "optimizers": {hooks.name: hooks.describe() for hooks in self.hooks},
+            NOT_IN_OPTIMIZER: self._membership.missing,
+            IN_TWO_OPTIMIZERS: self._membership.twice,
         }
+        for sink in self._delivery.sinks:
+            if isinstance(sink, Memory | Parquet | Live):
+                sink.describe(self.run)
 
-    def add(self, hooks: Hooks, pending: Pending | Merging) -> None:
+    def look(self, hooks: Hooks) -> None:
+        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+        living = [each for one in list(open_recorders) for each in one.hooks]
+        new = self._membership.look(hooks, self.hooks, living)
+        if new or hooks.count.changed:
+            hooks.count.changed = False
+            self.describe()
+
+    def add(self, hooks: Hooks, pending: StepInFlight) -> None:
         """Take the figures of a step, still on the device."""
         with self._lock:
             self._waiting.append((hooks, pending))
@@ -160,7 +191,7 @@ class Recorder:
                     hooks.settle()
         self._tell()
 
-    def _pass_on(self, hooks: Hooks, pending: Pending | Merging) -> None:
+    def _pass_on(self, hooks: Hooks, pending: StepInFlight) -> None:
         if pending.none_taken:
             less = hooks.take_back()
             for others, later in self._waiting:

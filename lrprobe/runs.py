@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrprobe.about import KEY, Description, description, merged, of_rows, of_several
 from lrprobe.read import _run_names, read
 from lrprobe.record import Level
 from lrprobe.series import latest
@@ -15,9 +16,8 @@ from lrprobe.text import listed, warn
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
-
-_NAMES = ("optimizer", "parameter", "rule")
 COLUMNS = (
     "step",
     "time",
@@ -29,7 +29,9 @@ COLUMNS = (
     "rule",
     "stepped",
     "lr",
+    "initial_lr",
     "decay",
+    "effective_lr_min",
     "effective_lr_p05",
     "effective_lr_p50",
     "effective_lr_p95",
@@ -47,6 +49,9 @@ COLUMNS = (
 )
 """What findings and reports ask for."""
 
+NEWER_COLUMNS = ("idle_fraction", "grad_persistence", "state_error")
+"""The same, which older datasets do not have."""
+
 _LAST_PARTS = 4
 """Parts of a dataset in which the newest step of an optimizer is looked for."""
 
@@ -59,17 +64,19 @@ class Runs:
         frame: rows of every attempt; with a column ``run`` where there are several.
         names: of the runs, in order; the path's own where there is one.
         level: what a row stands for: ``"parameter"``, or ``"module"`` where a logdir has no more.
-        hyperparameters: per optimizer, where all its groups in all runs agree.
     """
 
     frame: pd.DataFrame
     names: tuple[str, ...]
     level: Level
-    hyperparameters: Mapping[str, Mapping[str, Any]]
 
 
-def load(*paths: str | os.PathLike[str]) -> Runs:
+def load(*paths: str | os.PathLike[str], also: Sequence[str] = ()) -> Runs:
     """Read the runs at some paths; a folder that holds runs stands for them.
+
+    Args:
+        paths: of the runs.
+        also: columns to read beside ``COLUMNS``, of those that there are.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -82,7 +89,7 @@ def load(*paths: str | os.PathLike[str]) -> Runs:
     level: Level = "parameter"
     frames = []
     for path in found:
-        frame = _columns_of(path)
+        frame = _columns_of(path, also)
         if frame is None:
             try:
                 frame = read(path, by=level, attempts="all")
@@ -95,14 +102,16 @@ def load(*paths: str | os.PathLike[str]) -> Runs:
     if level == "module":
         frames = [read(path, by=level, attempts="all") for path in found]
     if len(found) == 1:
-        return Runs(frames[0], tuple(names), level, _hyperparameters(found))
+        return Runs(frames[0], tuple(names), level)
+    about = of_several({name: description(each) for name, each in zip(names, frames, strict=True)})
     for frame, name in zip(frames, names, strict=True):
         frame.insert(0, "run", pd.Series(name, index=frame.index, dtype="str"))
     whole = pd.concat(frames, ignore_index=True)
-    return Runs(whole, tuple(names), level, _hyperparameters(found))
+    whole.attrs[KEY] = about
+    return Runs(whole, tuple(names), level)
 
 
-def _columns_of(path: Path) -> pd.DataFrame | None:
+def _columns_of(path: Path, also: Sequence[str]) -> pd.DataFrame | None:
     """The columns that findings and reports ask for, of every attempt, names as categories.
 
     Four times as fast as ``read``, in a third of the memory, which matters for five million rows:
@@ -120,24 +129,29 @@ def _columns_of(path: Path) -> pd.DataFrame | None:
     if not path.is_dir() or not is_dataset(path):
         return None
     schema = SCHEMAS["parameter"]
-    codes: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
     try:
         parts = part_files(path)
         if not parts:
             return None
-        for part in parts:
-            inspect_part(part)
+        runs = [inspect_part(part).run for part in parts]
+        there = set.intersection(*(set(pq.read_schema(part).names) for part in parts))
+        more = [name for name in (*NEWER_COLUMNS, *also) if name in there]
+        wanted = list(dict.fromkeys((*COLUMNS, *more)))
+        text_columns = [
+            name
+            for name in wanted
+            if name in schema.names and schema.field(name).type == pa.string()
+        ]
+        codes: dict[str, dict[str, int]] = {name: {} for name in text_columns}
         ends = np.cumsum([pq.read_metadata(part).num_rows for part in parts]).tolist()
         columns: dict[str, Any] = {
-            name: np.empty(
-                ends[-1], np.int32 if name in codes else schema.field(name).type.to_pandas_dtype()
-            )
-            for name in COLUMNS
+            name: np.empty(ends[-1], np.int32 if name in codes else _dtype(schema, name))
+            for name in wanted
         }
         for part, start, end in zip(parts, [0, *ends], ends, strict=False):
             # Arrow's threads share out the columns of one part, which is too small for that.
-            with pq.ParquetFile(part, read_dictionary=list(_NAMES)) as file:
-                table = file.read(columns=list(COLUMNS), use_threads=False)
+            with pq.ParquetFile(part, read_dictionary=text_columns) as file:
+                table = file.read(columns=wanted, use_threads=False)
             for name, column in columns.items():
                 # The last part of a live run may have grown meanwhile, at its end.
                 values: Any = table.column(name).combine_chunks()[: end - start]
@@ -150,9 +164,37 @@ def _columns_of(path: Path) -> pd.DataFrame | None:
                     column[start:end] = values.to_numpy(zero_copy_only=False)
     except (pa.ArrowException, ValueError, KeyError, OSError):
         return None
+    told = [Description(0, 0, "", run) for run in runs[:1]]
+    optimizers = list(codes["optimizer"])
+    for run, start, end in zip(runs, [0, *ends], ends, strict=False):
+        code, at = np.unique(columns["optimizer"][start:end], return_index=True)
+        attempts, steps = (columns[name][start:end][at] for name in ("attempt", "step"))
+        told += of_rows(run, [optimizers[each] for each in code], attempts, steps)
     for name, known in codes.items():
         columns[name] = pd.Categorical.from_codes(columns[name], categories=pd.Index(list(known)))
-    return pd.DataFrame(columns, copy=False)
+    frame = pd.DataFrame(columns, copy=False)
+    frame.attrs[KEY] = merged(told)
+    return frame
+
+
+def _dtype(schema: pa.Schema, name: str) -> Any:
+    return schema.field(name).type.to_pandas_dtype() if name in schema.names else "float64"
+
+
+def before_attempt(path: Path, attempt: int) -> pd.DataFrame | None:
+    """What a dataset has of the attempts before one; None where it has nothing of them.
+
+    Raises:
+        ValueError: it cannot be read.
+        OSError: the same.
+    """
+    if not path.is_dir() or not is_dataset(path):
+        return None
+    frame = _columns_of(path, ())
+    if frame is None:
+        frame = read(path, attempts="all")
+    earlier = frame[frame["attempt"] < attempt].reset_index(drop=True)
+    return earlier if len(earlier) else None
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -188,28 +230,6 @@ def is_dataset(path: Path) -> bool:
 def is_logdir(path: Path) -> bool:
     """Whether a folder is a TensorBoard logdir."""
     return any("tfevents" in each.name for each in path.iterdir())
-
-
-def _hyperparameters(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    from lrprobe.sinks.parquet import inspect_part, part_files
-
-    found: dict[str, dict[str, Any]] = {}
-    for path in filter(is_dataset, paths):
-        for part in part_files(path)[-1:]:
-            try:
-                optimizers = inspect_part(part).run.get("optimizers", {})
-            except (ValueError, OSError):
-                continue  # reading has warned of it
-            for name, about in optimizers.items():
-                groups = about["groups"] or [{}]
-                options = {
-                    key: value
-                    for key, value in groups[0].items()
-                    if all(group.get(key) == value for group in groups)
-                }
-                known = found.setdefault(name, options)
-                found[name] = {k: v for k, v in known.items() if options.get(k) == v}
-    return found
 
 
 def stamp(path: Path) -> list[tuple[str, int, int]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lrprobe.about import description
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+
+_REGULAR = 0.7
+"""Share of equal gaps between recorded steps from which on they have a period."""
 
 _KEYS = ("parameter", "module", "group")
 
@@ -30,17 +35,29 @@ class Series:
         optimizer: name of the optimizer.
         steps: the recorded steps, ascending: (steps,).
         names: the parameters, in the model's order: (parameters,).
-        options: hyperparameters, where they are known.
+        about: what describes the run, as in the frame's ``attrs["lrprobe"]``; empty where it is not
+            known.
+        ongoing: whether more steps may come.
+        siblings: those of all optimizers of the run, itself among them.
+        memo: what checks have made of it, for other checks.
         superseded: what an earlier attempt recorded that this one recorded anew, latest last.
     """
 
     def __init__(
-        self, frame: pd.DataFrame, run: str, optimizer: str, superseded: Sequence[Series] = ()
+        self,
+        frame: pd.DataFrame,
+        run: str,
+        optimizer: str,
+        superseded: Sequence[Series] = (),
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.optimizer = optimizer
         self.superseded = superseded
-        self.options: dict[str, Any] = {}
+        self.about = description(frame, run) if about is None else about
+        self.memo: dict[str, Any] = {}
+        self.ongoing = False
+        self.siblings: Sequence[Series] = (self,)
         self._frame = frame
         key = next((key for key in _KEYS if key in frame), None)
         if key is None:
@@ -104,6 +121,67 @@ class Series:
         return highest
 
     @cached_property
+    def with_gradient(self) -> Bools:
+        """Whether the parameter had a gradient, finite or not: (steps, parameters).
+
+        The norm of a gradient with a NaN in it is NaN, too: then it has elements that are not
+        finite.
+        """
+        known = np.logical_not(np.isnan(self["grad_norm"]))
+        bad = self["nonfinite"] > 0 if "nonfinite" in self else False
+        result: Bools = np.asarray((known | bad) & self.present)
+        return result
+
+    @cached_property
+    def skipped(self) -> Bools:
+        """Steps that a gradient scaler had a fused optimizer skip: (steps,)."""
+        if "grad_norm" not in self:
+            return np.zeros(len(self.steps), dtype=bool)
+        result: Bools = np.asarray(self.with_gradient.any(axis=1) & ~self.stepped.any(axis=1))
+        return result
+
+    @property
+    def optimizer_about(self) -> Mapping[str, Any]:
+        """What describes the optimizer; empty where it is not known."""
+        found: Mapping[str, Any] = self.about.get("optimizers", {}).get(self.optimizer, {})
+        return found
+
+    @property
+    def optimizer_class(self) -> str:
+        """Name of the optimizer's class, as far as it is known."""
+        name: str = self.optimizer_about.get("class", self.optimizer)
+        return name.rpartition(".")[2]
+
+    def option(self, name: str) -> list[Any]:
+        """A hyperparameter of each parameter's group: (parameters,), None where it is unknown."""
+        groups = self.optimizer_about.get("groups") or []
+        values = [group.get(name) for group in groups]
+        if not values:
+            return [None] * len(self.names)
+        if np.isnan(self.group).all():
+            same = all(value == values[0] for value in values)
+            return [values[0] if same else None] * len(self.names)
+        return [
+            values[int(at)] if at == at and int(at) < len(values) else None  # noqa: PLR0124 - NaN
+            for at in self.group
+        ]
+
+    @cached_property
+    def resumes(self) -> Ints:
+        """Rows in which a resume begins: another attempt or probe, or a step off the period."""
+        rows = np.diff(self.attempt) > 0
+        for begin in self.optimizer_about.get("begins", ()):
+            rows |= ((self.steps == begin["step"]) & (self.attempt == begin["attempt"]))[1:]
+        gaps = np.diff(self.steps)
+        if len(gaps) >= 4:
+            found, count = np.unique(gaps, return_counts=True)
+            period = int(found[count.argmax()])
+            if period > 1 and count.max() >= _REGULAR * len(gaps):
+                rows |= (self.steps % period != 0)[1:]
+        result: Ints = np.flatnonzero(rows) + 1
+        return result
+
+    @cached_property
     def rules(self) -> tuple[NDArray[np.int64], list[str]]:
         """Names of rules, and which holds where: (steps, parameters), −1 where there is no row."""
         if "rule" not in self:
@@ -149,29 +227,36 @@ def series_of(frame: pd.DataFrame) -> Iterator[Series]:
     keys = [key for key in ("run", "optimizer") if key in frame]
     if not len(frame):
         return
+    whole = frame
+    frame = frame.copy(deep=False)
+    frame.attrs = {}  # of which pandas makes a deep copy for each column that is looked at
     # Codes instead of a groupby: one run of one optimizer is the usual case, and copies nothing.
     label = np.zeros(len(frame), dtype=np.int64)
     for key in keys:
         codes, found = frame[key].factorize()
         label = label * len(found) + codes
     values, first = np.unique(label, return_index=True)
+    result: list[Series] = []
     for value in values[np.argsort(first)]:
         rows = frame if len(values) == 1 else frame[label == value].reset_index(drop=True)
         run = str(rows["run"].iloc[0]) if "run" in rows else ""
         optimizer = str(rows["optimizer"].iloc[0]) if "optimizer" in rows else ""
-        yield _one(rows, run, optimizer)
+        result.append(_one(rows, run, optimizer, description(whole, run)))
+    for series in result:
+        series.siblings = [each for each in result if each.run == series.run]
+    yield from result
 
 
-def _one(rows: pd.DataFrame, run: str, optimizer: str) -> Series:
+def _one(rows: pd.DataFrame, run: str, optimizer: str, about: Mapping[str, Any]) -> Series:
     """The series of one optimizer; what a later attempt replaces is set aside."""
     superseded = []
     keep = _kept(rows)
     if not keep.all():
         attempt = rows["attempt"].to_numpy()
         again = np.unique(attempt[~keep])
-        superseded = [Series(rows[attempt == one], run, optimizer) for one in again]
+        superseded = [Series(rows[attempt == one], run, optimizer, (), about) for one in again]
         rows = rows[keep].reset_index(drop=True)
-    return Series(rows, run, optimizer, superseded)
+    return Series(rows, run, optimizer, superseded, about)
 
 
 def _kept(rows: pd.DataFrame) -> Bools:
@@ -190,7 +275,7 @@ def latest(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     keys = [key for key in ("run", "optimizer") if key in frame]
     keep = np.ones(len(frame), dtype=bool)
-    for at in frame.groupby(keys).indices.values():
+    for at in frame.groupby(keys, observed=True).indices.values():
         keep[at] = _kept(frame.iloc[at])
     return frame[keep].reset_index(drop=True)
 

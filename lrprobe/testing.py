@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrprobe.engine.pieces import entry_of, real
 from lrprobe.inspect import reconstruct, step_error
 from lrprobe.rules import Rule, find_rule
-from lrprobe.summary.reading import entry_of, positions, real
 
 SHAPES = ((5, 7), (11,), (3, 2, 4, 2), ())
 
@@ -104,12 +104,13 @@ def _explained(
     """The error of one parameter's step, and the numbers that differ most; none if all rests."""
     with torch.no_grad():
         entry = entry_of(param, optimizer.state.get(param, {}), extra)
-        s, update = reconstruct(entry, group, rule, None)
-        start = positions(old, None).to(s.param.dtype)
+        s, update = reconstruct(entry, group, rule)
+        start = old.reshape(-1).to(s.param.dtype)
         predicted = start * (1 - update.decay) - update.effective_lr * update.direction
         change = (predicted - start).double()
         observed = (s.param - start).double()
-        error = step_error(change, observed, start.double(), old.dtype)
+        after = s.param.double()
+        error = step_error(change, start.double(), after, group, rule, old.dtype)
     if not bool(change.count_nonzero()) and not bool(observed.count_nonzero()):
         return 0.0, ""
     at = int((predicted - s.param).abs().nan_to_num(torch.inf).argmax())

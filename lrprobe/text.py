@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def shown(name: str, most: int = 120) -> str:
@@ -38,3 +44,12 @@ def parts_of(name: str) -> tuple[str, str, str]:
     """
     separator = "/" if name.rfind("/") > name.rfind(".") else "."
     return name.rpartition(separator)
+
+
+def shorter(name: str, most: int = 200) -> str:
+    """A name as text, or of a long one its two ends with a checksum between: it stays its own."""
+    name = name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text
+    if len(name) <= most:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: most // 2]}…{digest}…{name[12 - most // 2 :]}"

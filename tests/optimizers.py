@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import versions
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -91,7 +92,7 @@ _FLOAT32_FLAGS = ("capturable", "differentiable")
 
 
 def _tolerance(cls: type[Optimizer], kwargs: dict[str, Any]) -> float:
-    if cls is torch.optim.Muon:
+    if cls is versions.MUON:
         return MUON
     tensors = [v for v in kwargs.values() if isinstance(v, Tensor)]
     tensors += [b for b in kwargs.get("betas", ()) if isinstance(b, Tensor)]
@@ -102,7 +103,7 @@ def _tolerance(cls: type[Optimizer], kwargs: dict[str, Any]) -> float:
 
 def _case(cls: type[Optimizer], kwargs: dict[str, Any], note: str) -> Case:
     sparse = cls is torch.optim.SparseAdam
-    shapes = MATRICES if cls is torch.optim.Muon else ROWS if sparse else SHAPES
+    shapes = MATRICES if cls is versions.MUON else ROWS if sparse else SHAPES
     if cls is torch.optim.Adafactor:
         shapes = ((5, 7), (11,), (3, 2, 4), (), *LINES, (1, 64), (6, 1), (1, 1))
     return Case(
@@ -148,7 +149,6 @@ def _more() -> Iterator[Case]:
             (optim.SGD, {"lr": 0.1, "nesterov": True, "momentum": 0.8, **options}, f"nest-{name}")
             for name, options in _IMPLEMENTATIONS.items()
         ),
-        (optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, "decoupled"),
         (optim.Adam, {"amsgrad": True, "maximize": True}, "amsgrad-maximize"),
         (
             optim.Adam,
@@ -167,9 +167,13 @@ def _more() -> Iterator[Case]:
         (optim.ASGD, {"lambd": 0.1, "alpha": 0.5, "weight_decay": 0.1}, "lambd-wd"),
         (optim.Adafactor, {"lr": 1.0, "eps": (1e-3, 1e-2), "d": 1.0}, "clipped"),
         (optim.Adamax, {"weight_decay": 0.1, "maximize": True}, "wd-maximize"),
-        (optim.Muon, {"nesterov": False}, "plain-momentum"),
-        (optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, "match-rms"),
     ]  # fmt: skip
+    if versions.ADAM_DECOUPLES:
+        options = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+        rows.append((optim.Adam, options, "decoupled"))
+    if versions.MUON is not None:
+        rows.append((versions.MUON, {"nesterov": False}, "plain-momentum"))
+        rows.append((versions.MUON, {"adjust_lr_fn": "match_rms_adamw"}, "match-rms"))
     for cls, kwargs, note in rows:
         yield _case(cls, kwargs, f"more-{note}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import versions
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,21 +28,24 @@ QUANTILES = {
 FIGURES = [
     "effective_lr_mean", "effective_lr_gmean", "effective_lr_std", "effective_lr_min",
     *(f"effective_lr_{p}" for p in QUANTILES),
-    "effective_lr_max", "effective_lr_applied",
+    "effective_lr_max", "effective_lr_applied", "idle_fraction",
     "update_norm", "update_ratio", "update_grad_cosine",
-    "param_norm", "grad_norm", "zero_grad_fraction",
+    "param_norm", "grad_norm", "zero_grad_fraction", "grad_persistence",
     "rms_grad_mean", "rms_update_mean", "eps_fraction",
-    "nonfinite", "lost_fraction", "reconstruction_error",
+    "nonfinite", "lost_fraction", "reconstruction_error", "state_error",
 ]  # fmt: skip
 
 COLUMNS = [
-    "step", "time", "attempt", "optimizer", "group", "parameter", "numel", "rule", "stepped",
-    "lr", "initial_lr", "decay", "samples", "lr_per_sample", *FIGURES,
+    "step", "time", "attempt", "optimizer", "group", "group_name", "parameter", "numel",
+    "rule", "stepped", "lr", "initial_lr", "decay", "samples", "lr_per_sample", *FIGURES,
 ]  # fmt: skip
 
 DTYPES = {
     "step": "int64", "attempt": "int64", "group": "int64", "numel": "int64",
-    "optimizer": "str", "parameter": "str", "module": "str", "rule": "str", "stepped": "bool",
+    "stepped": "bool",
+    **dict.fromkeys(
+        ("optimizer", "group_name", "parameter", "module", "rule"), versions.TEXT
+    ),
 }  # fmt: skip
 
 
@@ -90,6 +94,7 @@ class Truth:
     rate: Array | None = None
     direction: Array | None = None
     grad: Array | None = None
+    previous: Array | None = None
     before: Array | None = None
     same: NDArray[np.bool_] | None = None
     rms_grad: Array | None = None
@@ -129,6 +134,7 @@ class Tape:
     title: str = ""
     first_lr: dict[int, float] = field(default_factory=dict)
     kept: dict[Tensor, Old] = field(default_factory=dict)
+    grads: dict[str, Array] = field(default_factory=dict)
 
     def before(self) -> None:
         """Keep everything."""
@@ -169,6 +175,8 @@ class Tape:
                 if param.grad is not None:
                     state = self.optimizer.state.get(param, {})
                     self._step(truth, param, old, state)
+                    truth.previous = self.grads.get(name)
+                    self.grads[name] = truth.grad
                 truths[name] = truth
         return truths
 
@@ -280,6 +288,11 @@ def adam(o: Given) -> dict[str, Any]:
         "rms_grad": root,
         "eps": (root, eps),
     }
+
+
+def adamw(o: Given) -> dict[str, Any]:
+    o.old.group["decoupled_weight_decay"] = True  # which torch's group says from 2.7 on
+    return adam(o)
 
 
 def nadam(o: Given) -> dict[str, Any]:
@@ -461,7 +474,7 @@ def muon(o: Given) -> dict[str, Any]:
 EQUATIONS = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
-    torch.optim.AdamW: adam,
+    torch.optim.AdamW: adamw,
     torch.optim.NAdam: nadam,
     torch.optim.RAdam: radam,
     torch.optim.Adamax: adamax,
@@ -472,9 +485,10 @@ EQUATIONS = {
     torch.optim.ASGD: asgd,
     torch.optim.Adafactor: adafactor,
     torch.optim.SparseAdam: sparse_adam,
-    torch.optim.Muon: muon,
 }
 """DESIGN section 4, line by line."""
+if versions.MUON is not None:
+    EQUATIONS[versions.MUON] = muon
 
 
 def norm(values: Array) -> float:
@@ -490,7 +504,8 @@ def _distribution(rate: Array) -> dict[str, float]:
         "effective_lr_min": np.min(rate),
         "effective_lr_max": np.max(rate),
     }
-    for name, q in zip(QUANTILES, np.quantile(rate, list(QUANTILES.values())), strict=True):
+    levels = np.quantile(rate, list(QUANTILES.values()), method="inverted_cdf")
+    for name, q in zip(QUANTILES, levels, strict=True):
         out[f"effective_lr_{name}"] = q
     return out
 
@@ -503,48 +518,73 @@ def figures(truths: Sequence[Truth]) -> dict[str, float]:
     moved = [t for t in truths if t.stepped]
     if not moved:
         return out
+    with np.errstate(all="ignore"):
+        out |= _of_the_step(moved, out["param_norm"])
+        out |= _of_measured(moved) if any(t.measured for t in moved) else _of_the_rule(moved)
+    return {key: float(value) for key, value in out.items()}
+
+
+def _of_the_step(moved: Sequence[Truth], param_norm: float) -> dict[str, Any]:
+    """What a step is, whatever the rule."""
     grad = np.concatenate([t.grad for t in moved])
-    before = np.concatenate([t.before for t in moved])
-    after = np.concatenate([t.after for t in moved])
+    observed = np.concatenate([t.after - t.before for t in moved])
     change = np.concatenate([t.change for t in moved])
     same = np.concatenate([t.same for t in moved])
     uphill = np.concatenate([np.full(t.grad.shape, 1 if t.maximize else -1) for t in moved])
     spacing = np.concatenate([ulp(t.before, t.dtype) for t in moved])
-    observed = after - before
-    with np.errstate(all="ignore"):
-        out["update_norm"] = norm(change)
-        out["update_ratio"] = np.float64(norm(change)) / out["param_norm"]
-        out["update_grad_cosine"] = np.sum(uphill * change * grad) / (norm(change) * norm(grad))
-        out["grad_norm"] = norm(grad)
-        out["nonfinite"] = float(sum(t.nonfinite.sum() for t in moved))
-        beyond = np.maximum(np.abs(change - observed) - spacing, 0)
-        scale = max(norm(change), norm(observed))
-        out["reconstruction_error"] = np.float64(norm(beyond)) / scale
-        if grad.size:
-            out["zero_grad_fraction"] = np.mean(grad == 0)
-            out["lost_fraction"] = np.mean((change != 0) & same)
-        if any(t.measured for t in moved):
-            there = grad != 0
-            ratio = np.abs(observed[there]) / np.abs(grad[there])
-            if ratio.size:
-                levels = np.quantile(ratio, list(QUANTILES.values()))
-                out |= {f"effective_lr_{k}": q for k, q in zip(QUANTILES, levels, strict=True)}
-            out["effective_lr_applied"] = norm(observed) / np.float64(norm(grad))
-            out["reconstruction_error"] = out["lost_fraction"] = math.nan  # none was intended
-            return out
-        rate = np.concatenate([t.rate for t in moved])
-        direction = np.concatenate([t.direction for t in moved])
-        if rate.size:
-            out |= _distribution(rate)
-        out["effective_lr_applied"] = norm(rate * direction) / np.float64(norm(direction))
-        for name, key in (("rms_grad_mean", "rms_grad"), ("rms_update_mean", "rms_update")):
-            values = [getattr(t, key) for t in moved if getattr(t, key) is not None]
-            if values and grad.size:
-                out[name] = np.mean(np.concatenate(values))
-        with_eps = [t.eps for t in moved if t.eps is not None]
-        if with_eps and grad.size:
-            out["eps_fraction"] = np.mean(np.concatenate([s <= eps for s, eps in with_eps]))
-    return {key: float(value) for key, value in out.items()}
+    out: dict[str, Any] = {
+        "update_norm": norm(change),
+        "update_ratio": np.float64(norm(change)) / (param_norm or math.nan),
+        "update_grad_cosine": np.sum(uphill * change * grad) / (norm(change) * norm(grad)),
+        "grad_norm": norm(grad),
+        "nonfinite": float(sum(t.nonfinite.sum() for t in moved)),
+    }
+    beyond = np.maximum(np.abs(change - observed) - spacing, 0)
+    scale = np.float64(max(norm(change), norm(observed)))
+    out["reconstruction_error"] = norm(beyond) / scale
+    if all(t.previous is not None and t.previous.size == t.grad.size for t in moved):
+        previous = np.concatenate([t.previous for t in moved])
+        out["grad_persistence"] = np.sum(previous * grad) / (norm(previous) * norm(grad))
+    if grad.size:
+        out["zero_grad_fraction"] = np.mean(grad == 0)
+        out["lost_fraction"] = np.mean((change != 0) & same)
+    return out
+
+
+def _of_measured(moved: Sequence[Truth]) -> dict[str, Any]:
+    """What can be seen of a step from outside."""
+    grad = np.concatenate([t.grad for t in moved])
+    observed = np.concatenate([t.after - t.before for t in moved])
+    out: dict[str, Any] = {}
+    there = grad != 0
+    ratio = np.abs(observed[there]) / np.abs(grad[there])
+    if ratio.size:
+        levels = np.quantile(ratio, list(QUANTILES.values()), method="inverted_cdf")
+        out |= {f"effective_lr_{k}": q for k, q in zip(QUANTILES, levels, strict=True)}
+    out["effective_lr_applied"] = norm(observed) / np.float64(norm(grad))
+    out["reconstruction_error"] = out["lost_fraction"] = math.nan  # none was intended
+    out["idle_fraction"] = np.mean(observed == 0) if observed.size else math.nan
+    return out
+
+
+def _of_the_rule(moved: Sequence[Truth]) -> dict[str, Any]:
+    """What the equation says of the step."""
+    rate = np.concatenate([t.rate for t in moved])
+    direction = np.concatenate([t.direction for t in moved])
+    moves = direction != 0  # what does not move got no rate
+    out: dict[str, Any] = _distribution(rate[moves]) if moves.any() else {}
+    out["effective_lr_applied"] = norm(rate * direction) / np.float64(norm(direction))
+    if rate.size:
+        out["idle_fraction"] = 1 - np.mean(moves)
+    for name, key in (("rms_grad_mean", "rms_grad"), ("rms_update_mean", "rms_update")):
+        values = [getattr(t, key) for t in moved if getattr(t, key) is not None]
+        if values and rate.size:
+            out[name] = np.mean(np.concatenate(values))
+    with_eps = [(t.eps, t.direction != 0) for t in moved if t.eps is not None]
+    below = [(statistic <= eps)[some] for (statistic, eps), some in with_eps]
+    if sum(map(len, below)):
+        out["eps_fraction"] = np.mean(np.concatenate(below))
+    return out
 
 
 def row(truths: Truth | Sequence[Truth], samples: float = math.nan) -> dict[str, Any]:

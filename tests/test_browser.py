@@ -1,75 +1,35 @@
 """What a probe writes, seen in TensorBoard in a real browser: Chromium, headless."""
 
-import re
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
+from browsers import LONG, chromium, needs_browser, small_net, tensorboard, train
 from torch import nn
 
-import lrprobe
-
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs a browser: Debian's chromium and chromium-driver"
-)
-FLAGS = (
-    *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-    *("disable-background-networking", "disable-component-update", "window-size=1500,1000"),
-)
+pytestmark = needs_browser
 # TensorBoard's charts stand in shadow trees, where no selector of the whole page reaches.
 EVERYWHERE = """
 const every = (root) => [...root.querySelectorAll(arguments[0])].concat(
     ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot).map(e => every(e.shadowRoot)));
 return every(document).map(e => e.getAttribute("d") || e.textContent);
 """
-LONG = 60  # seconds for a page on a busy machine
-
-
-def train(model: nn.Module, logdir: Path, steps: int = 40) -> None:
-    """A few steps under Adam, recorded each."""
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam(model.parameters())
-    with lrprobe.attach(optimizer, model, to=logdir, every=1):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.randn(8, 4)).square().mean().backward()
-            optimizer.step()
-
-
-@contextmanager
-def tensorboard(logdir: Path) -> Iterator[str]:
-    """A TensorBoard server on a free port; its address."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--host", "localhost", "--load_fast", "false"], stderr=subprocess.PIPE, text=True
-    ) as server:
-        try:
-            for line in server.stderr:
-                if found := re.search(r"http://\S+", line):
-                    break
-            yield found[0].rstrip("/")
-        finally:
-            server.terminate()
+# What is seen of some elements, from the top left of the screen to the bottom right.
+IN_ORDER = """
+const every = (root) => [...root.querySelectorAll(arguments[0])].concat(
+    ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot).map(e => every(e.shadowRoot)));
+const place = (e) => e.getBoundingClientRect();
+return every(document).filter(e => e.textContent.trim() && place(e).width)
+    .sort((a, b) => place(a).top - place(b).top || place(a).left - place(b).left)
+    .map(e => e.textContent.trim());
+"""
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory):
     """Chromium, as a new user has it."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(f"--{flag}")
-    service = webdriver.ChromeService(DRIVER)
-    with webdriver.Chrome(options=options, service=service) as opened:
+    with chromium(tmp_path_factory.mktemp("chromium")) as opened:
         yield opened
 
 
@@ -77,7 +37,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory):
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """TensorBoard on a run with two layers."""
     logdir = tmp_path_factory.mktemp("small")
-    train(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), logdir)
+    train(small_net(), logdir)
     with tensorboard(logdir) as address:
         yield address
 
@@ -96,13 +56,14 @@ def wait_for(browser, page: str, selector: str, count: int) -> list[str]:
 
 
 def test_custom_scalars_draw_bands_and_an_overview(browser, small: str) -> None:
-    """Each parameter has its median in a band; all update ratios stand in one chart, the first."""
+    """All update ratios stand in the first chart; then each parameter has its band, in order."""
     page = f"{small}/#custom_scalars"
     assert len(wait_for(browser, page, "path.area", 4)) == 4
     lines = wait_for(browser, page, "path.line", 4 + 4 + 4 + 1)
     assert not any("NaN" in line for line in lines)
-    charts = browser.execute_script(EVERYWHERE, "tf-card-heading, .heading-label")
-    assert next(filter(None, map(str.strip, charts))).startswith("update ratio of all")
+    shown = browser.execute_script(IN_ORDER, "tf-card-heading, .heading-label")
+    assert shown[0].startswith("update ratio of all")
+    assert shown[3:] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
 def test_scalars_begin_with_the_rate_of_each_parameter(browser, small: str) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import versions
 from test_sinks import NAMES, make_record, parts
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -154,7 +155,7 @@ def test_several_paths_have_a_column_run(tmp_path):
         write(Parquet(tmp_path / place), [1, 2])
     frame = read(*[tmp_path / place for place in places])
     assert frame.columns[0] == "run"
-    assert str(frame["run"].dtype) == "str"
+    assert str(frame["run"].dtype) == versions.TEXT
     assert list(frame["run"].unique())[:2] == ["x/a", "y/a"]
     assert frame["run"].nunique() == 4
     assert type(frame.index) is pd.RangeIndex
@@ -299,7 +300,7 @@ def test_a_logdir_gives_its_scalars(tmp_path, own, prefix):
         writer.add_scalar("loss", 1.0, 1)
     sink.flush()
     frame = read(tmp_path)
-    keys = ["step", "time", "attempt", "optimizer", "group", "parameter"]
+    keys = ["step", "time", "attempt", "optimizer", "group", "group_name", "parameter"]
     expected = memory.frame()[keys + list(SCALARS)]
     expected[list(SCALARS)] = expected[list(SCALARS)].astype("float32").astype("float64")
     pd.testing.assert_frame_equal(frame, expected, check_exact=True)
@@ -408,7 +409,7 @@ def test_a_logdir_beside_a_dataset(tmp_path, by, first):
             scaler.step(adam)
             scaler.update()
     frame = read(*(paths if first else reversed(paths)), by=by)
-    assert {str(kind) for kind in frame.dtypes} <= {"int64", "float64", "bool", "str"}
+    assert {str(kind) for kind in frame.dtypes} <= {"int64", "float64", "bool", versions.TEXT}
     assert frame["stepped"].dtype == bool
     assert set(frame["run"]) == {"a", "log"}
     if by == "parameter":

@@ -218,12 +218,12 @@ import torch._dynamo  # which the first step would do, in each child
 torch.set_num_threads(1)
 import lrprobe
 from lrprobe.sinks import Parquet, TensorBoard, parquet
-from lrprobe.summary import pending
+from lrprobe.engine import flight
 
 def train(folder, plan):
     parquet.PART_BYTES = plan["part_bytes"]
     if plan["late"]:  # figures that are still on their way from a device, as far as one can see
-        pending.Crossing.ready = lambda self: False
+        flight.Crossing.ready = lambda self: False
     log = os.open(folder + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     def note(kind, step):
         os.write(log, struct.pack("<cqd", kind, step, time.monotonic()))
@@ -469,7 +469,7 @@ def test_two_threads_two_probes_one_sink(tmp_path: Path) -> None:
 
 
 def test_optimizers_of_one_name_in_one_sink_are_told_apart(tmp_path: Path) -> None:
-    """The second has `#1` added, also when it is attached anew; alone it has its own name."""
+    """The second has `#1` added, also when it is attached anew; elsewhere it has its own name."""
     memory, disk = sinks.Memory(), sinks.Parquet(tmp_path / "run.parquet")
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     one, two = (torch.optim.SGD([p], lr=0.1 * (i + 1)) for i, p in enumerate(params))
@@ -486,7 +486,9 @@ def test_optimizers_of_one_name_in_one_sink_are_told_apart(tmp_path: Path) -> No
     for frame in (memory.frame(), lrprobe.read(tmp_path / "run.parquet")):
         assert frame[["optimizer", "step"]].to_numpy().tolist() == [["SGD", 1], ["SGD#1", 1]]
         assert frame["lr"].tolist() == [0.1, 0.2]
-    with lrprobe.attach(two, to=memory, every=1) as alone:
+    with lrprobe.attach(two, to=memory, every=1) as again:
+        assert [hooks.name for hooks in again._recorder.hooks] == ["SGD#1"]
+    with lrprobe.attach(two, every=1) as alone:
         assert [hooks.name for hooks in alone._recorder.hooks] == ["SGD"]
 
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrprobe
-from lrprobe.summary import pending
+from lrprobe.engine import flight
 
 Flow = Callable[[nn.Module, Optimizer, int], None]
 
@@ -506,7 +506,7 @@ def arrival(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
             asked.append(1)
             return len(asked) % 4 == 0
 
-        monkeypatch.setattr(pending.Crossing, "ready", ready)
+        monkeypatch.setattr(flight.Crossing, "ready", ready)
     return str(request.param)
 
 
@@ -553,7 +553,7 @@ def test_steps_after_a_dummy_are_numbered_without_it(monkeypatch: pytest.MonkeyP
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with lrprobe.attach(optimizer, model, every=1) as probe:
-        monkeypatch.setattr(pending.Crossing, "ready", lambda self: False)
+        monkeypatch.setattr(flight.Crossing, "ready", lambda self: False)
         for _ in range(3):
             get_optimizer_state_dict(model, optimizer)
             model(torch.randn(4, 3)).sum().backward()
@@ -637,7 +637,7 @@ def test_no_error_of_ours_reaches_the_training(
     if broken in ("before", "after"):
         monkeypatch.setattr(f"lrprobe.hooks.{broken}", fail)
     elif broken == "collect":
-        monkeypatch.setattr(pending.Pending, "none_taken", property(fail))
+        monkeypatch.setattr(flight.StepInFlight, "none_taken", property(fail))
     param.grad = torch.ones(3)
     fails = broken in ("every", "step") or every == 1
     with warnings.catch_warnings(record=True) as said:
@@ -698,7 +698,7 @@ def test_a_rule_is_judged_by_its_own_step(monkeypatch: pytest.MonkeyPatch) -> No
     model = nn.ParameterDict({"two": torch.ones(2), "three": torch.ones(3), "four": torch.ones(4)})
     optimizer = Picky([model["two"], model["three"], model["four"]], lr=0.5)
     with lrprobe.attach(optimizer, model, every=1) as probe:
-        monkeypatch.setattr(pending.Crossing, "ready", lambda self: False)
+        monkeypatch.setattr(flight.Crossing, "ready", lambda self: False)
         for param in model.values():
             param.grad = torch.ones_like(param)
         optimizer.step()

@@ -271,7 +271,7 @@ def test_the_probe_reports_pytorch_191763(size: int) -> None:
 def test_each_beta_has_its_own_bias_correction() -> None:
     """`Slice.correction` tells betas apart that are computed where they are asked for."""
     entry = Entry(torch.zeros(3), torch.ones(3), {"step": torch.tensor(5.0)})
-    s = Slice([entry], {"share": 0.1}, lambda tensors: tensors[0])
+    s = Slice([entry], {"share": 0.1}, lambda name: torch.zeros(3))
     found = [s.correction(1 - share * s.group["share"]) for share in (1.0, 0.01, 5.0)]
     found += [s.correction(1 - torch.tensor(share).double()) for share in (0.1, 0.001, 0.5)]
     right = [1 - beta**5 for beta in (0.9, 0.999, 0.5)]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lrprobe
+from lrprobe.engine.eager import slices
+from lrprobe.engine.pieces import read, sample
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import Coded, Entry, Slice
 from lrprobe.rules.external import known
 from lrprobe.rules.external.common import without_decay
-from lrprobe.summary.reading import blocks, positions, spread, take_block
 
 
 class Rewriting(Optimizer):
@@ -49,11 +50,11 @@ def ruled(s: Slice) -> lrprobe.Update:
     return lrprobe.Update(s.lr, direction, grad=grad)
 
 
-lrprobe.register_rule(Ruled, lrprobe.Rule("ruled", ruled, fuse=False))
+lrprobe.register_rule(Ruled, lrprobe.Rule("ruled", ruled))
 
 
 def trained(
-    cls: type[Rewriting], size: int, closure: bool = False, **kwargs: Any
+    cls: type[Rewriting], size: int, closure: bool = False
 ) -> tuple[Any, Any, Tensor, Tensor]:
     """Frame and elements of three steps; the last gradient given, and what it moved."""
     generator = torch.Generator().manual_seed(1)
@@ -61,7 +62,7 @@ def trained(
     optimizer = cls([param])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*register_rule.*")
-        probe = lrprobe.attach(optimizer, every=1, track=3, **kwargs)
+        probe = lrprobe.attach(optimizer, every=1, track=3)
     for _ in range(3):
         given = torch.randn(size, generator=generator, dtype=torch.float64)
         given[::4] = 0
@@ -116,12 +117,6 @@ def test_inspect_step_measures_by_the_gradient_that_was_given() -> None:
     np.testing.assert_allclose(view.effective_lr, [0.45 / 4, 0.7 / 8], rtol=1e-12)
 
 
-def test_a_sample_of_a_rewritten_gradient_is_of_the_one_given() -> None:
-    """With ``sample=`` the norm is an estimate of the gradient given, not of what was left."""
-    frame, _, given, _ = trained(Ruled, 200_000, sample=8192)
-    np.testing.assert_allclose(frame["grad_norm"].iloc[-1], float(given.norm()), rtol=0.03)
-
-
 def test_a_rule_may_allow_for_rounded_state() -> None:
     """A parameter stays with its rule while the error is below the rule's own tolerance."""
 
@@ -162,29 +157,36 @@ def coded(shape: tuple[int, ...], bits: int, block: int) -> tuple[Coded, Tensor]
     return Coded(torch.Size(shape), stored, scale, block, table), whole
 
 
+def everything(state: Coded) -> Tensor:
+    """All that it stands for."""
+    return read(state, slice(0, state.shape.numel()), state.shape)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(6, 50), (2, 3, 50), (600, 1000), (3, 400_000), (1_000_002,)])
 def test_coded_state_is_read_slice_by_slice(shape: tuple[int, ...], bits: int) -> None:
-    """Blocks, a sample and chosen positions of a state in few bits are what it stands for."""
+    """Blocks, the check sample and chosen positions of a state in few bits are what it is."""
     state, whole = coded(shape, bits, 128)
-    assert torch.equal(positions(state, None), whole)
-    read = [take_block(block, torch.float32)([state]) for block in blocks(shape, 1 << 18)]
-    assert torch.equal(torch.cat(read), whole)
+    assert torch.equal(everything(state), whole)
+    param = torch.zeros(shape)
+    entry = Entry(param, param, {"m": state})
+    parts = [s["m"] for s in slices(entry, {}, torch.float32)]
+    assert torch.equal(torch.cat(parts), whole)
     at = torch.tensor([0, 7, len(whole) - 1])
-    assert torch.equal(positions(state, at), whole[at])
-    some = spread(len(whole), 64, torch.device("cpu"))
-    assert torch.equal(positions(state, some), whole[some.flat()])
+    assert torch.equal(read(state, at, state.shape), whole[at])
+    where = sample(torch.arange(len(whole)).reshape(shape), param.shape)
+    assert torch.equal(sample(state, param.shape), whole[where])
 
 
 def test_coded_floats_need_no_table() -> None:
     """Codes of 8 bits that are themselves numbers are only scaled."""
     codes = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
+    try:
+        codes[torch.tensor([0])]
+    except RuntimeError as error:  # torch 2.6 on the CPU
+        pytest.skip(str(error))
     state = Coded(torch.Size((4,)), codes, torch.tensor([2.0, 0.5]), 2)
-    assert positions(state, None).tolist() == [2.0, -4.0, 0.25, 224.0]
-    s = Slice(
-        [Entry(torch.zeros(4), torch.zeros(4), {"m": state})], {}, lambda t: positions(t[0], None)
-    )
-    assert s["m"].tolist() == [2.0, -4.0, 0.25, 224.0]
+    assert everything(state).tolist() == [2.0, -4.0, 0.25, 224.0]
 
 
 def test_a_class_is_known_by_package_and_name() -> None:

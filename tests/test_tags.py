@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 import lrprobe
 from lrprobe import sinks
-from lrprobe.record import LEVELS
+from lrprobe.record import LEVELS, frame_columns
 from lrprobe.sinks.merge import merge_rows
 from lrprobe.sinks.tags import STYLES, Tags
 
@@ -206,6 +206,10 @@ def test_tensorboard_has_the_style_and_reads_back(tmp_path, style):
     loaded = EventAccumulator(str(tmp_path / "a")).Reload()
     wanted = Tags("", style).values(make_record(2))
     found = {tag: loaded.Scalars(tag)[-1].value for tag in loaded.Tags()["scalars"]}
+    logs = {tag: found.pop(tag) for tag in list(found) if tag.startswith("effective_lr_log10_")}
+    for tag, value in logs.items():
+        assert 10**value == pytest.approx(wanted[tag.replace("_log10", "").replace("_p50", "")])
+    assert len(logs) == 3 * 3
     assert found == {tag: np.float32(value) for tag, value in wanted.items()}
     pd.testing.assert_frame_equal(lrprobe.read(tmp_path / "a"), lrprobe.read(tmp_path / "b"))
     (card,) = loaded.Tensors("lrprobe/text_summary")[0].tensor_proto.string_val
@@ -240,7 +244,7 @@ def test_json_lines_are_the_frame(tmp_path, by):
         sink.write(record)
     sink.close()
     wanted = expected_frame(records, by).replace([math.inf, -math.inf], math.nan)
-    found = pd.read_json(path, lines=True, precise_float=True).astype(wanted.dtypes)
+    found = pd.read_json(path, lines=True, precise_float=True).astype(frame_columns(by))
     pd.testing.assert_frame_equal(found, wanted, check_exact=True)
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -219,7 +219,7 @@ class Steps:
     def watch(self, hooks: Sequence[Hooks]) -> None:
         """Let them see the steps, one for each of ``stand_ins``."""
         for one, its in zip(self.stand_ins, hooks, strict=True):
-            watched = {id(w.ref()) for w in its.watched}
+            watched = {id(w.place()) for w in its.watched}
             at = [i for i, param in enumerate(one.shown) if id(param) in watched]
             tap = one.tap(at, self._calls, traced=self._traced)
             self._seats.append(_Seat(one, its, at, tap))

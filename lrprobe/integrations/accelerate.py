@@ -12,9 +12,9 @@ from lrprobe.sinks.tags import TagStyle
 def trackers(accelerator: Any, *, prefix: str = "", tag_style: TagStyle = "lrprobe") -> list[Sink]:
     """The trackers of an ``Accelerator``, for ``lrprobe.attach(..., to=trackers(accelerator))``.
 
-    TensorBoard, Weights & Biases and MLflow get what lrprobe's own sinks write; any other tracker
-    gets the scalars, through its ``log``, in a background thread. Close the probe before
-    ``accelerator.end_training()``.
+    TensorBoard, Weights & Biases, MLflow, Trackio and Comet get what lrprobe's own sinks write;
+    any other tracker gets the scalars, through its ``log``, in a background thread. Close the
+    probe before ``accelerator.end_training()``.
 
     Args:
         accelerator: after its ``init_trackers``.
@@ -40,4 +40,8 @@ def _sink(tracker: Any, prefix: str, style: TagStyle) -> Sink:
     if tracker.name == "mlflow":
         run = tracker.tracker.info.run_id
         return sinks.MLflow(run, prefix=prefix, tag_style=style)
+    if tracker.name == "trackio":
+        return sinks.Trackio(tracker.tracker, prefix=prefix, tag_style=style)
+    if tracker.name == "comet_ml":
+        return sinks.Comet(tracker.tracker, prefix=prefix, tag_style=style)
     return sinks.Scalars(tracker.log, prefix=prefix, tag_style=style)

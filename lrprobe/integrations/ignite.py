@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ignite.engine import Engine, Events
 from torch import nn
 
 import lrprobe
 from lrprobe import Probe
+from lrprobe.optional import extra
+
+with extra("ignite"):
+    from ignite.engine import Engine, Events
 
 
 def attach(engine: Engine, optimizer: Any, model: nn.Module | None = None, **options: Any) -> Probe:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import keras
-
 import lrprobe
 from lrprobe import Probe
-from lrprobe.foreign.keras import Steps, built
+from lrprobe.optional import extra
 from lrprobe.text import warn
+
+with extra("keras"):
+    import keras
+
+    from lrprobe.foreign.keras import Steps, built
 
 
 class LRProbeCallback(keras.callbacks.Callback):
@@ -22,7 +25,7 @@ class LRProbeCallback(keras.callbacks.Callback):
 
     Args:
         to: as for ``lrprobe.attach``.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
 
     Raises:
         NotImplementedError: Keras runs on another backend than torch or TensorFlow.

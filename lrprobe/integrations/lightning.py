@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lrprobe
+from lrprobe import Probe, sinks
+from lrprobe.optional import extra
+from lrprobe.sinks.tags import TagStyle
+from lrprobe.text import warn
+
 try:
     from lightning.pytorch import Callback
 except ImportError:  # the same under its older name
-    from pytorch_lightning import Callback
-
-import lrprobe
-from lrprobe import Probe, sinks
-from lrprobe.sinks.tags import TagStyle
-from lrprobe.text import warn
+    with extra("lightning"):
+        from pytorch_lightning import Callback
 
 
 class LRProbeCallback(Callback):
@@ -25,10 +27,10 @@ class LRProbeCallback(Callback):
 
     Args:
         to: as for ``lrprobe.attach``; None takes the trainer's own loggers: TensorBoard,
-            Weights & Biases and MLflow as they are; beside another logger that has a directory
-            (CSV) the dataset ``lrprobe.parquet`` in it; any other gets the scalars.
+            Weights & Biases, MLflow and Comet as they are; beside another logger that has a
+            directory (CSV) the dataset ``lrprobe.parquet`` in it; any other gets the scalars.
         tag_style: of the tags in the trainer's loggers.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None
@@ -86,6 +88,8 @@ def _sink(logger: Any, tag_style: TagStyle) -> Any:
         return sinks.WandB(logger.experiment, tag_style=tag_style)
     if "MLFlowLogger" in names:
         return sinks.MLflow(logger.run_id, client=logger.experiment, tag_style=tag_style)
+    if "CometLogger" in names:
+        return sinks.Comet(logger.experiment, tag_style=tag_style)
     folder = getattr(logger, "log_dir", None)
     if folder:
         return Path(folder, "lrprobe.parquet")

@@ -7,12 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 import lrprobe
 from lrprobe import Probe, sinks
+from lrprobe.optional import extra
 from lrprobe.sinks import Sink
 from lrprobe.sinks.tags import TagStyle
+
+with extra("transformers"):
+    from transformers import TrainerCallback
 
 
 class LRProbeCallback(TrainerCallback):
@@ -24,10 +26,11 @@ class LRProbeCallback(TrainerCallback):
     Args:
         to: as for ``lrprobe.attach``; None takes what ``report_to`` names: for ``"tensorboard"``
             the logdir ``runs/lrprobe`` in ``output_dir`` (``lrprobe`` in
-            ``$TENSORBOARD_LOGGING_DIR`` where that is set), for ``"wandb"`` and ``"mlflow"`` the
-            run that is active, if one is. Others that it names get nothing.
+            ``$TENSORBOARD_LOGGING_DIR`` where that is set), for ``"wandb"``, ``"mlflow"``,
+            ``"trackio"``, ``"comet_ml"`` and ``"clearml"`` the run that is active, if one is.
+            Others that it names get nothing.
         tag_style: of the tags in what ``report_to`` names.
-        options: more arguments of ``lrprobe.attach``.
+        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None
@@ -73,4 +76,13 @@ class LRProbeCallback(TrainerCallback):
         with suppress(RuntimeError):
             if "mlflow" in args.report_to:
                 found.append(sinks.MLflow(tag_style=style))
+        with suppress(RuntimeError):
+            if "trackio" in args.report_to:
+                found.append(sinks.Trackio(tag_style=style))
+        with suppress(RuntimeError):
+            if "comet_ml" in args.report_to:
+                found.append(sinks.Comet(tag_style=style))
+        with suppress(RuntimeError):
+            if "clearml" in args.report_to:
+                found.append(sinks.ClearML(tag_style=style))
         return found

@@ -17,7 +17,7 @@ _RULES: dict[type, Rule] = {
     optim.ASGD: sgd.ASGD,
     optim.Rprop: sgd.RPROP,
     optim.Adam: adam.ADAM,
-    optim.AdamW: adam.ADAM,
+    optim.AdamW: adam.ADAMW,
     optim.NAdam: adam.NADAM,
     optim.RAdam: adam.RADAM,
     optim.Adamax: adam.ADAMAX,
@@ -26,8 +26,9 @@ _RULES: dict[type, Rule] = {
     optim.Adadelta: adagrad.ADADELTA,
     optim.RMSprop: adagrad.RMSPROP,
     optim.Adafactor: adafactor.ADAFACTOR,
-    optim.Muon: muon.MUON,
 }
+if hasattr(optim, "Muon"):  # from torch 2.9
+    _RULES[optim.Muon] = muon.MUON
 
 
 def find_rule(cls: type) -> Rule | None:

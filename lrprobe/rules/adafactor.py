@@ -26,7 +26,7 @@ def _whole(whole: Whole) -> dict[str, Scalar]:
         mean = state["row_var"].mean(dim=-2, keepdim=True)
         figures["row_mean"] = mean.clamp(min=state["eps1"])
     # Seen by the slices below, as they read the same state.
-    whole.entry.state.update(figures)
+    whole.entry.add(figures)
     squares = whole.sum(lambda s: (s.grad / _denominator(s)).square())
     figures["rms_scaled"] = (squares / max(whole.entry.param.numel(), 1)).sqrt()
     return figures
@@ -70,4 +70,12 @@ def _column(value: Scalar) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-ADAFACTOR = Rule("adafactor", _adafactor, before=_before, whole=_whole)
+def _variance(s: Slice) -> dict[str, Scalar]:
+    """v ← v + t^decay·(g² − v), where it is not factored."""
+    if "variance" not in s:
+        return {}
+    kept = s.old("variance")
+    return {"variance": kept + s.t() ** s.group["beta2_decay"] * (s.grad * s.grad - kept)}
+
+
+ADAFACTOR = Rule("adafactor", _adafactor, before=_before, whole=_whole, advance=_variance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
@@ -100,8 +101,42 @@ def _rmsprop(s: Slice, *, inside: bool = False) -> Update:
     return Update(effective_lr, direction, s.decay, rms_grad=root, eps=eps)
 
 
-ADAGRAD = Rule("adagrad", _adagrad)
+def _sum(s: Slice) -> dict[str, Scalar]:
+    """sum ← sum + g²."""
+    grad = s.decayed_grad
+    return {"sum": s.old("sum") + grad * grad}
+
+
+def _averages(s: Slice) -> dict[str, Scalar]:
+    """E[g²] ← ρE[g²] + (1−ρ)g², E[Δx²] ← ρE[Δx²] + (1−ρ)Δx² with Δx = RMS[Δx]/RMS[g]·g."""
+    rho, eps, grad = s.group["rho"], s.group["eps"], s.decayed_grad
+    square, delta = s.old("square_avg"), s.old("acc_delta")
+    now = rho * square + (1 - rho) * grad * grad
+    step = (delta + eps) / (now + eps) * grad * grad
+    return {"square_avg": now, "acc_delta": rho * delta + (1 - rho) * step}
+
+
+def _rmsprop_averages(s: Slice) -> dict[str, Scalar]:
+    """E[g²] ← αE[g²] + (1−α)g²; centered: E[g] too; b ← μb + g/denominator."""
+    alpha, grad = s.group["alpha"], s.decayed_grad
+    square = alpha * s.old("square_avg") + (1 - alpha) * grad * grad
+    told: dict[str, Scalar] = {"square_avg": square}
+    average = square
+    if s.group["centered"]:
+        mean = s.old("grad_avg") + (1 - alpha) * (grad - s.old("grad_avg"))
+        told["grad_avg"] = mean
+        if s.group["momentum"] > 0:  # a difference of nearly equal numbers, as torch has it
+            average = s["square_avg"] - s["grad_avg"] * s["grad_avg"]
+            if s.dtype != torch.float64:
+                return told
+    if s.group["momentum"] > 0:
+        kept = s.group["momentum"] * s.old("momentum_buffer")
+        told["momentum_buffer"] = kept + grad / (average.sqrt() + s.group["eps"])
+    return told
+
+
+ADAGRAD = Rule("adagrad", _adagrad, advance=_sum)
 ADAGRAD_INSIDE = Rule("adagrad", partial(_adagrad, inside=True))
-ADADELTA = Rule("adadelta", _adadelta, needs_grad=True)
-RMSPROP = Rule("rmsprop", _rmsprop)
+ADADELTA = Rule("adadelta", _adadelta, advance=_averages, needs_grad=True)
+RMSPROP = Rule("rmsprop", _rmsprop, advance=_rmsprop_averages)
 RMSPROP_INSIDE = Rule("rmsprop", partial(_rmsprop, inside=True))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lrprobe.rules.base import Rule, Scalar, Slice, Update, power
+
+T = TypeVar("T")
 
 
 def _adam(s: Slice, *, outside: bool = False) -> Update:
@@ -36,6 +39,16 @@ def _adam(s: Slice, *, outside: bool = False) -> Update:
         rms_grad=rms,
         eps=(root, eps),
     )
+
+
+def _decoupled(equation: Callable[[Slice], T]) -> Callable[[Slice], T]:
+    """The equation where the decay is decoupled: AdamW's groups say so only from torch 2.7 on."""
+
+    def of(s: Slice) -> T:
+        s.group = {**s.group, "decoupled_weight_decay": True}
+        return equation(s)
+
+    return of
 
 
 def _nadam(s: Slice) -> Update:
@@ -116,10 +129,41 @@ def _sparse_adam(s: Slice) -> Update:
     )
 
 
-ADAM = Rule("adam", _adam)
+def _moments(s: Slice) -> dict[str, Scalar]:
+    """m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², on the touched elements; amsgrad: max(v_max, v)."""
+    beta1, beta2 = s.group["betas"]
+    grad, touched = s.decayed_grad, s.touched
+    m, v = s.old("exp_avg"), s.old("exp_avg_sq")
+    told: dict[str, Scalar] = {
+        "exp_avg": m + touched * (1 - beta1) * (grad - m),
+        "exp_avg_sq": v + touched * (1 - beta2) * (grad * grad - v),
+    }
+    if s.group.get("amsgrad"):
+        known = s.old("max_exp_avg_sq")
+        told["max_exp_avg_sq"] = torch.maximum(told["exp_avg_sq"], known * torch.ones_like(grad))  # type: ignore[arg-type]
+    return told
+
+
+def _adamax_moments(s: Slice) -> dict[str, Scalar]:
+    """m ← β₁m + (1−β₁)g, u ← max(β₂u, |g|+ε)."""
+    beta1, beta2 = s.group["betas"]
+    grad, m = s.decayed_grad, s.old("exp_avg")
+    norm = torch.maximum(
+        beta2 * s.old("exp_inf") * torch.ones_like(grad), grad.abs() + s.group["eps"]
+    )
+    return {"exp_avg": m + (1 - beta1) * (grad - m), "exp_inf": norm}
+
+
+def _nadam_writes(group: Mapping[str, Any]) -> int:
+    """The gradient and the momentum are added one after the other."""
+    return 2 + bool(group.get("decoupled_weight_decay") and group.get("weight_decay"))
+
+
+ADAM = Rule("adam", _adam, advance=_moments)
+ADAMW = Rule("adam", _decoupled(_adam), advance=_decoupled(_moments))
 ADAM_OUTSIDE = Rule("adam", partial(_adam, outside=True))
-NADAM = Rule("nadam", _nadam)
-RADAM = Rule("radam", _radam)
-ADAMAX = Rule("adamax", _adamax)
+NADAM = Rule("nadam", _nadam, advance=_moments, writes=_nadam_writes)
+RADAM = Rule("radam", _radam, advance=_moments)
+ADAMAX = Rule("adamax", _adamax, advance=_adamax_moments)
 ADAMAX_OUTSIDE = Rule("adamax", partial(_adamax, outside=True))
-SPARSE_ADAM = Rule("sparse_adam", _sparse_adam)
+SPARSE_ADAM = Rule("sparse_adam", _sparse_adam, advance=_moments)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Scalar: TypeAlias = float | Tensor
 """A number, or a tensor that broadcasts against the elements (0-dim, or one value a row)."""
 
-Readable: TypeAlias = "Tensor | SparseRows | Coded"
-"""What is read element by element."""
-
-Take: TypeAlias = "Callable[[Sequence[Readable]], Tensor]"
-"""Reads the same elements out of one tensor per parameter."""
+Fetch: TypeAlias = "Callable[[str], Tensor]"
+"""Reads a slice's elements of ``param``, ``grad``, ``touched``, a state entry, or, after ``old ``,
+one of these as it was before the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +46,6 @@ class Update:
     grad: Tensor | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One parameter during one step, as rules and figures read it.
-
-    Attributes:
-        param: the parameter after the step, real (a complex one seen as pairs).
-        grad: its gradient, real and of the same shape; a ``SparseRows`` where it is sparse.
-        state: the optimizer's own state of it, real, and what ``Rule.before`` and ``Rule.whole``
-            added.
-    """
-
-    param: Tensor
-    grad: Tensor | SparseRows
-    state: dict[str, Any] = field(default_factory=dict)
-
-
 class SparseRows:
     """A gradient that is sparse in its first dimension, read densely where it is asked for."""
 
@@ -81,12 +64,15 @@ class SparseRows:
         """The same rows, with ones."""
         return SparseRows(self.shape, self.rows, torch.ones_like(self.values))
 
-    def lookup(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each of these rows is stored, and whether it is stored at all."""
+    def read(self, at: Tensor) -> Tensor:
+        """The values at flat, row-major positions."""
         if not len(self.rows):
-            return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        at = torch.searchsorted(self.rows, rows).clamp_(max=len(self.rows) - 1)
-        return at, self.rows[at] == rows
+            return self.values.new_zeros(len(at))
+        width = self.values[0].numel()
+        row = at // max(width, 1)
+        stored = torch.searchsorted(self.rows, row).clamp_(max=len(self.rows) - 1)
+        values = self.values.reshape(len(self.rows), -1)[stored, at % max(width, 1)]
+        return torch.where(self.rows[stored] == row, values, 0)
 
 
 class Coded:
@@ -114,14 +100,11 @@ class Coded:
         self.codes = codes.reshape(-1)
         self.scale = scale.reshape(-1)
         self.table = table
-        self._numel = shape.numel()
-        self._packed = 2 * len(self.codes) == self._numel
+        self._packed = 2 * len(self.codes) == shape.numel()
         self._block = block
 
-    def read(self, at: Tensor | None) -> Tensor:
-        """The values at flat positions (all of them for None): (as ``at``), float32."""
-        if at is None:
-            at = torch.arange(self._numel, device=self.codes.device)
+    def read(self, at: Tensor) -> Tensor:
+        """The values at flat, row-major positions: (as ``at``), float32."""
         if self._packed:
             byte = self.codes[at // 2]
             codes = torch.where(at % 2 == 0, byte >> 4, byte & 15)
@@ -131,8 +114,48 @@ class Coded:
         return values * self.scale[at // self._block]
 
 
+Readable: TypeAlias = "Tensor | SparseRows | Coded"
+"""What is read element by element."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One parameter, or a local piece of one, during one step.
+
+    Attributes:
+        param: the parameter after the step, real (a complex one seen as pairs).
+        grad: its gradient, real and of the same shape; a ``SparseRows`` where it is sparse.
+        state: the optimizer's own state of it, real, and what ``Rule.before`` and ``Rule.whole``
+            added.
+    """
+
+    param: Tensor
+    grad: Tensor | SparseRows
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Add to the state as rules see it; the optimizer's own stays as it is."""
+        self.state = {**self.state, **values}
+
+    def wide_state(self) -> dict[str, Tensor]:
+        """The floating state entries that are shaped like the parameter.
+
+        Those that only look like a tensor (low-bit states) cannot be read as one.
+        """
+        shape = self.param.shape
+        return {
+            name: value
+            for name, value in self.state.items()
+            if isinstance(value, Tensor)
+            and value.shape == shape
+            and value.is_floating_point()
+            and (value.dim() or name != "step")
+            and not is_traceable_wrapper_subclass(value)
+        }
+
+
 class Slice:
-    """Some elements of one step: of one parameter (n,), or rows of several (rows, n).
+    """Some elements of one step: (n,) of one parameter, or (rows, n) of several.
 
     Everything is real, detached, in one floating dtype and in the same order: element i of
     ``grad``, ``param`` and each state entry belong together.
@@ -142,21 +165,32 @@ class Slice:
         self,
         entries: Sequence[Entry],
         group: Mapping[str, Any],
-        take: Take,
-        before: Tensor | None = None,
+        fetch: Fetch,
         memo: dict[Any, Any] | None = None,
+        kept: Collection[str] = (),
+        had: Callable[[str], Scalar] | None = None,
     ) -> None:
-        """``memo`` keeps scalars for other slices of the same entries."""
+        """Describe it.
+
+        Args:
+            entries: what the elements are of.
+            group: their parameter group.
+            fetch: reads the elements.
+            memo: keeps scalars for other slices of the same entries.
+            kept: names of what is known from before the step.
+            had: 1 for each entry that had such a state then, else 0; by default all had.
+        """
         self.group = group
+        self._kept = kept
+        self._had = had
         self._memo = {} if memo is None else memo
         self._entries = entries
-        self._take = take
-        self._before = before
+        self._fetch = fetch
 
     @cached_property
     def param(self) -> Tensor:
         """The parameter after the step."""
-        return self._take([e.param for e in self._entries])
+        return self._fetch("param")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,24 +200,23 @@ class Slice:
     @cached_property
     def grad(self) -> Tensor:
         """The gradient with the sign of ``maximize``, without weight decay."""
-        grad = self._take([e.grad for e in self._entries])
+        grad = self._fetch("grad")
         return -grad if self.group.get("maximize", False) else grad
 
     @cached_property
-    def touched(self) -> Tensor:
-        """Bool: elements whose row a sparse gradient has; all of them where it is dense."""
-        return self._take([_touched(e.grad) for e in self._entries])
+    def touched(self) -> Scalar:
+        """1 at elements whose row a sparse gradient has, 0 elsewhere; 1 where it is dense."""
+        entry = self._entries[0]
+        if isinstance(entry.grad, SparseRows) or "touched" in entry.state:
+            return self._fetch("touched")
+        return 1.0
 
     def __contains__(self, name: str) -> bool:
         return all(e.state.get(name) is not None for e in self._entries)
 
     def __getitem__(self, name: str) -> Tensor:
         """A state entry at these elements; one of another shape is broadcast to the parameter's."""
-        tensors = [e.state[name] for e in self._entries]
-        shapes = [e.param.shape for e in self._entries]
-        if [t.shape for t in tensors] != shapes:
-            tensors = [t.expand(shape) for t, shape in zip(tensors, shapes, strict=True)]
-        return self._take(tensors)
+        return self._fetch(name)
 
     def scalar(self, name: str) -> Scalar:
         """A state entry that is one number per parameter, such as the step count."""
@@ -191,16 +224,7 @@ class Slice:
         if len(values) == 1:
             value = values[0]
             return value.detach() if isinstance(value, Tensor) else value
-        device = self._entries[0].param.device
-        if not all(isinstance(value, Tensor) for value in values):
-            column = torch.tensor(values, dtype=torch.float64)
-        else:
-            column = torch.stack([v.reshape(()) if v.dim() else v for v in values]).detach()
-        if column.device.type == device.type == "cpu":
-            numbers = column.double().numpy()
-            if (numbers == numbers[0]).all():
-                return column[0]  # which, being 0-dim, leaves the elements in their own dtype
-        return column.unsqueeze(1).to(device, non_blocking=True)
+        return column(values, self._entries[0].param.device)
 
     def t(self, *float32_if: str) -> Tensor:
         """The number of this step, from 1, in float64.
@@ -269,15 +293,54 @@ class Slice:
         return total
 
     @property
+    def decayed_grad(self) -> Tensor:
+        """The gradient with a coupled weight decay of θ_before, which must have been kept."""
+        if not isinstance(self.coupled, Tensor) and self.coupled == 0:
+            return self.grad
+        before = self.before
+        if before is None:
+            raise RuntimeError("the parameter was not kept from before the step")
+        return self.grad + self.coupled * before
+
+    @property
     def before(self) -> Tensor | None:
         """The parameter before the step, where it was kept (``inspect_step``, the check)."""
-        return None if self._before is None else self._before.to(self.param.dtype)
+        return self._fetch("old param") if "param" in self._kept else None
+
+    def old(self, name: str, default: float = 0.0) -> Scalar:
+        """A state entry as it was before the step; ``default`` where there was none yet."""
+        if name not in self._kept:
+            return default
+        value = self._fetch(f"old {name}")  # 0 where there was none
+        return value if default == 0 else value + default * (1 - self.had(name))
+
+    def had(self, name: str) -> Scalar:
+        """1 where a state entry was there before the step, else 0."""
+        if self._had is None or name not in self._kept:
+            return float(name in self._kept)
+        return self._had(name)
+
+    def keeps(self, name: str) -> bool:
+        """Whether ``old`` can tell of it."""
+        return name in self._kept
+
+    @property
+    def states(self) -> list[str]:
+        """Names of the floating state entries that are shaped like the parameter."""
+        return [*self._entries[0].wide_state()]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a state entry is kept."""
+        value: Tensor = self._entries[0].state[name]
+        return value.dtype
 
 
 class Whole:
     """One whole parameter, for rules that need a figure of all of it (Adafactor, Muon)."""
 
-    def __init__(self, entry: Entry, group: Mapping[str, Any], slices: Callable[[], Any]) -> None:
+    def __init__(
+        self, entry: Entry, group: Mapping[str, Any], slices: Callable[[], Iterable[Slice]]
+    ) -> None:
         self.entry = entry
         self.group = group
         self._slices = slices
@@ -290,6 +353,8 @@ class Whole:
     def sum(self, function: Callable[[Slice], Tensor]) -> Tensor:
         """Sum of an elementwise function over the whole parameter: 0-dim, float64."""
         parts = [function(piece).sum(dtype=torch.float64) for piece in self._slices()]
+        if not parts:
+            return torch.zeros((), dtype=torch.float64, device=self.entry.param.device)
         return torch.stack(parts).sum()
 
 
@@ -309,23 +374,45 @@ class Rule:
             ``Slice.scalar``.
         whole: figures of the whole parameter, computed after the step; read back with
             ``Slice.scalar``, or, where shaped like the parameter, with ``Slice[...]``.
+        advance: what the state becomes in this step, of what it was (``Slice.old``) and of the
+            gradient: name of a state entry to its elements. The check compares it with the state.
+        writes: given a group, how often torch writes the parameter in one step; each rounds it.
+        shared_rate: whether all elements of a parameter always have one rate.
         needs_grad: whether ``effective_lr`` itself depends on the gradient.
         overwrites: whether, given a group, the optimizer leaves something else where the gradient
             was; then ``update`` gives the gradient back, and its norm is taken before the step.
         tolerance: largest error of a step that still counts as explained, for optimizers that
             round their state after they have used it; 0 for what the parameter's dtype allows.
-        fuse: whether ``attach(compile=True)`` may compile it; not where hyperparameters of the
-            group are counts that change with every step.
     """
 
     name: str
     update: Callable[[Slice], Update]
     before: Before | None = None
     whole: Callable[[Whole], Mapping[str, Scalar]] | None = None
+    advance: Callable[[Slice], Mapping[str, Scalar]] | None = None
+    writes: Callable[[Mapping[str, Any]], int] | None = None
+    shared_rate: bool = False
     needs_grad: bool = False
     overwrites: Callable[[Mapping[str, Any]], bool] | None = None
     tolerance: float = 0.0
-    fuse: bool = True
+
+
+def writes_of(rule: Rule, group: Mapping[str, Any]) -> int:
+    """How often a step writes the parameter: once, and once for a decoupled decay, unless told."""
+    if rule.writes is not None:
+        return rule.writes(group)
+    decoupled = group.get("decoupled_weight_decay", True) and group.get("weight_decay", 0.0)
+    return 1 + bool(isinstance(decoupled, Tensor) or decoupled)
+
+
+def tolerance(dtype: torch.dtype, rule: Rule) -> float:
+    """Error of a reconstruction above which a rule does not explain the step."""
+    return max(rule.tolerance, 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3)
+
+
+def has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``step`` was called with a closure; ``args`` begins with the optimizer."""
+    return any(map(callable, (*args[1:], *kwargs.values())))
 
 
 def power(base: Scalar, exponent: Tensor) -> Tensor:
@@ -342,7 +429,32 @@ def nonzero(value: Any) -> Tensor:
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
-def _touched(grad: Tensor | SparseRows) -> Tensor | SparseRows:
-    if isinstance(grad, SparseRows):
-        return grad.pattern()
-    return torch.ones((), dtype=torch.bool, device=grad.device).expand(grad.shape)
+def there(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for it."""
+    if device.type in ("cpu", "mps"):
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
+
+
+def brought(number: Tensor, device: torch.device) -> Tensor:
+    """A tensor from anywhere, in float64, without waiting for a device."""
+    if number.device.type == "cpu":
+        return there(number.double(), device)
+    return number.to(device, torch.float64, non_blocking=True)
+
+
+def column(values: Sequence[Any], device: torch.device) -> Tensor:
+    """One number a row: 0-dim where all are known to be the same, else (rows, 1)."""
+    first = values[0]
+    if not all(isinstance(value, Tensor) for value in values):
+        if all(value is first or value == first for value in values):
+            return torch.as_tensor(first, dtype=torch.float64)
+        column = torch.tensor(values, dtype=torch.float64)
+    else:
+        column = torch.stack([v.reshape(()) if v.dim() else v for v in values]).detach()
+    if column.device.type == "cpu":
+        numbers = column.double().numpy()
+        if (numbers == numbers[0]).all():
+            return column[0]
+    column = column.unsqueeze(1)
+    return there(column, device) if column.device.type == "cpu" else column.to(device)

@@ -21,7 +21,7 @@ def _orthogonalise(matrix: Tensor, group: Any) -> Tensor:
         gram = x @ x.T
         polynomial = gram.addmm(gram, gram, beta=b, alpha=c)
         x = x.addmm(polynomial, x, beta=a)
-    return cast("Tensor", x.T if tall else x)
+    return cast("Tensor", x.T.contiguous() if tall else x)
 
 
 def _whole(whole: Whole) -> dict[str, Scalar]:
@@ -53,4 +53,10 @@ def _muon(s: Slice) -> Update:
     return Update(s.lr * adjustment, s["orthogonal"], s.lr * s.group["weight_decay"])
 
 
-MUON = Rule("muon", _muon, whole=_whole)
+def _buffer(s: Slice) -> dict[str, Scalar]:
+    """b ← μb + (1−μ)g."""
+    kept = s.old("momentum_buffer")
+    return {"momentum_buffer": kept + (1 - s.group["momentum"]) * (s.grad - kept)}
+
+
+MUON = Rule("muon", _muon, whole=_whole, advance=_buffer, shared_rate=True)

@@ -79,6 +79,29 @@ def _rprop(s: Slice) -> Update:
     return Update(s["step_size"], s["prev"].sign())
 
 
-SGD = Rule("sgd", _sgd, overwrites=_overwrites)
-ASGD = Rule("asgd", _asgd, before=_asgd_before)
-RPROP = Rule("rprop", _rprop)
+def _buffer(s: Slice) -> dict[str, Scalar]:
+    """b ← μb + (1−τ)g, and g at first."""
+    if not s.group["momentum"]:
+        return {}
+    grad = s.decayed_grad
+    if s.group["nesterov"] and _overwrites(s.group):  # g is not there any more
+        return {}
+    kept = s.group["momentum"] * s.old("momentum_buffer")
+    damped = 1 - s.group.get("dampening", 0.0) * s.had("momentum_buffer")
+    return {"momentum_buffer": kept + damped * grad}
+
+
+def _rprop_state(s: Slice) -> dict[str, Scalar]:
+    """The gradient is kept, with 0 where its sign changed; the step size grows or shrinks."""
+    minus, plus = s.group["etas"]
+    low, high = s.group["step_sizes"]
+    size = s.old("step_size", float(s.lr)) * torch.ones_like(s.grad)
+    agreement = (s.grad * s.old("prev")).sign()
+    grown = torch.where(agreement < 0, size * minus, size)
+    grown = torch.where(agreement > 0, size * plus, grown).clamp(low, high)
+    return {"prev": torch.where(agreement < 0, 0.0, s.grad), "step_size": grown}
+
+
+SGD = Rule("sgd", _sgd, overwrites=_overwrites, advance=_buffer, shared_rate=True)
+ASGD = Rule("asgd", _asgd, before=_asgd_before, shared_rate=True)
+RPROP = Rule("rprop", _rprop, advance=_rprop_state)

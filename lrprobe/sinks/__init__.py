@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lrprobe.sinks.base import Sink
 
 if TYPE_CHECKING:
+    from lrprobe.sinks.clearml import ClearML
+    from lrprobe.sinks.comet import Comet
     from lrprobe.sinks.function import Function
     from lrprobe.sinks.jsonl import JSONL
     from lrprobe.sinks.memory import Memory
@@ -15,10 +17,13 @@ if TYPE_CHECKING:
     from lrprobe.sinks.parquet import Parquet
     from lrprobe.sinks.scalars import Scalars
     from lrprobe.sinks.tensorboard import TensorBoard
+    from lrprobe.sinks.trackio import Trackio
     from lrprobe.sinks.wandb import WandB
 
 __all__ = [
     "JSONL",
+    "ClearML",
+    "Comet",
     "Function",
     "MLflow",
     "Memory",
@@ -26,6 +31,7 @@ __all__ = [
     "Scalars",
     "Sink",
     "TensorBoard",
+    "Trackio",
     "WandB",
 ]
 

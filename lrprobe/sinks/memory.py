@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lrprobe.about import KEY, Description, merged
 from lrprobe.record import (
     ELEMENT_COLUMNS,
     HISTOGRAM_COLUMNS,
@@ -109,8 +110,17 @@ def _arrow_array(values: NDArray[Any], kind: pa.DataType) -> Any:
 
 
 def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A DataFrame with a plain ``RangeIndex`` and the types that section 3 of the design names."""
+    """A DataFrame with a plain ``RangeIndex`` and the types that section 3 of the design names.
+
+    A column of text has pandas's own type for it: ``str``, before pandas 3 ``object``.
+    """
+    import pandas as pd
+
     frame: pd.DataFrame = table.to_pandas()
+    text = pd.Series(dtype="str").dtype
+    for column in table.schema:  # which pyarrow before 19 leaves as objects also with pandas 3
+        if pa.types.is_string(column.type) and frame[column.name].dtype != text:
+            frame[column.name] = frame[column.name].astype(text)
     return frame
 
 
@@ -256,6 +266,9 @@ class Memory:
         self._spare: dict[str, int] = {}  # bytes of the newest records that are in no tier
         self._arrivals = 0
         self._problems: list[str] = []
+        self._told: list[Description] = []
+        self._runs: dict[str, Mapping[str, Any]] = {}  # the latest of each optimizer
+        self._about: Mapping[str, Any] = {}  # before there is a record
         # Held for swapping references only, never while compressing: the writer is one thread.
         self._lock = threading.Lock()
 
@@ -279,6 +292,9 @@ class Memory:
         kept = _Kept(self._arrivals, record)
         with self._lock:
             self._arrivals += 1
+            if self._runs.get(name) is not record.run:
+                self._runs[name] = record.run
+                self._told.append(Description(record.attempt, record.step, name, record.run))
             self._written[name] = index + 1
             self._newest[name] = (tier, kept)
             if tier < self._lowest:
@@ -292,6 +308,10 @@ class Memory:
             self._compress(self._tiers[tier])
         while self.nbytes > self.max_bytes and self._thin():
             pass
+
+    def describe(self, run: Mapping[str, Any]) -> None:
+        """Take what describes the run, for the time before there is a record."""
+        self._about = run
 
     def close(self) -> None:
         """Do nothing: what was written stays available."""
@@ -372,6 +392,7 @@ class Memory:
             blocks = [block for tier in self._tiers.values() for block in tier.blocks]
             loose = [kept for tier in self._tiers.values() for kept in tier.open]
             loose += [self._newest[optimizer][1] for optimizer in self._spare]
+            told = list(self._told)
         tables = [block.table(name) for block in blocks]
         tables.append(arrow_table(name, [kept.record for kept in loose]))
         table = pa.concat_tables([t.replace_schema_metadata() for t in tables])
@@ -383,4 +404,6 @@ class Memory:
         if np.any(arrivals[1:] < arrivals[:-1]):
             order: Any = pa.array(np.argsort(arrivals, kind="stable"))
             table = table.take(order)
-        return to_pandas(table)
+        frame = to_pandas(table)
+        frame.attrs[KEY] = merged([Description(0, 0, "", self._about), *told])
+        return frame

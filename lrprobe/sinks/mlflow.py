@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from typing import Any
 
+from lrprobe.optional import extra
 from lrprobe.record import Record
 from lrprobe.sinks.tags import Tags, TagStyle, clean
 
@@ -38,7 +39,8 @@ class MLflow:
         prefix: str = "",
         tag_style: TagStyle = "lrprobe",
     ) -> None:
-        import mlflow
+        with extra("mlflow"):
+            import mlflow
 
         self._tags = Tags(prefix, tag_style, _name)
         if posixpath.normpath(f"_/{prefix}_") != f"_/{prefix}_" or prefix.startswith(".."):

@@ -93,6 +93,7 @@ class Parquet:
             self._pending_bytes = 0
             self._pending_since = 0.0
             self._gone = self._closed = False
+            self._about: Mapping[str, Any] | None = None
             # An empty part proves that it can be written, and makes the folder a dataset at once.
             self._write_part(self._tables, self._highest)
         except OSError as error:
@@ -127,6 +128,13 @@ class Parquet:
             self._pending_since = time.monotonic()
         self._pending.append(record)
         self._pending_bytes += record.nbytes
+
+    def describe(self, run: Mapping[str, Any]) -> None:
+        """Take what describes the run, for the time before there is a record: once, at first."""
+        if self._about is None and not self._runs:
+            self._about = run
+            with contextlib.suppress(OSError):  # the next write says so
+                self._write_part(self._tables, self._highest)
 
     def flush(self) -> None:
         """Make everything written so far durable and visible to readers.
@@ -186,7 +194,8 @@ class Parquet:
 
     def _write_part(self, tables: Mapping[TableName, pa.Table], attempt: int) -> None:
         run: dict[str, Any] = {}
-        for one in self._runs.values():  # several where probes share the sink
+        # Several where probes share the sink.
+        for one in self._runs.values() or ([] if self._about is None else [self._about]):
             for key, value in one.items():
                 both = isinstance(value, Mapping) and isinstance(run.get(key), Mapping)
                 run[key] = {**run[key], **value} if both else value

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrprobe.record import Record
 from lrprobe.sinks.merge import MergedRows, merge_rows
@@ -31,7 +32,8 @@ class Style:
     Attributes:
         figures: column to its tag, with ``{name}`` for the parameter's or module's name.
         whole: column of the model table to its tag, with ``{owner}``.
-        lr: the tag of a group's ``lr``, with ``{owner}``, ``{optimizer}`` and ``{group}``.
+        lr: the tag of a group's ``lr``, with ``{owner}``, ``{optimizer}``, ``{group}`` (its number)
+            and ``{group_name}``.
 
     ``{owner}`` is ``<optimizer>.`` where there are several optimizers, else empty.
     """
@@ -56,7 +58,7 @@ STYLES: Mapping[str, Style] = {
             "grad_norm": "grad_norm/{name}",
         },
         {},
-        "lr/{owner}group{group}",
+        "lr/{owner}{group_name}",
     ),
     # OptimizerMonitor and LRMonitor; the ratio and the cosine as they were until August 2023.
     "composer": Style(
@@ -98,6 +100,7 @@ class Plan:
         names: what stands for ``{name}`` in the tags.
         rows: of the parameter table, for each name.
         modules: for each name the row of the module table that has just these parameters, or None.
+        groups: number of a parameter group to its name in tags.
         owner: ``""``, or ``"<optimizer>."``.
         prefix, style: as given to ``Tags``.
     """
@@ -108,6 +111,7 @@ class Plan:
     names: tuple[str, ...]
     rows: tuple[list[int], ...]
     modules: tuple[int | None, ...]
+    groups: Mapping[int, str]
     owner: str
     prefix: str
     style: Style
@@ -122,9 +126,16 @@ class Plan:
 
     def lr(self, group: int) -> str:
         """The tag of a group's learning rate."""
-        name = self.owner.removesuffix(".") or clean(self.optimizer)
-        tag = self.style.lr.format(owner=self.owner, optimizer=name, group=group)
-        return self.prefix + tag
+        return self.prefix + self.style.lr.format(
+            owner=self.owner,
+            optimizer=self.owner.removesuffix(".") or clean(self.optimizer),
+            group=group,
+            group_name=self.groups.get(group, f"group{group}"),
+        )
+
+    def log10(self, at: str, name: str) -> str:
+        """The tag of the logarithm of a quantile of the rate."""
+        return f"{self.prefix}effective_lr_log10_{at}/{name}"
 
     @property
     def error(self) -> str:
@@ -149,16 +160,11 @@ class Plan:
         """
         table = record.tables["parameter"]
         if merged is None:
-            order = [rows[0] for rows in self.rows]
-            figures = {column: table[column][order] for column in self.style.figures}
-            stepped = table["stepped"][order]
+            stepped = table["stepped"][[rows[0] for rows in self.rows]]
         else:
-            figures = {
-                column: np.array([m.figures[column] for m in merged])
-                for column in self.style.figures
-            }
             stepped = np.array([m.stepped for m in merged])
-        for column, values in figures.items():
+        for column in self.style.figures:
+            values = self._values(column, record, merged)
             shown = stepped | ~np.isnan(values)
             for name, value, show in zip(self.names, values.tolist(), shown.tolist(), strict=True):
                 if show:
@@ -175,6 +181,27 @@ class Plan:
         errors = errors[~np.isnan(errors)]
         if len(errors):
             yield self.error, float(errors.max())
+
+    def logarithms(
+        self, record: Record, merged: Sequence[MergedRows] | None
+    ) -> Iterator[tuple[str, float]]:
+        """Tag and value of log10 of the rate's quantiles, where there is one, for linear axes."""
+        for at in ("p05", "p50", "p95"):
+            values = self._values(f"effective_lr_{at}", record, merged)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                logs = np.log10(values)
+            for name, value in zip(self.names, logs.tolist(), strict=True):
+                if np.isfinite(value):
+                    yield self.log10(at, name), value
+
+    def _values(
+        self, column: str, record: Record, merged: Sequence[MergedRows] | None
+    ) -> NDArray[np.float64]:
+        """A column for each name."""
+        if merged is not None:
+            return np.array([m.figures[column] for m in merged], dtype=np.float64)
+        values: NDArray[np.float64] = record.tables["parameter"][column]
+        return values[[rows[0] for rows in self.rows]]
 
 
 class Tags:
@@ -239,6 +266,7 @@ class Tags:
             names=tuple(self._name(record.optimizer, level, key, several > 1) for key in rows),
             rows=tuple(rows.values()),
             modules=tuple(modules.get(tuple(members)) for members in rows.values()),
+            groups=self._groups(record),
             owner=owner,
             prefix=self.prefix,
             style=self.style,
@@ -264,6 +292,13 @@ class Tags:
             self._owners[optimizer] = _unique(f"{self._clean(optimizer)}.", taken)
         return self._owners[optimizer]
 
+    def _groups(self, record: Record) -> dict[int, str]:
+        """Number of each parameter group to its name, in the characters of tags, each once."""
+        names: dict[int, str] = {}
+        for group, name in group_names(record).items():
+            names[group] = _unique(self._clean(name), set(names.values()))
+        return names
+
     def _name(self, optimizer: str, level: str, key: str, several: bool) -> str:
         entry = (optimizer, level, key)
         if entry not in self.names:
@@ -273,6 +308,14 @@ class Tags:
                 name = f"{self._clean(optimizer)}.{name}"
             self.names[entry] = _unique(name, taken)
         return self.names[entry]
+
+
+def group_names(record: Record) -> dict[int, str]:
+    """Number of each parameter group to the name it has, or to ``group<number>``."""
+    table = record.tables["group"]
+    groups = [int(group) for group in table["group"].tolist()]
+    names = table["group_name"].tolist() if "group_name" in table else map("group{}".format, groups)
+    return dict(zip(groups, names, strict=True))
 
 
 def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:

@@ -10,7 +10,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 
 from lrprobe.names import kind
 from lrprobe.record import SCHEMA_VERSION, Record
+from lrprobe.sinks.merge import MergedRows
+from lrprobe.sinks.tab import TabTable
 from lrprobe.sinks.tags import Plan, Tags, TagStyle
 
 MAP_PLUGIN = "lrprobe"
@@ -41,7 +43,7 @@ _BUCKETS = 32  # TensorBoard draws 30
 
 _OVERVIEW = {
     "update ratio of all (usual: about 0.001)": "update_ratio",
-    "effective lr of all (median)": "effective_lr_p50",
+    "log10 of the effective lr of all (median)": "effective_lr_p50",
     "lr of the groups": "lr",
 }
 """Title of a chart with many lines to the column that they show."""
@@ -67,22 +69,25 @@ with, for each element of a parameter: `lr / (sqrt(v) + eps)` in Adam. The tags 
 
 | tag | meaning |
 |---|---|
-{rows}| `{prefix}effective_lr_log10_hist/...` | its histogram: -3 stands for a rate of 0.001 |
+{rows}| `{prefix}effective_lr_log10_p50/...` (`p05`, `p95`) | its logarithm: -3 stands for 0.001 |
+| `{prefix}effective_lr_log10_hist/...` | the histogram of that |
 | `{prefix}reconstruction_error/..._max` | how far the reconstruction is from the real step |
 
-**Which layer is too fast, which too slow?** The Custom Scalars tab begins with the update ratios of
-all in one chart: an update of about 0.001 of the parameter is usual, far more is fast, far less is
-slow. Its other charts have the median rate with its band from the 5th to the 95th percentile. All
-figures, for each parameter: `probe.frame()`, or a Parquet dataset.
+**Which layer is too fast, which too slow?** The LRPROBE tab has all in one picture, and what is
+wrong. The Custom Scalars tab has for each the logarithm of its median rate in the band from the
+5th to the 95th percentile, and then the update ratios of all in one chart: an update of about 0.001
+of the parameter is usual, far more is fast, far less is slow. All figures, for each parameter:
+`probe.frame()`, or a Parquet dataset.
 """
 
 
 class TensorBoard:
     """Writes each record as one event of TensorBoard's.
 
-    Above ``MAX_NAMES`` parameters the tags are per module, at the greatest depth that has at most
-    as many modules; their quantiles are merged from the parameters' histograms. The wall time and
-    the step of an event are the record's.
+    Beside scalars and histograms there is one tensor a record with the figures of every parameter,
+    for the tab LRPROBE. Above ``MAX_NAMES`` parameters the tags of scalars are per module, at the
+    greatest depth that has at most as many modules; their quantiles are merged from the parameters'
+    histograms. The wall time and the step of an event are the record's.
 
     Args:
         writer_or_dir: a logdir, made where it is missing, or a
@@ -107,6 +112,7 @@ class TensorBoard:
         """Make the logdir and prove that it can be written."""
         self.prefix = prefix
         self._tags = Tags(prefix, tag_style)
+        self._tab = TabTable(prefix)
         self._target: _EventFile | _Writer
         if isinstance(writer_or_dir, SummaryWriter):
             self._target = _Writer(writer_or_dir)
@@ -148,7 +154,9 @@ class TensorBoard:
         summary = Summary()
         if self._news:
             summary.MergeFrom(_describe(self._tags.plans.values(), self._tags, self._life))
-        _add_scalars(summary, plan, record)
+        merged = plan.merged(record)
+        _add_scalars(summary, plan, record, merged)
+        self._tab.add(summary, record, plan, merged, life=self._life, news=self._news)
         self._target.add(Event(summary=summary, step=record.step, wall_time=record.time))
         self._news = False
 
@@ -171,17 +179,21 @@ class TensorBoard:
 def _describe(plans: Collection[Plan], tags: Tags, sink: str) -> Any:
     """The Custom Scalars layout, the card that explains the tags, and the map for ``read``."""
     bands = {
-        name: ["Margin", [plan.figure(f"effective_lr_{at}", name) for at in ("p50", "p05", "p95")]]
+        name: ["Margin", [plan.log10(at, name) for at in ("p50", "p05", "p95")]]
         for plan in plans
         for name in plan.names
     }
     summary = Summary()
     prefix, style = tags.prefix, tags.style
-    overview = {  # all layers in one chart each, for the eye to find the odd one
-        title: ["Multiline", [_pattern(prefix, style.figures.get(column, style.lr))]]
-        for title, column in _OVERVIEW.items()
+    patterns = {
+        column: _pattern(prefix, style.figures.get(column, style.lr))
+        for column in _OVERVIEW.values()
     }
-    layout = {f"{prefix}effective_lr": {**overview, **bands}}
+    patterns["effective_lr_p50"] = f"^{re.escape(prefix)}effective_lr_log10_p50/"
+    # All layers in one chart each, for the eye to find the odd one.
+    overview = {title: ["Multiline", [patterns[column]]] for title, column in _OVERVIEW.items()}
+    # TensorBoard shows bands below all other charts, and the last of them first.
+    layout = {f"{prefix}effective_lr": {**overview, **dict(reversed(bands.items()))}}
     summary.MergeFrom(custom_scalars(layout))  # type: ignore[no-untyped-call]
     level = " or ".join(sorted({plan.level for plan in plans}))
     rows = "".join(
@@ -228,9 +240,10 @@ def _pattern(prefix: str, tag: str) -> str:
     return "^" + re.escape(prefix) + ".*".join(map(re.escape, re.split(r"\{.*?\}", tag)))
 
 
-def _add_scalars(summary: Any, plan: Plan, record: Record) -> None:
-    merged = plan.merged(record)
-    pairs = list(plan.scalars(record, merged))
+def _add_scalars(
+    summary: Any, plan: Plan, record: Record, merged: Sequence[MergedRows] | None
+) -> None:
+    pairs = [*plan.scalars(record, merged), *plan.logarithms(record, merged)]
     with np.errstate(over="ignore"):  # what is above float32's range is inf in TensorBoard
         values = np.array([value for _, value in pairs]).astype(np.float32).tolist()
     add = summary.value.add

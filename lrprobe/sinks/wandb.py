@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrprobe.optional import extra
 from lrprobe.record import Record
 from lrprobe.sinks.tags import Tags, TagStyle
 
@@ -35,7 +36,8 @@ class WandB:
         prefix: str = "",
         tag_style: TagStyle = "lrprobe",
     ) -> None:
-        import wandb
+        with extra("wandb"):
+            import wandb
 
         self._tags = Tags(prefix, tag_style)
         self._step_metric = step_metric

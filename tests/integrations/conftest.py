@@ -19,6 +19,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "WANDB_SILENT": "true",
         "WANDB_DIR": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "COMET_DISABLE_AUTO_LOGGING": "1",
+        "COMET_LOGGING_CONSOLE": "ERROR",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
     }.items():

@@ -4,6 +4,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -61,6 +62,17 @@ def assert_same(host: pd.DataFrame, hand: pd.DataFrame) -> None:
     assert len(hand) > 0
     host, hand = host.drop(columns="time"), hand.drop(columns="time")
     pd.testing.assert_frame_equal(host, hand, check_exact=True)
+
+
+def trackio_history(run: Any) -> dict[int, dict[str, float]]:
+    """What a finished local run of Trackio has logged, by step."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    found: dict[int, dict[str, float]] = {}
+    for row in SQLiteStorage.get_logs(run.project, run.name):
+        row.pop("timestamp")
+        found.setdefault(row.pop("step"), {}).update(row)
+    return found
 
 
 def wandb_history(folder: Path) -> list[dict[str, str]]:

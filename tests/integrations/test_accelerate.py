@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
-from hosts import assert_same, by_hand, loader, net, wandb_history
+from hosts import assert_same, by_hand, loader, net, trackio_history, wandb_history
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import SGD, Adadelta, AdamW
@@ -93,13 +93,16 @@ class Own(GeneralTracker):
 
 
 def test_its_trackers_are_sinks(tmp_path):
-    """TensorBoard, Weights & Biases, MLflow and a user's own get the same numbers."""
+    """TensorBoard, Weights & Biases, MLflow, Trackio and a user's own get the same numbers."""
     own = Own()
     accelerator = Accelerator(
-        cpu=True, log_with=["tensorboard", "wandb", "mlflow", own], project_dir=tmp_path
+        cpu=True,
+        log_with=["tensorboard", "wandb", "mlflow", "trackio", own],
+        project_dir=tmp_path,
     )
     accelerator.init_trackers("run", init_kwargs={"wandb": {"dir": tmp_path}})
     run = accelerator.get_tracker("mlflow").tracker
+    local = accelerator.get_tracker("trackio").tracker
     frame = train(accelerator, AdamW, to=trackers(accelerator, prefix="probe/", tag_style="olmo"))
     accelerator.end_training()
     tag = "probe/optim/step/0.weight.norm"
@@ -110,6 +113,8 @@ def test_its_trackers_are_sinks(tmp_path):
     assert {json.loads(r["lrprobe/step"]): json.loads(r[tag]) for r in rows} == norms.to_dict()
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, tag)
     assert {m.step: m.value for m in history} == norms.to_dict()
+    logged = trackio_history(local)
+    assert {step: values[tag] for step, values in logged.items()} == norms.to_dict()
     assert {step: values[tag] for step, values in own.found.items()} == norms.to_dict()
     assert len(mlflow.MlflowClient().search_runs([run.info.experiment_id])) == 1
 

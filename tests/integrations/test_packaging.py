@@ -29,25 +29,32 @@ lines.close()
 assert probe.frame().equals(lrprobe.read("run.parquet")), probe.frame()
 assert lrprobe.read("run")["step"].tolist() == lrprobe.read("run.parquet")["step"].tolist()
 assert step["0.weight"].effective_lr.shape == (3, 4)
+assert not lrprobe.diagnose(probe.frame()).findings
+lrprobe.show_versions()
 assert lrprobe.__file__.startswith({prefix!r}), lrprobe.__file__
-for code, package in {hosts!r}:
+for code, package, extra in {hosts!r}:
     try:
         exec(code)
     except ModuleNotFoundError as error:
-        assert error.name == package, error
+        wanted = f"{{package}} is not installed: pip install 'lrprobe[{{extra}}]'"
+        assert str(error) == wanted, error
     else:
         raise AssertionError(f"{{code}} needs {{package}}, which nobody has declared")
 """
 HOSTS = [
-    ("import lrprobe.integrations.lightning", "pytorch_lightning"),
-    ("import lrprobe.integrations.transformers", "transformers"),
-    ("import lrprobe.integrations.ignite", "ignite"),
-    ("lrprobe.sinks.WandB()", "wandb"),
-    ("lrprobe.sinks.MLflow()", "mlflow"),
+    ("import lrprobe.integrations.lightning", "pytorch_lightning", "lightning"),
+    ("import lrprobe.integrations.transformers", "transformers", "transformers"),
+    ("import lrprobe.integrations.keras", "keras", "keras"),
+    ("import lrprobe.integrations.ignite", "ignite", "ignite"),
+    ("lrprobe.sinks.WandB()", "wandb", "wandb"),
+    ("lrprobe.sinks.MLflow()", "mlflow", "mlflow"),
+    ("lrprobe.sinks.Trackio()", "trackio", "trackio"),
+    ("lrprobe.sinks.Comet()", "comet_ml", "comet"),
+    ("lrprobe.sinks.ClearML()", "clearml", "clearml"),
 ]
 
 
-def run(*command, **options):
+def run(*command, code=0, **options):
     """Run a command away from this environment and checkout; its output."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
@@ -59,28 +66,30 @@ def run(*command, **options):
         env=environment,
         **options,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    said = f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == code, said
+    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist, and the wheel that was built from it."""
-    folder = tmp_path_factory.mktemp("dist")
+    """The sdist, and the wheel that was built from it; `make release-check` keeps them."""
+    kept = os.environ.get("LRPROBE_DIST")
+    folder = Path(kept).resolve() if kept else tmp_path_factory.mktemp("dist")
+    folder.mkdir(exist_ok=True)
     run(sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT), cwd=folder)
     (sdist,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")
     return sdist, wheel
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory, built):
-    """An environment with the wheel, what it declares, and nothing else."""
-    folder = tmp_path_factory.mktemp("empty")
+def environment(folder, archive):
+    """A new environment with the archive, what it declares, and nothing else."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pins = str(ROOT / "constraints.txt")
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", pins, built[1], cwd=folder)
+    run(python, "-m", "pip", "install", "--quiet", "--constraint", pins, archive, cwd=folder)
+    run(python, "-m", "pip", "check", cwd=folder)
     return python
 
 
@@ -91,6 +100,11 @@ def smoke(python, folder):
     command = python.parent / "lrprobe"
     assert "step 3" in run(command, "show", "run.parquet", cwd=folder)
     assert "No findings" in run(command, "diagnose", "run.parquet", cwd=folder)
+    # What needs an extra says so, in a line.
+    for name, extra in {"report": "plot", "demo": "demo"}.items():
+        said = run(command, name, *["run.parquet"] * (name == "report"), code=2, cwd=folder)
+        assert said.splitlines()[-1].endswith(f"pip install 'lrprobe[{extra}]'"), said
+        assert len(said.splitlines()) == 1, said
 
 
 def test_the_archives_have_what_belongs_in_them(built):
@@ -107,17 +121,13 @@ def test_the_archives_have_what_belongs_in_them(built):
     assert not [name for name in inside if "__pycache__" in name or ".venv" in name]
 
 
-def test_the_wheel_works_in_an_empty_environment(empty, tmp_path):
-    """With warnings as errors; a host that is not installed is named when it is asked for."""
-    run(empty, "-m", "pip", "check", cwd=tmp_path)
-    smoke(empty, tmp_path)
-
-
-def test_the_sdist_works_in_an_empty_environment(empty, built, tmp_path):
-    """As the wheel does."""
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall")
-    run(empty, *install, built[0], cwd=tmp_path)
-    smoke(empty, tmp_path)
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_it_works_in_an_empty_environment(built, tmp_path, kind):
+    """With warnings as errors; an extra that is missing is named with what installs it."""
+    python = environment(
+        tmp_path / "empty", dict(zip(("sdist", "wheel"), built, strict=True))[kind]
+    )
+    smoke(python, tmp_path)
 
 
 def test_every_host_and_tracker_has_an_extra(built):
@@ -126,18 +136,21 @@ def test_every_host_and_tracker_has_an_extra(built):
     (name,) = [name for name in metadata.namelist() if name.endswith("METADATA")]
     extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata.read(name).decode(), re.MULTILINE))
     named = {"accelerate", "ignite", "keras", "lightning", "mlflow", "tensorflow", "transformers"}
-    assert {*named, "wandb"} <= extras
+    assert {*named, "clearml", "comet", "trackio", "wandb"} <= extras
 
 
 def test_import_touches_no_optional_package():
     """All of them are installed here, and none is imported."""
     optional = [
         "accelerate",
+        "clearml",
+        "comet_ml",
         "ignite",
         "keras",
         "lightning",
         "mlflow",
         "tensorflow",
+        "trackio",
         "transformers",
         "wandb",
         "matplotlib",

@@ -6,8 +6,9 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import trackio
 import wandb
-from hosts import assert_same, wandb_history
+from hosts import assert_same, trackio_history, wandb_history
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -120,11 +121,11 @@ def test_a_resumed_training_goes_on_with_the_global_step(tmp_path, optim):
 
 
 def test_report_to_names_the_sinks(tmp_path, monkeypatch):
-    """TensorBoard, Weights & Biases and MLflow get the same numbers, at the global step."""
+    """TensorBoard, W&B, MLflow and Trackio get the same numbers, at the global step."""
     callback = LRProbeCallback(every=2, tag_style="olmo")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/m.db")
     run = wandb.init(dir=tmp_path)
-    report = ["tensorboard", "wandb", "mlflow"]
+    report = ["tensorboard", "wandb", "mlflow", "trackio"]
     trainer(tmp_path, callback, report_to=report, logging_steps=1).train()
     run.finish()
     frame = callback.probe.frame()
@@ -142,6 +143,11 @@ def test_report_to_names_the_sinks(tmp_path, monkeypatch):
     last = mlflow.last_active_run().info.run_id
     history = mlflow.MlflowClient().get_metric_history(last, tag)
     assert {m.step: m.value for m in history} == norms.to_dict()
+    (local,) = list(trackio.Api().runs("huggingface"))
+    logged = trackio_history(local)
+    assert {
+        step: values[tag] for step, values in logged.items() if tag in values
+    } == norms.to_dict()
     while mlflow.active_run():
         mlflow.end_run()
 

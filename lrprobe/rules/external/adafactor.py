@@ -18,7 +18,7 @@ def _whole(whole: Whole) -> dict[str, Scalar]:
         figures["row"] = (rows / rows.mean(dim=-1, keepdim=True)).unsqueeze(-1)
         figures["column"] = state["exp_avg_sq_col"].unsqueeze(-2)
     # Seen by the slices below, as they read the same state.
-    whole.entry.state.update(figures)
+    whole.entry.add(figures)
     squares = whole.sum(lambda s: s.grad.square() / _second_moment(s))
     figures["rms_scaled"] = (squares / max(whole.entry.param.numel(), 1)).sqrt()
     return figures
@@ -64,4 +64,4 @@ def _adafactor(s: Slice) -> Update:
     )
 
 
-ADAFACTOR = Rule("adafactor", _adafactor, whole=_whole, needs_grad=True, fuse=False)
+ADAFACTOR = Rule("adafactor", _adafactor, whole=_whole, needs_grad=True)

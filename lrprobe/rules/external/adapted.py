@@ -89,5 +89,5 @@ def _dadapt_adam(s: Slice) -> Update:
     )
 
 
-PRODIGY = Rule("prodigy", _prodigy, before=_before, fuse=False)
-DADAPT_ADAM = Rule("dadapt_adam", _dadapt_adam, before=_before, fuse=False)
+PRODIGY = Rule("prodigy", _prodigy, before=_before)
+DADAPT_ADAM = Rule("dadapt_adam", _dadapt_adam, before=_before)

@@ -53,5 +53,5 @@ def _ademamix(s: Slice) -> Update:
     return Update(effective_lr, direction, decoupled(s), rms_grad=rms, eps=(rms, eps), grad=grad)
 
 
-ADAN = Rule("adan", _adan, fuse=False)
-ADEMAMIX = Rule("ademamix", _ademamix, fuse=False)
+ADAN = Rule("adan", _adan)
+ADEMAMIX = Rule("ademamix", _ademamix)

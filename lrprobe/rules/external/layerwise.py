@@ -155,6 +155,6 @@ def _lars(s: Slice) -> Update:
     return Update(rate, direction)
 
 
-LAMB = Rule("lamb", _lamb, before=norm_before, whole=_lamb_whole, fuse=False)
-LAMB_TOLD = Rule("lamb", _lamb_told, fuse=False)
-LARS = Rule("lars", _lars, before=norm_before, whole=_lars_whole, needs_grad=True, fuse=False)
+LAMB = Rule("lamb", _lamb, before=norm_before, whole=_lamb_whole)
+LAMB_TOLD = Rule("lamb", _lamb_told)
+LARS = Rule("lars", _lars, before=norm_before, whole=_lars_whole, needs_grad=True)

@@ -29,4 +29,4 @@ def _lion(s: Slice) -> Update:
     return Update(s.lr, step, decay, grad=undecayed(s, s.lr * step))
 
 
-LION = Rule("lion", _lion, fuse=False)
+LION = Rule("lion", _lion, shared_rate=True)

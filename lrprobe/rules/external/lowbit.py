@@ -87,7 +87,7 @@ def _bnb_ademamix(s: Slice) -> Update:
 
 def _bnb_lamb_whole(whole: Whole) -> dict[str, Any]:
     moments = _bnb_whole(whole)
-    whole.entry.state.update(moments)
+    whole.entry.add(moments)
     eps = whole.group["eps"]
 
     def normalised(s: Slice) -> Tensor:
@@ -124,7 +124,7 @@ def _bnb_lamb(s: Slice) -> Update:
 
 def _bnb_lars_whole(whole: Whole) -> dict[str, Any]:
     moments = _bnb_whole(whole)
-    whole.entry.state.update(moments)
+    whole.entry.add(moments)
     trust: Scalar = 1.0
     if not isinstance(moments["moment1"], Coded):
         trust = _bounded(0.02, whole, whole.sum(lambda s: s["moment1"].square()))
@@ -189,15 +189,14 @@ def _ao_adamw(s: Slice) -> Update:
     )
 
 
-BNB_ADAM = Rule("adam", _bnb_adam, whole=_bnb_whole, tolerance=0.2, fuse=False)
-BNB_ADEMAMIX = Rule("ademamix", _bnb_ademamix, whole=_bnb_whole, tolerance=0.2, fuse=False)
+BNB_ADAM = Rule("adam", _bnb_adam, whole=_bnb_whole, tolerance=0.2)
+BNB_ADEMAMIX = Rule("ademamix", _bnb_ademamix, whole=_bnb_whole, tolerance=0.2)
 BNB_LAMB = Rule(
     "lamb",
     _bnb_lamb,
     before=layerwise.norm_before,
     whole=_bnb_lamb_whole,
     tolerance=0.2,
-    fuse=False,
 )
 BNB_LARS = Rule(
     "lars",
@@ -205,8 +204,7 @@ BNB_LARS = Rule(
     before=layerwise.norm_before,
     whole=_bnb_lars_whole,
     tolerance=0.2,
-    fuse=False,
 )
-BNB_LION = Rule("lion", _bnb_lion, whole=_bnb_lion_whole, fuse=False)
-AO_ADAM = Rule("adam", _ao_adam, whole=_ao_whole, tolerance=1.0, fuse=False)
-AO_ADAMW = Rule("adam", _ao_adamw, whole=_ao_whole, tolerance=1.0, fuse=False)
+BNB_LION = Rule("lion", _bnb_lion, whole=_bnb_lion_whole)
+AO_ADAM = Rule("adam", _ao_adam, whole=_ao_whole, tolerance=1.0)
+AO_ADAMW = Rule("adam", _ao_adamw, whole=_ao_whole, tolerance=1.0)

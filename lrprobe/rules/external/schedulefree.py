@@ -105,6 +105,6 @@ def _radam(s: Slice) -> Update:
     return _step(s, lr, beta1, torch.ones_like(rms), rms, eps)
 
 
-ADAMW = Rule("schedulefree_adamw", _adamw, fuse=False)
-RADAM = Rule("schedulefree_radam", _radam, fuse=False)
-SGD = Rule("schedulefree_sgd", _sgd, fuse=False)
+ADAMW = Rule("schedulefree_adamw", _adamw)
+RADAM = Rule("schedulefree_radam", _radam)
+SGD = Rule("schedulefree_sgd", _sgd)

@@ -1,0 +1,97 @@
+"""Ready-made callbacks for ``attach(..., on_finding=...)``: a warning, a log line, W&B's alert.
+
+A fault that many layers have is told once, not once for each: of a code and an optimizer the
+first finding is passed on.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from lrprobe.diagnosis import Finding
+
+
+class _Alert:
+    """Passes the first finding of a code and an optimizer on; notes only where they are wanted."""
+
+    def __init__(self, *, notes: bool) -> None:
+        self._notes = notes
+        self._told: set[tuple[str, str]] = set()
+
+    def __call__(self, finding: Finding) -> None:
+        """Tell of a finding."""
+        what = finding.code, finding.optimizer
+        if what in self._told or (finding.severity == "note" and not self._notes):
+            return
+        self._told.add(what)
+        self._tell(finding)
+
+    def _tell(self, finding: Finding) -> None:
+        raise NotImplementedError
+
+
+class Warn(_Alert):
+    """Warns with a ``UserWarning``: ``attach(..., on_finding=alerts.Warn())``.
+
+    Args:
+        notes: also of notes.
+    """
+
+    def __init__(self, *, notes: bool = False) -> None:
+        super().__init__(notes=notes)
+
+    def _tell(self, finding: Finding) -> None:
+        warnings.warn(f"lrprobe: {_sentence(finding)}", stacklevel=4)
+
+
+class Log(_Alert):
+    """Writes a line to a logger: a warning for a finding, an info for a note.
+
+    Args:
+        logger: by default the one called ``lrprobe``.
+        notes: also of notes.
+    """
+
+    def __init__(self, logger: logging.Logger | None = None, *, notes: bool = True) -> None:
+        super().__init__(notes=notes)
+        self._logger = logger or logging.getLogger("lrprobe")
+
+    def _tell(self, finding: Finding) -> None:
+        level = logging.WARNING if finding.severity == "finding" else logging.INFO
+        self._logger.log(level, "%s", _sentence(finding))
+
+
+class WandB(_Alert):
+    """Sends an alert of Weights & Biases, by mail or Slack as the user has set it there.
+
+    Args:
+        run: what ``wandb.init`` returned; None takes the run that is active.
+        notes: also of notes.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[wandb]'``).
+        RuntimeError: no run is active.
+    """
+
+    def __init__(self, run: Any = None, *, notes: bool = False) -> None:
+        super().__init__(notes=notes)
+        import wandb
+
+        self._wandb = wandb
+        self._run: Any = wandb.run if run is None else run
+        if self._run is None:
+            raise RuntimeError("no run of Weights & Biases is active; call wandb.init() first")
+
+    def _tell(self, finding: Finding) -> None:
+        levels = self._wandb.AlertLevel
+        self._run.alert(
+            title=f"lrprobe: {finding.title}",
+            text=_sentence(finding),
+            level=levels.WARN if finding.severity == "finding" else levels.INFO,
+        )
+
+
+def _sentence(finding: Finding) -> str:
+    return f"{finding} [{finding.code}]. Usually: {finding.meaning} Try: {finding.advice}"

@@ -1,0 +1,119 @@
+"""The check for gradients that are not set to 0 between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lrprobe.diagnosis.shared import FEW, Hit, matrices
+from lrprobe.series import Bools, Floats, Ints, Series, quantile
+
+ALONG, MOST = 0.3, 1.1
+"""How much of what a sum of independent gradients has in its cosine; and how many times what a sum
+of equal ones has in its norm."""
+HORIZON, DISTANT = 9, 40
+"""Steps over which the norm is looked at; where recorded steps are far apart, the second."""
+FASTER, FASTER_DISTANT = 1.2, 1.4
+"""How much faster than its number of terms the norm may grow over them: leaving a saddle,
+a gradient grows faster and faster; a sum does not."""
+NEW = 0.4
+"""Norm, over the first, of what a recorded step adds: little where a gradient changes slowly."""
+PERSISTENT = 0.6
+ONGOING_ROWS = 8
+
+
+class _Law(NamedTuple):
+    """How the norms of sums grow.
+
+    Attributes:
+        growth: at least so much of √n after n steps.
+        terms: over so many steps; over ``DISTANT`` where recorded steps are far apart.
+        lasting: how many times the first norm that of the median step is.
+        share: of the matrices, which have to follow it.
+    """
+
+    growth: float
+    terms: int
+    lasting: float
+    share: float
+
+
+TERMS = 4
+LAWS = (_Law(0.9, TERMS, 1.5, 0.0), _Law(0.5, HORIZON, 2.0, 2 / 3))
+"""What one matrix follows closely, or most of them roughly."""
+
+
+def gradients_accumulate(series: Series) -> Iterator[Hit]:
+    """A sum of n gradients has √n to n times the norm of one, and √(m/n) of the cosine at least.
+
+    A gradient over all of the data keeps its direction, too, but its norm does not grow so.
+    """
+    if series.ongoing and len(series.steps) < ONGOING_ROWS:
+        return
+    norm = np.where(series.stepped, series["grad_norm"], np.nan)
+    along = np.where(series.stepped, series["grad_persistence"], np.nan)
+    for start in (0, *series.resumes.tolist()):
+        if len(norm) - start <= FEW:
+            continue
+        terms = series.steps[start:] - series.steps[start] + 1.0
+        grown = norm[start:] / norm[start]
+        cosine = quantile(along[start + 1 :], 0.5)
+        rows, wrong = _sums(series, terms, grown, along[start:], cosine)
+        for column in np.flatnonzero(wrong):
+            last = int(rows[column]) - 1
+            values = {
+                "terms": terms[last],
+                "growth": grown[last, column],
+                "along": cosine[column],
+            }
+            evidence = "over its first {terms:,.0f} steps its norm grew {growth:.3g} times, as a "
+            evidence += "sum of gradients grows, and the cosine with that of the recorded step "
+            evidence += "before is {along:.2f} in the median"
+            steps = series.steps[start : start + last + 1]
+            yield Hit(series.names[column], steps, evidence, values, values["growth"])
+        if wrong.any():
+            return
+
+
+def _sums(
+    series: Series, terms: Floats, grown: Floats, along: Floats, cosine: Floats
+) -> tuple[Ints, Bools]:
+    """How many rows behave as sums do, and which matrices are sums: (parameters,) each."""
+    large = matrices(series)
+    usual = quantile(grown[1:], 0.5)
+    far = len(terms) > 2 and bool(terms[2] > TERMS)
+    early = terms <= (DISTANT if far else HORIZON)
+    each = (grown / terms[:, None])[early]
+    most = (FASTER_DISTANT if far else FASTER) * np.fmin.accumulate(each, axis=0)
+    large = large & ~(each > most).any(axis=0)
+    old, new = grown[:-1], grown[1:]
+    added = np.sqrt(np.maximum(old**2 + new**2 - 2 * along[1:] * old * new, 0.0))
+    large &= quantile(added[early[1:]], 0.5) >= NEW
+    for law in LAWS:
+        rows = _as_a_sum(law.growth, terms, grown, along)
+        wrong = large & (rows >= _least_rows(law, terms))
+        wrong &= (cosine >= PERSISTENT) & (usual >= law.lasting)
+        if wrong.any() and wrong.sum() >= law.share * matrices(series).sum():
+            return rows, wrong
+    return rows, np.zeros(len(large), dtype=bool)
+
+
+def _least_rows(law: _Law, terms: Floats) -> int:
+    """Rows that have to behave as a sum does: four, and more where they are far apart."""
+    far = len(terms) > 2 and terms[2] > law.terms
+    most = DISTANT if far else law.terms
+    return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, most)) + 1))
+
+
+def _as_a_sum(growth: float, terms: Floats, grown: Floats, along: Floats) -> Ints:
+    """How many rows from the first on behave as sums do: (parameters,)."""
+    fits: Bools = np.ones(grown.shape, dtype=bool)
+    shared = np.sqrt(terms[:-1] / terms[1:])[:, None]
+    fits[1:] = (grown[1:] >= growth * np.sqrt(terms[1:, None])) & (
+        (along[1:] >= ALONG * shared) | (shared < 0.5)  # of few common terms a cosine says little
+    )
+    fits[1:] &= grown[1:] <= MOST * terms[1:, None]  # else it diverges
+    result: Ints = np.logical_and.accumulate(fits, axis=0).sum(axis=0)
+    return result

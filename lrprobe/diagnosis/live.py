@@ -1,0 +1,248 @@
+"""Findings while a run goes on: the same checks, over a bounded history of its records.
+
+What a record costs does not grow with the run. Kept are the newest :data:`NEWEST` records of each
+optimizer, and of the older ones every second, fourth, … one, together :data:`MOST` at most. The
+checks look at them after the first few records, after each that begins an attempt or has figures
+that are not finite, and else after every :data:`PERIOD`: with 150 parameters that is 0.6 ms a
+record in the mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrprobe.about import KEY, Description, description, joined, merged
+from lrprobe.diagnosis.findings import Finding
+from lrprobe.diagnosis.run import diagnose, look
+from lrprobe.record import Record
+from lrprobe.runs import COLUMNS, NEWER_COLUMNS
+from lrprobe.series import series_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEWEST, MOST = 24, 64
+"""Records of an optimizer that are kept: all of the newest, and in all."""
+MOST_BYTES = 64 * 2**20
+"""The same in bytes, of an optimizer; the newest few are kept all the same."""
+PERIOD = 40
+"""Records between two looks, once there are many."""
+
+_LOOKS = {1, 4, 8, 16}
+_AGAIN = ("state-lost", "lr-jumps", "schedule-stalled", "decay-jumps")
+"""Codes of what may happen anew at each resume."""
+_TEXT = ("optimizer", "parameter", "rule")
+_OTHERS = ("step", "attempt", "group", "numel", "stepped")
+_FIGURES = tuple(
+    name for name in (*COLUMNS, *NEWER_COLUMNS) if name not in (*_TEXT, *_OTHERS, "time")
+)
+
+Key = tuple[str, str, str, int]
+"""What makes a finding the same as one that was told: code, optimizer, parameter; of those that may
+happen at each resume, the step."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What checks ask for of one record.
+
+    Attributes:
+        figures: (columns of figures, parameters), as the names of its record say.
+        names: those of the figures.
+        others: the other columns, text as numbers.
+    """
+
+    figures: NDArray[np.float64]
+    names: tuple[str, ...]
+    others: dict[str, NDArray[Any]]
+
+    def of(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """Some of the figures."""
+        if list(self.names) == names:
+            return self.figures
+        return self.figures[[self.names.index(name) for name in names]]
+
+
+class Live:
+    """Tells of each finding once, while records come; a sink with a thread of its own.
+
+    Args:
+        tell: called with each new finding.
+        history: what an earlier attempt recorded in the dataset that is continued: its findings
+            are taken as told.
+    """
+
+    flush_secs = 10.0
+
+    def __init__(
+        self,
+        tell: Callable[[Finding], object],
+        history: Callable[[], pd.DataFrame | None] | None = None,
+    ) -> None:
+        self._tell = tell
+        self._history = history
+        self._kept: dict[str, list[_Kept]] = {}
+        self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}
+        self._count = 0
+        self._looked_at = 0
+        self._attempts: dict[str, tuple[int, int]] = {}  # the latest, and its records so far
+        self._runs: dict[str, Mapping[str, Any]] = {}
+        self._told_runs: list[Description] = []
+        self._before: dict[str, Any] = {}
+        self._about: Mapping[str, Any] = {}
+        self._urgent: set[tuple[str, str]] = set()
+        self._told: set[Key] = set()
+        self._problems: list[str] = []
+        self._raised = False
+
+    def __repr__(self) -> str:
+        return f"on_finding={getattr(self._tell, '__qualname__', repr(self._tell))}"
+
+    @property
+    def told(self) -> list[Key]:
+        """What was told so far."""
+        return sorted(self._told)
+
+    def forget_none(self, told: Iterable[Iterable[Any]]) -> None:
+        """What another one has told is not told again."""
+        for code, optimizer, parameter, step in told:
+            self._told.add((str(code), str(optimizer), str(parameter), int(step)))
+
+    def describe(self, run: Mapping[str, Any]) -> None:
+        """Take what describes the run, for the time before there is a record."""
+        self._about = run
+
+    def write(self, record: Record) -> None:
+        """Take one record, and look where it is time to."""
+        if self._history is not None:
+            history, self._history = self._history, None
+            with contextlib.suppress(OSError, ValueError):  # without it, less is known
+                self._begin_after(history())
+        name = record.optimizer
+        if self._runs.get(name) is not record.run:
+            self._runs[name] = record.run
+            self._told_runs.append(Description(record.attempt, record.step, name, record.run))
+        latest, count = self._attempts.get(name, (record.attempt, 0))
+        count = count + 1 if latest == record.attempt else 1
+        self._attempts[name] = record.attempt, count
+        columns = record.tables["parameter"]
+        self._keep(name, columns)
+        self._count += 1
+        if (
+            count in _LOOKS
+            or self._count - self._looked_at >= PERIOD
+            or self._is_urgent(name, columns)
+        ):
+            self._look(ongoing=True)
+
+    def flush(self) -> None:
+        """Look at what has come since the last look."""
+        if self._count > self._looked_at:
+            self._look(ongoing=True)
+
+    def close(self) -> None:
+        """Look at the whole run."""
+        self._look(ongoing=False)
+
+    def problems(self) -> list[str]:
+        """What the user should be warned of."""
+        problems, self._problems = self._problems, []
+        return problems
+
+    def _keep(self, name: str, columns: Mapping[str, NDArray[Any]]) -> None:
+        names = tuple(each for each in _FIGURES if each in columns)
+        others = {each: columns[each] for each in _OTHERS}
+        for each in _TEXT:
+            known = self._names[each]
+            numbers = [known.setdefault(str(text), len(known)) for text in columns[each].tolist()]
+            others[each] = np.array(numbers, dtype=np.int32)
+        figures = np.array([columns[each] for each in names], dtype=np.float64)
+        kept = self._kept.setdefault(name, [])
+        kept.append(_Kept(figures, names, others))
+        most = max(NEWEST // 4, min(MOST, MOST_BYTES // max(figures.nbytes, 1)))
+        if len(kept) > most:  # every second of the older ones, but for the first
+            older = max(2, len(kept) - min(NEWEST, most // 2))
+            kept[:older] = kept[:older:2]
+
+    def _is_urgent(self, name: str, columns: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether a record has what must be told at once, for the first time."""
+        with np.errstate(invalid="ignore"):
+            signs = {
+                (name, "nonfinite"): bool((columns["nonfinite"] > 0).any()),
+                (name, "negative"): bool((columns["lr"] < 0).any()),
+            }
+        new = {sign for sign, seen in signs.items() if seen} - self._urgent
+        self._urgent |= new
+        return bool(new)
+
+    def _frame(self) -> pd.DataFrame:
+        """What is kept, as a frame."""
+        import pandas as pd
+
+        records = [each for kept in self._kept.values() for each in kept]
+        columns: dict[str, Any] = {}
+        if records:
+            for name in (*_OTHERS, *_TEXT):
+                columns[name] = np.concatenate([each.others[name] for each in records])
+            names = [n for n in records[0].names if all(n in each.names for each in records)]
+            figures = np.concatenate([each.of(names) for each in records], axis=1)
+            columns |= zip(names, figures, strict=True)
+        for name in _TEXT:
+            if name in columns:
+                known = pd.Index(list(self._names[name]))
+                columns[name] = pd.Categorical.from_codes(columns[name], categories=known)
+        frame = pd.DataFrame(columns, copy=False)
+        frame.attrs[KEY] = joined(
+            self._before, merged([Description(0, 0, "", self._about), *self._told_runs])
+        )
+        return frame
+
+    def _look(self, *, ongoing: bool) -> None:
+        self._looked_at = self._count
+        if self._kept and ongoing:
+            found = []
+            for series in series_of(self._frame()):
+                series.ongoing = True
+                found += look(series)
+        elif ongoing:
+            return
+        else:
+            frame = self._frame()
+            found = list(diagnose(frame if len(frame.columns) else frame.assign(step=[])))
+        for finding in found:
+            key = _key(finding)
+            if key not in self._told:
+                self._told.add(key)
+                self._pass_on(finding)
+
+    def _pass_on(self, finding: Finding) -> None:
+        try:
+            self._tell(finding)
+        except BaseException as error:  # noqa: BLE001 - a callback may raise what it likes
+            if not self._raised:
+                self._problems.append(
+                    f"{self!r} raised {type(error).__name__}: {error}. It is called with further "
+                    "findings all the same, and no more is said of what it raises"
+                )
+            self._raised = True
+
+    def _begin_after(self, history: pd.DataFrame | None) -> None:
+        """Take what an earlier attempt recorded for the beginning of this run."""
+        if history is None or not len(history):
+            return
+        self._before = description(history)
+        self._told |= {_key(finding) for finding in diagnose(history)}
+        for optimizer, rows in history.groupby("optimizer", sort=False, observed=True):
+            for _, one in rows.groupby(["attempt", "step"], sort=True):
+                self._keep(str(optimizer), {str(name): one[name].to_numpy() for name in one})
+
+
+def _key(finding: Finding) -> Key:
+    step = finding.steps.first if finding.code in _AGAIN else 0
+    return finding.code, finding.optimizer, finding.parameter, step

@@ -1,0 +1,327 @@
+"""Checks of resumed runs: state, rate and decay have to go on where they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from lrprobe.diagnosis.rates import second_moment_rate
+from lrprobe.diagnosis.shared import (
+    ADAM_FAMILY,
+    FEW,
+    Hit,
+    group_figures,
+    groups,
+    matrices,
+)
+from lrprobe.series import Floats, Ints, Series, first, last, quantile
+
+FRESH, FRESH_JUMP, SMALL_JUMP, FRESH_MOMENTUM = 1e-3, 3.0, 0.02, 0.01
+OFF = 0.02
+"""Share of lr, or of a decay, by which a resume may be off its schedule."""
+STEADY, STALLED = 1.5, 2.0
+
+
+def state_lost(series: Series) -> Iterator[Hit]:
+    """Where a run went on with its parameters and without the optimizer's state."""
+    yield from _restarted(series)
+    yield from _fresh_adadelta(series)
+    yield from _fresh_moments(series)
+
+
+def _restarted(series: Series) -> Iterator[Hit]:
+    """The count began anew while the parameters went on."""
+    counting = series.ruled_by(*ADAM_FAMILY, "adadelta", "rmsprop", "adafactor", "rprop", "asgd")
+    if not series.superseded or "param_norm" not in series or not counting.any():
+        return
+    before = series.superseded[-1]
+    if before.names != series.names or before.shape[0] < FEW:
+        return
+    start, fresh = first(series["param_norm"]), first(before["param_norm"])
+    reached = before["param_norm"][1:]
+    nearest = np.nanmin(abs(reached / start - 1), axis=0)
+    away = abs(fresh / start - 1)
+    moved = np.nanmax(abs(reached / fresh - 1), axis=0) > FRESH
+    if series.steps[0] > before.steps[0] or not moved.any():
+        return
+    if np.median(away[moved]) > FRESH and (away > 5 * nearest)[moved].mean() > 0.5:
+        column = int(np.where(moved, away, -1).argmax())
+        yield Hit(
+            series.names[column],
+            series.steps[:1],
+            "the run went on from step {reached:,.0f}, with the norm {after:.4g} (when it was new "
+            "{fresh:.4g}), but the optimizer counts from step {step:,.0f} again",
+            {
+                "reached": before.steps[-1],
+                "after": start[column],
+                "fresh": fresh[column],
+                "step": series.steps[0],
+            },
+        )
+
+
+def _fresh_adadelta(series: Series) -> Iterator[Hit]:
+    """Adadelta's mean of past updates is 0 before the first step only."""
+    if "rms_update_mean" not in series:
+        return
+    mean = series["rms_update_mean"]
+    seen = np.maximum.accumulate(np.nan_to_num(mean), axis=0) > 0
+    again = seen & (mean == 0)
+    for column in np.flatnonzero(again.any(axis=0)):
+        steps = series.steps[again[:, column]]
+        before = last(mean[: int(again[:, column].argmax())])[column]
+        yield Hit(
+            series.names[column],
+            steps,
+            "the mean size of past updates, {before:.2g} before, is 0 again",
+            {"before": before},
+            before,
+        )
+
+
+def _fresh_moments(series: Series) -> Iterator[Hit]:
+    """Where an attempt goes on, the rates jump as they never did, or there is no momentum."""
+    large = matrices(series)
+    for row in (np.flatnonzero(np.diff(series.attempt) > 0) + 1).tolist():
+        if row < FEW or not large.any():
+            continue
+        jumps = _jumps(series, row)
+        without = _without_momentum(series)
+        gone = (without[row] < FRESH_MOMENTUM) & (np.median(without[max(0, row - 5) : row]) > 0.1)
+        jumps = np.where(gone, np.inf, jumps)[large]
+        if not quantile(jumps[:, None], 0.5)[0] > FRESH_JUMP:
+            continue
+        column = int(np.flatnonzero(large)[np.nanargmax(jumps)])
+        if gone[column]:
+            evidence = "the first recorded update of the resumed run follows its gradient alone, "
+            evidence += "as only a first step does"
+            yield Hit(series.names[column], series.steps[row : row + 1], evidence, {})
+        else:
+            evidence = "between two recorded steps, over the resume, the second moment's rates "
+            evidence += "changed {jump:.3g} times as much as before"
+            values = {"jump": float(np.nanmax(jumps))}
+            yield Hit(series.names[column], series.steps[row : row + 1], evidence, values)
+
+
+def _jumps(series: Series, row: int) -> Floats:
+    """How much rate and spread of rates change into a row, over their changes before: (p,)."""
+    most = np.full(len(series.names), np.nan)
+    columns = ("lr", *(f"effective_lr_{q}" for q in ("p05", "p50", "p95")))
+    if not all(column in series for column in columns):
+        return most
+    rate = second_moment_rate(series)
+    spread = np.log10(series["effective_lr_p95"] / series["effective_lr_p05"])
+    spread[np.isnan(rate)] = np.nan
+    rate[series.ruled_by("adafactor")] = np.nan  # whose clipping moves it from step to step
+    for figure in (rate, spread):
+        change = abs(np.diff(figure[max(0, row - 6) : row + 1], axis=0))
+        usual = np.maximum(np.fmax.reduce(change[:-1], axis=0), SMALL_JUMP)
+        most = np.fmax(most, change[-1] / usual)
+    return most
+
+
+def _without_momentum(series: Series) -> Floats:
+    """How far the update is from rate times gradient, where the rule has momentum: (s, p)."""
+    if not all(name in series for name in ("effective_lr_applied", "update_norm", "grad_norm")):
+        return np.full(series.shape, np.nan)
+    alone = series["effective_lr_applied"] * series["grad_norm"]
+    return np.where(alone > 0, abs(series["update_norm"] / alone - 1), np.nan)
+
+
+# The rate, and the decay.
+
+
+class _Resume(NamedTuple):
+    """A group's rate around the row in which a resumed run begins."""
+
+    row: int
+    before: Ints
+    after: Ints
+
+
+def _resumes(series: Series, lr: Floats) -> Iterator[_Resume]:
+    """Where a group's rate is known on both sides."""
+    rows = np.flatnonzero(~np.isnan(lr))
+    ends = [*series.resumes.tolist(), len(series.steps)]
+    for row, end in pairwise(ends):
+        before, after = rows[rows < row], rows[(rows >= row) & (rows < end)]
+        if len(before) and len(after):
+            yield _Resume(int(after[0]), before, after)
+
+
+def lr_jumps(series: Series) -> Iterator[Hit]:
+    """Groups whose rate, at a resume, is not where the schedule was."""
+    names, rates = groups(series)
+    _, bases = group_figures(series, "initial_lr")
+    for column, name in enumerate(names):
+        lr = rates[:, column]
+        for resume in _resumes(series, lr):
+            row, before = resume.row, int(resume.before[-1])
+            values = {"before": lr[before], "after": lr[row], "step": series.steps[row]}
+            expected = _recorded_before(series, name, resume, lr)
+            if expected is not None:
+                if expected == expected:  # noqa: PLR0124 - NaN: it is where it was
+                    values["expected"] = expected
+                    evidence = "lr is {after:.4g} at step {step:,.0f}, where the run had "
+                    evidence += "{expected:.4g} before it was resumed"
+                    yield Hit(name, series.steps[row : row + 1], evidence, values)
+            elif _off(series, lr, resume, bases[:, column]):
+                evidence = "lr goes from {before:.4g} to {after:.4g} over the resume, which the "
+                evidence += "schedule before does not explain"
+                yield Hit(name, series.steps[row : row + 1], evidence, values)
+            elif _new_base(series, lr, resume, bases[:, column]):
+                values |= {"base": bases[before, column], "new": bases[row, column]}
+                evidence = "the schedule goes on from the base {new:.4g} in the place of {base:.4g}"
+                yield Hit(name, series.steps[row : row + 1], evidence, values)
+
+
+def _recorded_before(series: Series, name: str, resume: _Resume, lr: Floats) -> float | None:
+    """The rate of the attempt that was replaced, where the new one does not have it.
+
+    None where no attempt tells; NaN where the rates agree.
+    """
+    for old in reversed(series.superseded):
+        old_names, old_rates = groups(old)
+        if name not in old_names:
+            continue
+        old_lr = old_rates[:, old_names.index(name)]
+        known = ~np.isnan(old_lr)
+        steps, old_lr = old.steps[known], old_lr[known]
+        wrong, compared, expected = 0, 0, np.nan
+        for row in resume.after.tolist():
+            at = int(np.searchsorted(steps, series.steps[row]))
+            if at >= len(steps):
+                break
+            # Between two recorded steps the rate is between theirs.
+            beside = (
+                old_lr[at : at + 1] if steps[at] == series.steps[row] else old_lr[at - 1 : at + 1]
+            )
+            if not len(beside):
+                continue
+            margin = OFF * abs(beside).max()
+            compared += 1
+            if not beside.min() - margin <= lr[row] <= beside.max() + margin:
+                wrong += 1
+                expected = float(beside[0]) if np.isnan(expected) else expected
+        if compared:
+            return expected if wrong > compared / 2 else np.nan
+    return None
+
+
+def _off(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool:
+    """Whether the rate jumps over a resume as it does nowhere else."""
+    row, before = resume.row, int(resume.before[-1])
+    old, new = lr[before], lr[row]
+    gap = float(series.steps[row] - series.steps[before])
+    slopes = [_slope(series, lr, rows) for rows in (resume.before[-4:], resume.after[:4])]
+    largest = max(abs(old), abs(new))
+    predicted = old + slopes[0] * gap
+    tolerance = OFF * largest + 2 * gap * max(map(abs, slopes))
+    if abs(new - predicted) <= tolerance or abs(new - old) <= OFF * largest:
+        return False
+    if old <= 0 or new <= 0:
+        return True
+    jump = np.log(new / old)
+    known = np.concatenate([resume.before, resume.after])
+    with np.errstate(all="ignore"):
+        change = np.diff(np.log(lr[known]))
+    flat = np.concatenate([[True], abs(change) < 1e-3, [True]])
+    steps_down = change[flat[:-2] & flat[2:]]  # a step between two that are flat: StepLR's
+    at = len(resume.before) - 1
+    alike = abs(change - jump) < 0.25 * abs(jump)
+    alike[at] = False
+    # Between distant recorded steps no rate is flat; then the same factor again and again tells.
+    again = abs(change - jump) < 1e-6
+    if (alike & flat[:-2] & flat[2:]).any() or again.sum() > 2:
+        return False
+    # A milestone may come with the resume; then the base stays.
+    same_base = abs(base[row] / base[before] - 1) < OFF
+    between_flats = bool(flat[at] and flat[at + 2]) and len(resume.before) > 1
+    return not (jump < 0 and same_base and between_flats and len(steps_down) > 0)
+
+
+def _slope(series: Series, lr: Floats, rows: Ints) -> float:
+    """Change of a rate a step, over some rows."""
+    if len(rows) < 2:
+        return 0.0
+    return float((lr[rows[-1]] - lr[rows[0]]) / (series.steps[rows[-1]] - series.steps[rows[0]]))
+
+
+def _new_base(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool:
+    """Whether the schedule took the rate of the resume as its base: it then falls more slowly."""
+    row, before = resume.row, int(resume.before[-1])
+    if len(resume.before) < FEW or len(resume.after) < FEW or not lr[before] > 0:
+        return False
+    changed = abs(base[row] / base[before] - 1) > OFF
+    is_rate = abs(base[row] / lr[before] - 1) < 0.1
+    slopes = [_slope(series, lr, rows) for rows in (resume.before[-FEW:], resume.after[:FEW])]
+    span = float(series.steps[resume.after[-1]] - series.steps[row])
+    matters = abs(slopes[0]) * span > OFF * lr[before]
+    if not (changed and is_rate and matters):
+        return False
+    # A slope is in proportion to the base: half of the base, half of the slope.
+    slower = slopes[1] / slopes[0] < np.sqrt(lr[before] / base[before])
+    return bool(slower)
+
+
+def schedule_stalled(series: Series) -> Iterator[Hit]:
+    """Groups whose rate stays, since a resume, while it kept changing before."""
+    names, rates = groups(series)
+    for column, name in enumerate(names):
+        lr = rates[:, column]
+        for resume in _resumes(series, lr):
+            after, before = lr[resume.after], resume.before
+            if len(after) < FEW or np.ptp(after) > 1e-6 * abs(after).max() or after[0] == 0:
+                continue
+            moved = before[1:][np.diff(lr[before]) != 0]  # rows in which the rate was a new one
+            if len(moved) < FEW:
+                continue
+            usual = float(np.diff(series.steps[moved])[-FEW:].max())
+            waited = float(series.steps[before[-1]] - series.steps[moved[-1]])
+            span = float(series.steps[resume.after[-1]] - series.steps[resume.row])
+            finished = abs(after[0]) <= 1e-3 * abs(lr[before]).max()
+            if waited < STEADY * usual and span >= STALLED * usual and not finished:
+                values = {"lr": after[0], "usual": usual, "span": span}
+                evidence = "lr stays {lr:.4g} for {span:,.0f} steps after the resume; before, it "
+                evidence += "changed at least every {usual:,.0f}"
+                yield Hit(name, series.steps[resume.after], evidence, values)
+
+
+def decay_jumps(series: Series) -> Iterator[Hit]:
+    """Groups whose weight decay is another in the first step of a resume only."""
+    names, _ = groups(series)
+    for column, name in enumerate(names):
+        decay = _weight_decay(series, column, int(name.split()[-1]))
+        for resume in _resumes(series, decay):
+            if len(resume.after) < 2:
+                continue
+            before, row, after = decay[[resume.before[-1], *resume.after[:2]]]
+            tolerance = OFF * max(before, row, after) / 2 + 3 * abs(after - before)
+            if abs(row - before) > tolerance and abs(row - after) > tolerance:
+                values = {"before": before, "decay": row, "after": after}
+                evidence = "the weight decay is {decay:.4g} in the first step of the resumed run, "
+                evidence += "{before:.4g} before and {after:.4g} after it"
+                steps = series.steps[resume.row : resume.row + 1]
+                yield Hit(name, steps, evidence, values)
+
+
+def _weight_decay(series: Series, column: int, group: int) -> Floats:
+    """The λ of a group in each step: from the figures where decay is decoupled, else as given."""
+    _, lr = groups(series)
+    _, decay = group_figures(series, "decay")
+    with np.errstate(all="ignore"):
+        decoupled: Floats = decay[:, column] / lr[:, column]
+    if np.nan_to_num(decay[:, column]).any():
+        return np.where(np.isfinite(decoupled), decoupled, np.nan)
+    result = np.full(len(series.steps), np.nan)
+    for past in series.optimizer_about.get("history", ()):
+        values = [each.get("weight_decay") for each in past["groups"]]
+        since = (series.attempt > past["attempt"]) | (
+            (series.attempt == past["attempt"]) & (series.steps >= past["step"])
+        )
+        if group < len(values) and isinstance(values[group], int | float):
+            result[since] = values[group]
+    return result

@@ -1,0 +1,43 @@
+"""Checks of who steps which parameter, and of how an optimizer counts its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lrprobe.about import IN_TWO_OPTIMIZERS, NOT_IN_OPTIMIZER
+from lrprobe.diagnosis.shared import Hit
+from lrprobe.series import Series
+
+
+def not_in_optimizer(series: Series) -> Iterator[Hit]:
+    """Parameters that had a gradient and that no optimizer with a probe has."""
+    if series.siblings[0] is not series:  # it is about the run, and told once
+        return
+    for name in series.about.get(NOT_IN_OPTIMIZER) or ():
+        evidence = "it can be trained and has a gradient, and no optimizer with a probe has it"
+        yield Hit(name, series.steps, evidence, {})
+
+
+def in_two_optimizers(series: Series) -> Iterator[Hit]:
+    """Parameters that two optimizers step."""
+    for name, optimizers in (series.about.get(IN_TWO_OPTIMIZERS) or {}).items():
+        if series is next(each for each in series.siblings if each.optimizer in optimizers):
+            evidence = f"both {' and '.join(map(_plain, optimizers))} step it"
+            yield Hit(name, series.steps, evidence, {"optimizers": len(optimizers)})
+
+
+def step_stuck(series: Series) -> Iterator[Hit]:
+    """An optimizer whose own step count was not what its steps make of it."""
+    wrong = series.optimizer_about.get("step_count")
+    if not wrong:
+        return
+    seen = series.steps[(series.steps >= wrong["step"]) & (series.steps <= wrong["last"])]
+    values = {key: float(wrong[key]) for key in ("was", "is", "expected", "times")}
+    evidence = "the optimizer's own count goes from {was:,.0f} to {is:,.0f} where {expected:,.0f} "
+    evidence += "is right; seen in {times:,.0f} recorded steps at least"
+    yield Hit(wrong["parameter"], seen, evidence, values, values["times"])
+
+
+def _plain(name: str) -> str:
+    """A name that ``str.format`` leaves as it is."""
+    return name.replace("{", "{{").replace("}", "}}")

@@ -1,0 +1,243 @@
+"""One optimizer whose parameters are spread over ranks: its recorded steps, merged by messages."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.distributed.layouts import Layouts
+from lrprobe.distributed.ranks import Spec, Union, World, holdings_of, union
+from lrprobe.engine import PreStep
+from lrprobe.engine.buffers import Buffers, blank, fill
+from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
+from lrprobe.engine.flight import CHANGED, MOVED, PATIENCE, StepInFlight
+from lrprobe.engine.pieces import WatchedParameter
+
+if TYPE_CHECKING:
+    from lrprobe.hooks import Hooks
+
+
+class Exchange:
+    """One optimizer whose parameters are spread over ranks."""
+
+    def __init__(
+        self, hooks: Hooks, layouts: Layouts, world: World, merged: Union, device: torch.device
+    ) -> None:
+        self._hooks = hooks
+        self._layouts = layouts
+        self._world = world
+        self._group = world.new_group()
+        self._device = device
+        self._previous: StepInFlight | None = None
+        self._still = False
+        self._error = ""
+        self._take(merged)
+
+    def _take(self, merged: Union) -> None:
+        self._union = merged
+        self._told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
+        self._changed = False
+        self._watched: list[WatchedParameter] = []
+        self._held: list[WatchedParameter] = []
+        self._row_of: list[int] = []
+        self._slots: dict[int, Tensor] = {}
+
+    def _follow(self, watched: list[WatchedParameter]) -> None:
+        """The parameters that this rank holds may have changed."""
+        if watched is self._watched:
+            return
+        self._watched = watched
+        here = holdings_of(watched, self._layouts)
+        self._changed = tuple(holding for holding, *_ in here) != self._told
+        rows = self._union.rows
+        index = {row.name: at for at, row in enumerate(rows)}
+        slots, _ = slots_of(rows)
+        self._held, self._row_of, self._slots = [], [], {}
+        for holding, w, layout in here:
+            at = index.get(holding.name)
+            if at is None:  # it came since: the next recorded step has it
+                continue
+            if rows[at].rule == "measured":
+                w.rule = None
+            owner, first = self._union.owners[at]
+            if holding.sharded:
+                mine = holding.key == owner.key and layout.contributes
+            else:
+                mine = not owner.sharded and self._world.rank == first
+            if not mine or holding.shape != owner.shape:
+                continue
+            wanted = rows[at].tracked
+            if wanted is not None:
+                found, w.tracked = layout.region.find(wanted)
+                self._slots[len(self._held)] = slots[at][:, found]
+            self._held.append(w)
+            self._row_of.append(at)
+
+    def before(
+        self,
+        watched: list[WatchedParameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        closure: bool = False,
+    ) -> PreStep:
+        """In the pre-hook of a recorded step: what the last one told, and what to keep."""
+        if self._error:
+            raise RuntimeError(self._error)
+        try:
+            self._settle(watched)
+        except Exception as error:
+            self._error = f"recording over ranks has ended: {error}"
+            raise
+        self._follow(watched)
+        return self._hooks.engine.before(self._held, optimizer, closure=closure)
+
+    def after(
+        self, optimizer: torch.optim.Optimizer, kept: PreStep, info: StepInfo, *, still: bool
+    ) -> StepInFlight | None:
+        """In the post-hook: start the collectives. All that this rank has may be nothing.
+
+        ``still`` tells whether every rate and gradient here was 0.
+        """
+        if self._error:
+            return None
+        failure = None
+        rows = self._union.rows
+        buffers = self._blank()
+        try:
+            figures = self._hooks.engine.after(self._held, optimizer, kept, self._partial())
+            fill(buffers, figures, self._row_of, self._slots, folds=True)
+        except Exception as error:  # noqa: BLE001 - the other ranks must not wait
+            buffers, failure = self._blank(), error
+        buffers.maxima[-1, CHANGED] = float(self._changed)
+        buffers.maxima[-1, MOVED] = float(not still)
+        works = [
+            self._reduce(buffers.maxima, torch.distributed.ReduceOp.MAX),
+            self._reduce(buffers.added, torch.distributed.ReduceOp.SUM),
+        ]
+        counted = counted_rows(rows)
+        if counted:
+            folded = buffers.fold_rows(counted)
+            works.append(self._reduce(folded, torch.distributed.ReduceOp.SUM))
+        step = StepInFlight(rows, buffers, info, works, reads_rates=self.leads)
+        self._previous, self._still = step, still
+        if failure is not None:
+            raise failure
+        return step if self.leads else None
+
+    def _blank(self) -> Buffers:
+        rows = self._union.rows
+        _, tracked = slots_of(rows)
+        return blank(len(rows), tracked, self._device)
+
+    def none_taken(self) -> bool:
+        """Whether the last recorded step was none, as all ranks find; told once.
+
+        Where it may have been one, as far as is known here, the other ranks are waited for.
+        """
+        if self._previous is None or not self._still:
+            return False
+        self._still = False
+        try:
+            return self._previous.none_taken
+        except Exception as error:  # noqa: BLE001 - the step about to be taken counts all the same
+            self._error = f"recording over ranks has ended: {error}"
+            return False
+
+    def finish(self, until: float) -> None:
+        """Wait for what this rank still owes to the others, which it must not take down with it."""
+        if self._previous is not None:
+            self._previous.until = until
+            self._previous.wait()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes."""
+        return self._world.rank == 0
+
+    def _reduce(self, tensor: Tensor, op: Any) -> Any:
+        return torch.distributed.all_reduce(tensor, op, group=self._group, async_op=True)
+
+    def _partial(self) -> dict[int, Tensor | None]:
+        """Gradients that tensor parallelism has left as a part of a sum on each rank, summed.
+
+        The optimizer did the same in its step, among the same ranks. It is done for one mesh; None
+        stands for a gradient over another one, which stays unknown. Replicas take part too, whose
+        figures another rank adds.
+        """
+        module = sys.modules.get("torch.distributed.tensor")
+        if module is None:
+            return {}
+        found: list[tuple[Any, Any]] = []
+        for w in self._watched:
+            param = w.place()
+            grad: Any = None if param is None else param.grad
+            if grad is not None and isinstance(grad, module.DTensor):
+                parts = [dim for dim, how in enumerate(grad.placements) if how.is_partial()]
+                if parts:
+                    found.append((param, (id(grad.device_mesh), parts)))
+        if not found:
+            return {}
+        chosen = next((over for _, over in found if len(over[1]) == 1), None)
+        result: dict[int, Tensor | None] = {id(p): None for p, over in found if over != chosen}
+        mine = [param for param, over in found if over == chosen]
+        if chosen is None or not mine:
+            return result
+        grads = [param.grad.to_local() for param in mine]
+        flat = torch.cat([grad.reshape(-1).to(grads[0].dtype) for grad in grads])
+        (dim,) = chosen[1]
+        mesh, how = mine[0].grad.device_mesh, mine[0].grad.placements[dim]
+        torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
+        if how.reduce_op == "avg":
+            flat /= mesh.size(dim)
+        pieces = torch.split(flat, [grad.numel() for grad in grads])
+        for param, grad, piece in zip(mine, grads, pieces, strict=True):
+            result[id(param)] = piece.view(grad.shape).to(grad.dtype)
+        return result
+
+    def _settle(self, watched: list[WatchedParameter]) -> None:
+        """What the last recorded step says of the rules, and whether some rank has new parameters.
+
+        All ranks do so at the same recorded step, and come to the same.
+        """
+        previous, self._previous = self._previous, None
+        if previous is None:
+            return
+        rows = self._union.rows
+        failed = judged(rows, previous.arrived())
+        if failed:
+            names = {rows[at].name for at in failed}
+            for w in watched:
+                if w.name in names:
+                    w.rule = None
+            if self.leads:
+                self._hooks.tell_unexplained(sorted(names), next(iter(failed.values())))
+        if previous.changed:
+            self._join_again()
+
+    def _join_again(self) -> None:
+        name = self._hooks.name
+        told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
+        kinds = self._world.kinds(Spec(((name, told),)), self._device)
+        known = {row.name: row for row in self._union.rows}
+        merged = union(name, kinds, self._world.ranks, self._hooks.options.track)
+        for row in merged.rows:
+            if row.name in known and known[row.name].rule == "measured":
+                row.rule = "measured"
+        self._take(merged)
+
+
+def counted_rows(rows: Sequence[Row]) -> list[int]:
+    """Rows whose rates may differ by element, so that their distributions travel."""
+    return [at for at, row in enumerate(rows) if row.rule == "measured" or not row.shared_rate]
+
+
+def finish(exchanges: Sequence[Exchange]) -> None:
+    """Wait for what this rank still owes to the others, a minute in all; then for nothing more."""
+    until = time.monotonic() + PATIENCE
+    for exchange in exchanges:
+        exchange.finish(until)

@@ -1,0 +1,70 @@
+"""Which ranks attach together: nobody waits without end for a rank that never does.
+
+``if rank == 0: attach(...)`` is what people write under DDP. So the ranks of a process group first
+meet, in the store that it was initialised with, and begin collectives only where all have come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+WAIT = 30.0
+"""Seconds that a rank waits for the others."""
+
+_TOGETHER, _APART = "together", "apart"
+
+
+def missing_from(ranks: Sequence[int]) -> list[int]:
+    """Which of these global ranks do not attach within ``WAIT``; none where all record together.
+
+    A round of the meeting ends with one decision that holds for all who came. Who comes later
+    waits in the next round.
+    """
+    store = _store()
+    if store is None:
+        return []
+    key = "lrprobe/" + hashlib.sha256(repr(list(ranks)).encode()).hexdigest()[:16]
+    me = torch.distributed.get_rank()
+    until = time.monotonic() + WAIT
+    while True:
+        meeting = f"{key}/{store.add(f'{key}/round', 0)}"
+        store.set(f"{meeting}/{me}", "here")
+        missing = _missing(store, meeting, ranks, until)
+        wish = _APART if missing else _TOGETHER
+        decided = store.compare_set(f"{meeting}/decision", "", wish).decode()
+        if decided == wish and _is_first(store, meeting):
+            store.add(f"{key}/round", 1)
+        if decided == _TOGETHER:
+            return []
+        if missing:
+            return missing
+
+
+def _missing(store: Any, meeting: str, ranks: Sequence[int], until: float) -> list[int]:
+    """Ranks that have not come when the time is over, or when it was decided without them."""
+    missing, pause = list(ranks), 1e-3
+    while True:
+        missing = [rank for rank in missing if not store.check([f"{meeting}/{rank}"])]
+        if not missing or time.monotonic() > until or store.check([f"{meeting}/decision"]):
+            return missing
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _is_first(store: Any, meeting: str) -> bool:
+    return int(store.add(f"{meeting}/closed", 1)) == 1
+
+
+def _store() -> Any:
+    """The store of the default process group; None where it cannot be asked."""
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no other way to it
+        store.check(["lrprobe"])
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return None
+    return store

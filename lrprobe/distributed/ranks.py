@@ -1,0 +1,431 @@
+"""What the ranks of a process group tell each other at ``attach``, and the rows they agree on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lrprobe.distributed import meeting
+from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, ranks_of
+from lrprobe.engine.columns import Row
+from lrprobe.engine.pieces import WatchedParameter, draw, local
+from lrprobe.rules.base import tolerance
+from lrprobe.text import warn
+
+if TYPE_CHECKING:
+    from lrprobe.arguments import Filter
+    from lrprobe.hooks import Hooks
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """One parameter as a rank tells the others of it; see ``Layout`` and ``Row``."""
+
+    name: str
+    group: int
+    shape: tuple[int, ...]
+    dtype: str
+    rule: str
+    key: str
+    first: int
+    sharded: bool
+    group_name: str = ""
+    tolerance: float = 0.0
+    shared_rate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a rank tells the others.
+
+    Attributes:
+        holdings: optimizer to its parameters.
+        options: arguments of ``attach`` that must be the same everywhere.
+        device: type of the parameters' device.
+        samples: what tells ranks that see other samples apart; see ``data_parallel``.
+        unused: patterns that match no name on this rank.
+        error: why ``attach`` failed on this rank; empty where it did not.
+    """
+
+    holdings: tuple[tuple[str, tuple[Holding, ...]], ...]
+    options: tuple[tuple[str, str], ...] = ()
+    device: str = ""
+    samples: str = ""
+    unused: tuple[str, ...] = ()
+    error: str = ""
+
+    def digests(self) -> tuple[bytes, bytes]:
+        """Of all that is here, over whichever ranks it is laid out; and of that too."""
+        anywhere = replace(
+            self,
+            holdings=tuple(
+                (
+                    name,
+                    tuple(
+                        replace(each, key="laid out" if each.key else "", first=-1) for each in held
+                    ),
+                )
+                for name, held in self.holdings
+            ),
+        )
+        texts = (repr(spec).encode("utf-8", "backslashreplace") for spec in (anywhere, self))
+        first, second = (hashlib.sha256(text).digest() for text in texts)
+        return first, second
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Ranks that hold the same: their numbers in the group, and what the first of them told.
+
+    The others may hold it in replicas of their own, over other ranks.
+    """
+
+    ranks: tuple[int, ...]
+    spec: Spec
+
+
+class World:
+    """The ranks that record together."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank: int = torch.distributed.get_rank(group)
+        self.size: int = torch.distributed.get_world_size(group)
+        self.ranks = ranks_of(group if group is not None else torch.distributed.group.WORLD)
+
+    def kinds(self, spec: Spec, device: torch.device) -> list[Kind]:
+        """What all ranks hold, by the lowest rank of each kind. A collective."""
+        distributed = torch.distributed
+        with _on(device):
+            digests: list[Any] = [None] * self.size
+            distributed.all_gather_object(digests, spec.digests(), group=self._group)
+            members: dict[bytes, list[int]] = {}
+            for rank, (what, _) in enumerate(digests):
+                members.setdefault(what, []).append(rank)
+            if len(set(digests)) == 1:
+                return [Kind(tuple(range(self.size)), spec)]
+            kinds = []
+            for ranks in members.values():
+                told: list[Any] = [spec if self.rank == ranks[0] else None]
+                distributed.broadcast_object_list(told, src=self.ranks[ranks[0]], group=self._group)
+                kinds.append(Kind(tuple(ranks), told[0]))
+        return kinds
+
+    def new_group(self) -> Any:
+        """A process group of these ranks that nobody else uses. A collective."""
+        if self._group is None:
+            return torch.distributed.new_group()
+        return torch.distributed.new_group(self.ranks, use_local_synchronization=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One process that records for itself.
+
+    Attributes:
+        missing: ranks that did not come to record together.
+        rank: its own among those that record.
+    """
+
+    missing: tuple[int, ...] = ()
+    rank: int = 0
+
+    @property
+    def ranks(self) -> list[int]:
+        """Its global rank."""
+        return [torch.distributed.get_rank()]
+
+
+def world(process_group: Any) -> World | Alone:
+    """The ranks that record together.
+
+    Raises:
+        ValueError: if this rank is not in the process group.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Alone()
+    if distributed.get_rank(process_group) < 0:
+        raise ValueError("process_group= does not contain this rank")
+    found = World(process_group)
+    missing = meeting.missing_from(found.ranks) if found.size > 1 else []
+    return Alone(tuple(missing)) if missing or found.size == 1 else found
+
+
+def _on(device: torch.device) -> Any:
+    """Objects travel through the current device."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+@dataclass(slots=True)
+class Union:
+    """All rows of one optimizer, in order of first appearance.
+
+    Attributes:
+        rows: as the frame has them.
+        owners: row to the holding that counts, and the rank that counts where it is not sharded.
+    """
+
+    rows: list[Row]
+    owners: list[tuple[Holding, int]]
+
+    @property
+    def alone(self) -> bool:
+        """Whether rank 0 holds everything, so that there is nothing to merge."""
+        return all(not holding.key and rank == 0 for holding, rank in self.owners)
+
+
+def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: int) -> Union:
+    """Merge by name what all ranks hold of an optimizer.
+
+    Args:
+        optimizer: its name.
+        kinds: what all ranks hold.
+        ranks: global rank of each rank in the group.
+        track: elements to track of each parameter.
+
+    Raises:
+        ValueError: if a name stands for different things; the same on every rank.
+    """
+    found = Union([], [])
+    index: dict[str, int] = {}
+    where: list[Kind] = []
+    conflicts: list[str] = []
+    for kind in kinds:
+        for holding in dict(kind.spec.holdings).get(optimizer, ()):
+            at = index.setdefault(holding.name, len(found.rows))
+            if at == len(found.rows):
+                row = Row(
+                    name=holding.name,
+                    group=holding.group,
+                    group_name=holding.group_name,
+                    shape=holding.shape,
+                    rule=holding.rule,
+                    tolerance=holding.tolerance,
+                    shared_rate=holding.shared_rate,
+                )
+                row.tracked = draw(row.name, row.numel, track)
+                found.rows.append(row)
+                first = kind.ranks[0]
+                if holding.key and holding.first in ranks:
+                    first = ranks.index(holding.first)
+                found.owners.append((holding, first))
+                where.append(kind)
+            other = found.owners[at][0]
+            if (other.shape, other.dtype) != (holding.shape, holding.dtype):
+                conflicts.append(
+                    f"{holding.name} is {_described(other)} on {_numbers(where[at].ranks)}, "
+                    f"{_described(holding)} on {_numbers(kind.ranks)}"
+                )
+            if holding.rule == "measured":
+                found.rows[at].rule = "measured"
+    if conflicts:
+        raise ValueError(
+            f"the parameters of {optimizer} differ between ranks: {'; '.join(conflicts[:10])}"
+            f"{f'; and {len(conflicts) - 10} more' if len(conflicts) > 10 else ''}. One name must "
+            "stand for one parameter on all ranks: attach(optimizer, model) with the wrapped model "
+            "gives the names, and tells which part of a parameter a rank holds"
+        )
+    return found
+
+
+def check_alike(kinds: Sequence[Kind]) -> None:
+    """What must not differ between ranks.
+
+    Raises:
+        RuntimeError: if ``attach`` failed on some rank.
+        ValueError: if arguments of ``attach`` or names of optimizers differ; the same on every
+            rank.
+    """
+    for kind in kinds:
+        if kind.spec.error:
+            raise RuntimeError(f"attach failed on {_numbers(kind.ranks)}: {kind.spec.error}")
+    for name, value in kinds[0].spec.options:
+        for kind in kinds[1:]:
+            other = dict(kind.spec.options)[name]
+            if other != value:
+                raise ValueError(
+                    f"attach has {name}={value} on {_numbers(kinds[0].ranks)}, {name}={other} on "
+                    f"{_numbers(kind.ranks)}; it must be the same on all ranks"
+                )
+    names = [name for name, _ in kinds[0].spec.holdings]
+    for kind in kinds[1:]:
+        others = [name for name, _ in kind.spec.holdings]
+        if set(names) != set(others):
+            raise ValueError(
+                f"attach has the optimizers {', '.join(names)} on {_numbers(kinds[0].ranks)}, "
+                f"{', '.join(others)} on {_numbers(kind.ranks)}; the ranks of a probe must have "
+                "the same: give each set of ranks its own, with attach(process_group=...)"
+            )
+
+
+def _described(holding: Holding) -> str:
+    return f"{'×'.join(map(str, holding.shape)) or 'a scalar'} {holding.dtype}"
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """Ranks as people write them: ranks 0-3, 6."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank{'s' * (len(ranks) > 1)} {text}"
+
+
+def holdings_of(
+    watched: Sequence[WatchedParameter], layouts: Layouts
+) -> list[tuple[Holding, WatchedParameter, Layout]]:
+    """What this rank holds, in the order of the optimizer."""
+    found = []
+    flat = layouts.flat_shards()
+    for w in watched:
+        param = w.place()
+        if param is None:
+            continue
+        layout = layouts.of(param, flat)
+        rule = w.rule
+        if rule is None or (layout.sharded and rule.whole is not None):
+            name = "measured"  # a part does not tell what such a rule asks of the whole
+        else:
+            name = rule.name
+        dtype = str(param.dtype).removeprefix("torch.")
+        holding = Holding(
+            name=w.name,
+            group=w.group,
+            shape=layout.shape,
+            dtype=dtype,
+            rule=name,
+            key=layout.key,
+            first=layout.first,
+            sharded=layout.sharded,
+            group_name=w.group_name,
+            tolerance=0.0 if rule is None else tolerance(param.dtype, rule),
+            shared_rate=rule is not None and rule.shared_rate,
+        )
+        found.append((holding, w, layout))
+    return found
+
+
+def _torn(found: World | Alone, hooks: Sequence[Hooks], layouts: Layouts) -> str:
+    """What parameters have parts on ranks that are not among these; empty where none has."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    here = set(found.ranks)
+    for each in hooks:
+        for holding, _, layout in holdings_of(each.watched, layouts):
+            others = sorted(set(layout.parts) - here)
+            if layout.sharded and others:
+                return (
+                    f"{holding.name} is sharded over {_numbers(layout.parts)}, of which "
+                    f"{_numbers(others)} did not attach with this one: a part alone has no "
+                    "figures. Call attach on all ranks that hold a part"
+                )
+    return ""
+
+
+def _stay_alone(found: Alone, chosen: Filter | None, error: Exception | None) -> None:
+    if error is not None:
+        raise error
+    if found.missing:
+        warn(
+            f"{_numbers(found.missing)} did not attach within {meeting.WAIT:g} s: this rank "
+            "records alone. To record all ranks as one, call attach on each of them"
+        )
+    if chosen is not None:
+        chosen.warn_unused()
+
+
+def join(
+    found: World | Alone,
+    hooks: Sequence[Hooks],
+    model: nn.Module | None,
+    error: Exception | None = None,
+) -> None:
+    """Tell the other ranks what is here, and give each of ``hooks`` its part. A collective.
+
+    Args:
+        found: the ranks.
+        hooks: of all optimizers.
+        model: whose wrappers tell how parameters are laid out.
+        error: why ``attach`` failed here, if it did, so that it fails everywhere.
+
+    Raises:
+        Exception: ``error``.
+        RuntimeError: if ``attach`` failed on another rank, or if parameters are sharded over ranks
+            that are not here.
+        ValueError: if what the ranks have cannot be merged; the same on every rank.
+    """
+    chosen = hooks[0].options.chosen if hooks else None
+    layouts = Layouts(model if error is None else None)
+    if error is None and (torn := _torn(found, hooks, layouts)):
+        error = RuntimeError(torn)
+    if isinstance(found, Alone):
+        _stay_alone(found, chosen, error)
+        return
+    if error is not None:  # which may be the model's
+        what = f"{type(error).__name__}: {error}"
+        found.kinds(Spec((), error=what), torch.device("cpu"))
+        raise error
+    params = [p for each in hooks for w in each.watched if (p := w.place()) is not None]
+    device = local(params[0]).device if params else torch.device("cpu")
+    options = hooks[0].options if hooks else None
+    every = options.every if options is not None else 0
+    spec = Spec(
+        holdings=tuple(
+            (each.name, tuple(h for h, *_ in holdings_of(each.watched, layouts))) for each in hooks
+        ),
+        options=(
+            ("every", "a function" if callable(every) else str(every)),
+            ("track", str(options.track if options is not None else 0)),
+        ),
+        device=device.type,
+        samples=_samples_key(model),
+        unused=() if chosen is None else chosen.unused,
+    )
+    kinds = found.kinds(spec, device)
+    check_alike(kinds)
+    if chosen is not None and found.rank == 0:  # a pattern may be for parameters of another rank
+        chosen.warn_unused(set(chosen.unused).intersection(*(kind.spec.unused for kind in kinds)))
+    own = next(kind for kind in kinds if found.rank in kind.ranks)
+    alike = sum(len(kind.ranks) for kind in kinds if kind.spec.samples == own.spec.samples)
+    size = data_parallel(model)
+    if size is None:
+        dtensors = any(h.key for each in spec.holdings for h in each[1])
+        size = 1 if dtensors else alike
+    device = _buffers_on({kind.spec.device for kind in kinds}, device)
+    flat = list({id(h): h.flat_param for h, _ in layouts.flat_shards().values()}.values())
+    for each in hooks:
+        merged = union(each.name, kinds, found.ranks, each.options.track)
+        each.join(size, flat, silent=merged.alone and found.rank > 0)
+        if not merged.alone:
+            from lrprobe.distributed.exchange import Exchange
+
+            each.exchange = Exchange(each, layouts, found, merged, device)
+
+
+def _buffers_on(types: set[str], own: torch.device) -> torch.device:
+    """Where the figures merge: on an accelerator where some rank has its parameters there."""
+    kind = min(types, key=lambda name: (name == "cpu", name))
+    if kind == own.type:
+        return own
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _samples_key(model: nn.Module | None) -> str:
+    """The same on ranks whose models have the same parameters, which then see other samples."""
+    if model is None:
+        return ""
+    names = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters()]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "backslashreplace")).hexdigest()

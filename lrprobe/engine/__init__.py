@@ -1,0 +1,422 @@
+"""How a step becomes figures: what is kept before it, and what is read after it.
+
+    before: a check sample of each parameter, its state and its gradient
+    after:  rule → figures of each local piece, by one call for all pieces of a kind
+
+Nothing here reads a value that is on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrprobe.engine import eager
+from lrprobe.engine.batch import Batch, add_whole_figures, addresses_of, batch_of, described
+from lrprobe.engine.buffers import StepFigures, Vectors, column
+from lrprobe.engine.check import Samples
+from lrprobe.engine.distribution import Bins, fold
+from lrprobe.engine.figures import CHECKS, FIGURES, GRADIENT, Elements, Figure
+from lrprobe.engine.pieces import (
+    WatchedParameter,
+    entry_of,
+    flattened,
+    local,
+    read,
+    real,
+    sample,
+    sample_runs,
+    sampled,
+)
+from lrprobe.engine.program import UnknownOperationError
+from lrprobe.engine.recording import Recorded, record
+from lrprobe.engine.ways import Way, generators, notice
+from lrprobe.rules.base import Entry, Rule, Scalar, brought, there
+
+PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
+"""Of a parameter that has no gradient."""
+
+
+@dataclass(slots=True)
+class PreStep:
+    """What is kept from before a step; keys are numbers of parameters.
+
+    Attributes:
+        samples: check samples of parameters, their state, and gradients that may be overwritten.
+        grads: gradients, which the step may drop.
+        gradient: ``GRADIENT`` figures of those that may be overwritten.
+        scalars: what rules asked for.
+        tracked: tracked elements of the parameter, and of a gradient that may be overwritten.
+        failed: what a rule raised.
+    """
+
+    samples: Samples
+    grads: dict[int, Tensor] = field(default_factory=dict)
+    gradient: dict[int, Tensor] = field(default_factory=dict)
+    scalars: dict[int, Mapping[str, Scalar]] = field(default_factory=dict)
+    tracked: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+class Engine:
+    """Takes the figures of steps, in the way that was chosen."""
+
+    def __init__(self, way: Way) -> None:
+        self.ways = generators(way)
+
+    def before(
+        self,
+        watched: Sequence[WatchedParameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        closure: bool = False,
+    ) -> PreStep:
+        """Keep what cannot be told after the step; with a closure there is no gradient yet."""
+        pre = PreStep(Samples(self.ways))
+        for i, w in enumerate(watched):
+            param = w.place()
+            # What is frozen is stepped all the same where an old gradient was left.
+            if param is None or not (param.requires_grad or param.grad is not None):
+                continue
+            group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
+            if "initial_lr" in group:  # a scheduler may be made after the probe
+                w.initial_lr = copied(group["initial_lr"])
+            _ask_rule(w, param, state, group, pre, i)
+            flat = real(param, w.span)
+            pre.samples.want(i, "param", flat)
+            if w.tracked is not None:
+                at = there(w.tracked, flat.device)
+                pre.tracked[i] = {"param": _tracked_of(flat, at)}
+            if w.rule is not None and w.rule.advance is not None:
+                shape = param.shape
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == shape and name != "step":
+                        pre.samples.want(i, name, real(value, w.span))
+            if param.grad is not None and not closure:
+                pre.grads[i] = param.grad
+                self._keep_gradient(i, w, param, group, pre)
+            if w.previous is not None and w.previous[0].length(w.previous[1], "previous") == (
+                _checked(flat.numel())
+            ):
+                pre.samples.borrow(i, "previous", *w.previous)
+        pre.samples.take()
+        return pre
+
+    def _keep_gradient(
+        self,
+        i: int,
+        w: WatchedParameter,
+        param: Tensor,
+        group: Mapping[str, Any],
+        pre: PreStep,
+    ) -> None:
+        """Where the optimizer may leave something else in its stead."""
+        grad = param.grad
+        overwrites = w.rule is None or (w.rule.overwrites is not None and w.rule.overwrites(group))
+        if not overwrites:
+            return
+        partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
+        if grad is None or grad.is_sparse or partial:
+            return
+        flat = real(grad, w.span)
+        pre.samples.want(i, "grad", flat)
+        if w.tracked is not None:
+            at = there(w.tracked, flat.device)
+            pre.tracked[i]["grad"] = _tracked_of(flat, at)
+        pre.gradient[i] = self._of_one(GRADIENT, flat)
+
+    def after(
+        self,
+        watched: Sequence[WatchedParameter],
+        optimizer: torch.optim.Optimizer,
+        pre: PreStep,
+        grads: Mapping[int, Tensor | None] | None = None,
+    ) -> StepFigures:
+        """Reconstruct and summarise the step that has just been taken.
+
+        Args:
+            watched: the parameters.
+            optimizer: theirs.
+            pre: what ``before`` kept.
+            grads: id of a parameter to the gradient that stands in for its own; None: unknown.
+        """
+        found = StepFigures(failed=dict(pre.failed))
+        found.skipped = copied(getattr(optimizer, "found_inf", None))
+        found.scale = copied(getattr(optimizer, "grad_scale", None))
+        rates = [_rate_of(group) for group in optimizer.param_groups]
+        batches: dict[Any, Batch] = {}
+        resting: list[tuple[int, Tensor]] = []
+        latest = Samples(self.ways)
+        for i, w in enumerate(watched):
+            param = w.place()
+            if param is None:
+                continue
+            found.lr[i] = rates[w.group]
+            found.initial_lr[i] = torch.nan if w.initial_lr is None else w.initial_lr
+            grad = param.grad if param.grad is not None else pre.grads.get(i)
+            if grads is not None and id(param) in grads:
+                grad = grads[id(param)]
+            if grad is not None and "param" in pre.samples.names(i):
+                group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
+                entry = entry_of(param, state, pre.scalars.get(i, {}), grad, w.span)
+                self._sort(i, w, entry, group, pre, batches, found)
+            else:
+                resting.append((i, param))
+        for batch in batches.values():
+            found.vectors += self._summarised(batch, pre, found)
+            self._track(batch, watched, pre, found)
+            self._remember_gradients(batch, watched, pre, latest)
+        latest.take()
+        for i, param in resting:
+            found.resting[i] = self._resting(param, watched[i].span)
+        return found
+
+    def _sort(
+        self,
+        i: int,
+        w: WatchedParameter,
+        entry: Entry,
+        group: Mapping[str, Any],
+        pre: PreStep,
+        batches: dict[Any, Batch],
+        found: StepFigures,
+    ) -> None:
+        """Put a piece beside others of its kind; one without elements is done at once."""
+        rule = None if i in pre.failed else w.rule
+        if entry.param.numel() == 0:
+            found.vectors.append(_empty(i, entry, group, rule))
+            return
+        kind, addresses, contiguous = described(self.ways, entry)
+        key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
+        if key not in batches:
+            batches[key] = Batch([], [], group, rule, whole=contiguous)
+        batches[key].add(i, entry, addresses)
+
+    def _summarised(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
+        """Figures of a batch by its rule; of what that cannot read, measured ones."""
+        if batch.rule is not None:
+            try:
+                if batch.rule.whole is not None:
+                    add_whole_figures(self.ways, batch)
+                return [self._checked_figures(batch, pre)]
+            except torch.OutOfMemoryError:  # which is no fault of the rule's
+                raise
+            except Exception as error:  # noqa: BLE001 - a rule must never stop a training
+                if len(batch.at) > 1:  # which of them it cannot explain
+                    return [
+                        vectors
+                        for i, entry in zip(batch.at, batch.entries, strict=True)
+                        for vectors in self._summarised(
+                            batch_of(self.ways, i, entry, batch.group, batch.rule), pre, found
+                        )
+                    ]
+                found.failed[batch.at[0]] = cause(error)
+                batch.rule = None
+        return [self._checked_figures(batch, pre)]
+
+    def _checked_figures(self, batch: Batch, pre: PreStep) -> Vectors:
+        """``FIGURES`` and ``CHECKS`` of a batch."""
+        ruled = batch.rule is not None
+        whole = self._figures(FIGURES, batch, rates=ruled)
+        checks = self._figures(CHECKS, batch, rates=not ruled, samples=pre.samples)
+        for row, i in enumerate(batch.at):
+            if i in pre.gradient:
+                for at, figure in enumerate(GRADIENT):
+                    whole.table[row, column(figure.name)] = pre.gradient[i][at]
+        scale = torch.tensor([n / _checked(n) for n in whole.numel], dtype=torch.float64)
+        checked = checks.table * there(scale.unsqueeze(1), checks.table.device)
+        table = torch.cat([whole.table, checked.to(whole.table.device, non_blocking=True)], 1)
+        rates = whole if ruled else checks
+        return Vectors(batch.at, table, whole.numel, rates.bins, rates.folded)
+
+    def _figures(
+        self,
+        table: Sequence[Figure],
+        batch: Batch,
+        *,
+        rates: bool,
+        samples: Samples | None = None,
+    ) -> Vectors:
+        """Figures of a batch, of all elements or of the check sample.
+
+        Generated code reads what lies densely in memory, plain tensor operations anything else.
+        """
+        way = self.ways.get(batch.entries[0].param.device.type)
+        recorded = None
+        if way is not None and batch.columns:
+            recorded = _recorded(table, batch, rates=rates, samples=samples)
+        if way is None or recorded is None:
+            return _eager(table, batch, rates=rates, samples=samples)
+        found = addresses_of(recorded, batch, samples, way)
+        if found is None:
+            return _eager(table, batch, rates=rates, samples=samples)
+        addresses, dtypes, _alive = found
+        numel = [entry.param.numel() for entry in batch.entries]
+        taken = numel if samples is None else [_checked(n) for n in numel]
+        exact = samples is not None or batch.entries[0].param.dtype == torch.float64
+        values, bins, folds = way.figures(
+            recorded, addresses, np.array(taken, np.int64), dtypes, exact=exact
+        )
+        return Vectors(batch.at, values, numel, bins, folds)
+
+    def _track(
+        self,
+        batch: Batch,
+        watched: Sequence[WatchedParameter],
+        pre: PreStep,
+        found: StepFigures,
+    ) -> None:
+        """Rate, update, gradient and value of the tracked elements."""
+        for i, entry in zip(batch.at, batch.entries, strict=True):
+            at, rule = watched[i].tracked, None if i in found.failed else batch.rule
+            if at is None or not len(at) or i not in pre.tracked:
+                continue
+            at = there(at, entry.param.device)
+            kept = {name: value.double() for name, value in pre.tracked[i].items()}
+            s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept, chosen=True)
+            e = Elements(s, rule)
+            if rule is None:
+                rate: Any = torch.where(e.has_grad, e.measured_rate, torch.nan)
+                change: Any = e.observed
+            else:
+                rate, change = torch.as_tensor(e.rate, dtype=torch.float64), e.change
+                rate = brought(rate, e.param.device).expand(e.param.shape)
+            sign = -1.0 if batch.group.get("maximize", False) else 1.0
+            found.tracked[i] = torch.stack([rate, change, sign * e.grad, e.param])
+
+    def _remember_gradients(
+        self, batch: Batch, watched: Sequence[WatchedParameter], pre: PreStep, latest: Samples
+    ) -> None:
+        """Keep the check sample of each gradient for the next recorded step."""
+        for i, entry in zip(batch.at, batch.entries, strict=True):
+            if "grad" in pre.samples.names(i):  # which the optimizer may have overwritten
+                latest.put(i, "previous", pre.samples.tensor(i, "grad").clone())
+            elif isinstance(entry.grad, Tensor):
+                latest.want(i, "previous", entry.grad)
+            else:
+                latest.put(i, "previous", sample(entry.grad, entry.param.shape))
+            watched[i].previous = latest, i
+
+    def _resting(self, param: Tensor, span: slice | None) -> Tensor:
+        """Σθ² of a parameter that took no step; NaN where its values cannot be read."""
+        unknown = torch.tensor(torch.nan, dtype=torch.float64)
+        if param.device.type == "meta":  # which has none
+            return unknown
+        try:
+            return self._of_one(PARAM, real(param, span))[0]
+        except (RuntimeError, NotImplementedError, TypeError):
+            return unknown  # of a subclass that holds its values in a way of its own
+
+    def _of_one(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
+        """Figures of one tensor that need no rule."""
+        batch = batch_of(self.ways, 0, Entry(tensor, tensor), {}, None)
+        return self._figures(table, batch, rates=False).table[0]
+
+
+def _recorded(
+    table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
+) -> Recorded | None:
+    """The batch's program; None where it has to be eager."""
+    kept = () if samples is None else [samples.names(i) for i in batch.at]
+    try:
+        return record(
+            table,
+            batch.entries,
+            batch.group,
+            batch.rule,
+            rates=rates,
+            kept=kept,
+            memo=batch.memo,
+        )
+    except UnknownOperationError as error:
+        name = batch.rule.name if batch.rule is not None else "the table"
+        notice(f"no code can be generated for {error} in the rule {name!r}")
+    except Exception:  # noqa: BLE001 - eager code tells whether it is the rule's own
+        return None
+    return None
+
+
+def _eager(
+    table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
+) -> Vectors:
+    """The figures of a batch, piece by piece."""
+    values, bins, folds, numel = [], [], [], []
+    for place, (i, entry) in enumerate(zip(batch.at, batch.entries, strict=True)):
+        numel.append(entry.param.numel())
+        if samples is None:
+            found, counts = eager.figures(
+                table, flattened(entry), batch.group, batch.rule, rates=rates
+            )
+        else:
+            found, counts = eager.figures(
+                table,
+                sampled(entry),
+                batch.group,
+                batch.rule,
+                rates=rates,
+                dtype=torch.float64,
+                old=samples.old(i),
+            )
+        values.append(found)
+        if counts is not None and counts.table.device.type == "cpu":
+            bins.append(Bins.of(place, counts))
+        elif counts is not None:
+            folds.append(fold(counts.table))
+    return Vectors(
+        batch.at,
+        torch.stack(values),
+        numel,
+        Bins.joined(bins) if bins else None,
+        torch.stack(folds) if folds else None,
+    )
+
+
+def _empty(i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) -> Vectors:
+    found, _ = eager.figures(FIGURES, entry, group, rule, rates=False, dtype=torch.float64)
+    checks = torch.zeros(len(CHECKS), dtype=torch.float64)
+    return Vectors([i], torch.cat([found.cpu(), checks]).unsqueeze(0), [0])
+
+
+def _ask_rule(
+    w: WatchedParameter,
+    param: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    pre: PreStep,
+    i: int,
+) -> None:
+    if w.rule is not None and w.rule.before is not None:
+        try:
+            pre.scalars[i] = w.rule.before(local(param).detach(), state, group)
+        except Exception as error:  # noqa: BLE001 - a rule must never stop a training
+            pre.failed[i] = cause(error)
+
+
+def _tracked_of(flat: Tensor, at: Tensor) -> Tensor:
+    return read(flat, at, flat.shape)
+
+
+def _checked(numel: int) -> int:
+    """Elements of a piece in its check sample."""
+    runs, run, _ = sample_runs(numel)
+    return runs * run
+
+
+def _rate_of(group: Mapping[str, Any]) -> Scalar:
+    rate: Scalar = copied(torch.nan if group.get("lr") is None else group["lr"])
+    return rate
+
+
+def copied(value: Any) -> Any:
+    """A hyperparameter as it stands now: a tensor's copy, anything else itself."""
+    return local(value).detach().clone() if isinstance(value, Tensor) else value
+
+
+def cause(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,165 @@
+"""Pieces of one kind, which one call reads together, and the addresses of their elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.engine.check import Samples
+from lrprobe.engine.eager import add_whole
+from lrprobe.engine.pieces import SAMPLE, is_dense, is_wide, sample
+from lrprobe.engine.recording import Recorded
+from lrprobe.rules.base import Coded, Entry, Rule, SparseRows
+
+Ways = Mapping[str, ModuleType]
+"""Type of a device to what generates code for it."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Pieces of one kind: the same rule, group, dtypes, device and state entries.
+
+    Attributes:
+        at: numbers of their parameters.
+        entries: what rules read of each.
+        group, rule: theirs.
+        columns: name of a tensor of elements to its address in each piece; nothing where the
+            tensors cannot all be read by address.
+        whole: whether all of those are contiguous.
+        memo: scalars that its programs share.
+    """
+
+    at: list[int]
+    entries: list[Entry]
+    group: Mapping[str, Any]
+    rule: Rule | None
+    columns: dict[str, list[int]] = field(default_factory=dict)
+    whole: bool = True
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.at)))
+
+    def add(self, i: int, entry: Entry, addresses: Mapping[str, int]) -> None:
+        """Take a piece."""
+        self.at.append(i)
+        self.entries.append(entry)
+        for name, address in addresses.items():
+            self.columns.setdefault(name, []).append(address)
+
+
+def batch_of(
+    ways: Ways, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None
+) -> Batch:
+    """A batch of one piece."""
+    _, addresses, contiguous = described(ways, entry)
+    batch = Batch([], [], group, rule, whole=contiguous)
+    batch.add(i, entry, addresses if entry.param.numel() else {})
+    return batch
+
+
+def described(ways: Ways, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
+    """What pieces that are read together have in common; the addresses of the elements.
+
+    There are none where the tensors have not all one dense layout. And whether that is the
+    contiguous one.
+    """
+    param, grad = entry.param, entry.grad
+    shape, strides, device = param.shape, param.stride(), param.device
+    way = ways.get("cpu" if param.is_cpu else device.type)
+    if isinstance(grad, Tensor):
+        tensors: list[tuple[str, Any]] = [("param", param), ("grad", grad)]
+    else:
+        way, tensors = None, [("param", param)]
+    addresses: dict[str, int] = {}
+    kinds: list[Any] = [device, type(grad) is SparseRows]
+    for name, value in (*tensors, *entry.state.items()):
+        if not isinstance(value, Tensor):
+            kinds.append((name, value is None))
+            way = None if isinstance(value, Coded) else way
+            continue
+        same = value.shape == shape
+        kinds.append((name, value.dtype, same))
+        if same and (shape or value.device == device):
+            if (
+                way is None
+                or value.device != device
+                or value.stride() != strides
+                or not way.is_addressable(value)
+            ):
+                way = None
+            else:
+                addresses[name] = value.data_ptr()
+        elif value.dim() and is_wide(value, shape):
+            way = None  # it is broadcast
+    contiguous = param.is_contiguous()
+    if way is None or not (contiguous or is_dense(param)):
+        addresses = {}
+    return (*kinds, bool(addresses)), addresses, contiguous
+
+
+def add_whole_figures(ways: Ways, batch: Batch) -> None:
+    """Add figures of whole parameters, whose tensors then have addresses too."""
+    if batch.rule is not None:
+        for entry in batch.entries:
+            add_whole(entry, batch.group, batch.rule)
+    found = [described(ways, entry) for entry in batch.entries]
+    alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
+    names = found[0][1] if alike else ()
+    batch.columns = {name: [addresses[name] for _, addresses, _ in found] for name in names}
+
+
+def addresses_of(
+    recorded: Recorded, batch: Batch, samples: Samples | None, way: ModuleType
+) -> tuple[NDArray[np.int64], list[torch.dtype], list[Tensor]] | None:
+    """Addresses and dtypes of the leaves of each piece, and what must live until they are read.
+
+    None where a tensor that the program reads has none.
+    """
+    columns, dtypes, alive = [], [], []
+    wanted: list[tuple[list[int], int, Tensor]] = []
+    large = [n for n, entry in enumerate(batch.entries) if entry.param.numel() > SAMPLE]
+    for leaf in recorded.program.leaves:
+        name = leaf.removeprefix("old ")
+        source = "grad" if name == "previous" else name
+        if source not in batch.columns:
+            return None
+        dtypes.append(leaf_of(batch.entries[0], source).dtype)
+        if samples is None:
+            columns.append(batch.columns[name])
+            continue
+        if leaf != name:
+            device = batch.entries[0].param.device
+            columns.append([samples.address(i, name, device) for i in batch.at])
+            continue
+        column = list(batch.columns[name])
+        tensors = {n: leaf_of(batch.entries[n], name) for n in (large if batch.whole else batch)}
+        for n, tensor in tensors.items():
+            if tensor.is_contiguous():
+                if n in large:
+                    wanted.append((column, n, tensor))
+            else:
+                alive.append(sample(tensor, tensor.shape))
+                column[n] = alive[-1].data_ptr()
+        columns.append(column)
+    if wanted:
+        buffer, starts = way.gather([tensor for _, _, tensor in wanted])
+        alive.append(buffer)
+        for (column, n, _), start in zip(wanted, starts, strict=True):
+            column[n] = buffer.data_ptr() + start
+    table = np.array(columns, np.int64).reshape(len(columns), len(batch.at)).T
+    return np.ascontiguousarray(table), dtypes, alive
+
+
+def leaf_of(entry: Entry, name: str) -> Any:
+    """A tensor of an entry, by the name that programs have for it."""
+    if name in ("param", "grad"):
+        return entry.param if name == "param" else entry.grad
+    return entry.state.get(name)

@@ -1,0 +1,215 @@
+"""Figures by a generated loop: one call for all pieces of a kind, on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.engine.distribution import BINS, Bins
+from lrprobe.engine.generated import folder, imported
+from lrprobe.engine.pieces import sample_runs
+from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
+from lrprobe.engine.recording import Recorded
+
+_THREADED = 1 << 20
+"""Elements from which more than one thread is worth its start."""
+_MOST_THREADS = 8
+_ALIGNED = 64
+"""Bytes to which a check sample is aligned: one cache line."""
+_RANGES = 8
+"""Parts of the work for each thread: one that is held up leaves its parts to the others."""
+
+
+def unavailable() -> str:
+    """Why no loop can be compiled here; empty where one can be."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return f"numba cannot be imported ({error})"
+    if folder() is None:
+        return "there is no folder that generated code could be written to"
+    return ""
+
+
+def figures(
+    recorded: Recorded,
+    addresses: NDArray[np.int64],
+    numel: NDArray[np.int64],
+    dtypes: Sequence[torch.dtype],
+    *,
+    exact: bool,
+) -> tuple[Tensor, Bins | None, Tensor | None]:
+    """Figures of several pieces: (pieces, figures) float64, and the distribution of their rates.
+
+    Args:
+        recorded: what is computed.
+        addresses: of the leaves of each piece: (pieces, leaves).
+        numel: elements of each piece, none of which is empty: (pieces,).
+        dtypes: of the leaves.
+        exact: whether elements are computed in float64.
+    """
+    kernel = _kernel(recorded, tuple(dtypes), exact)
+    layout = _layout(tuple(numel.tolist()), _threads(int(numel.sum())))
+    scalars = recorded.program.table(torch.device("cpu")).numpy()
+    found = differing(recorded)
+    out = np.empty((len(layout.owner), len(found)))
+    counted = recorded.rate is not None
+    pool = np.empty((int(layout.room.sum()) if counted else 0, 3), np.int64)
+    begin = np.cumsum(layout.room) - layout.room
+    end = begin.copy()
+    scratch = _scratch(layout.threads) if counted else np.zeros((1, 1, 1), np.int64)
+    pieces = layout.owner, layout.start, layout.bounds
+
+    def work(slot: int, parts: Any) -> None:
+        for who in parts:
+            arrays = addresses, numel, *pieces, scalars, out, pool, begin, end, scratch
+            _call(kernel, who, slot, *arrays)
+
+    parts = iter(range(len(layout.bounds) - 1))  # `next` is atomic under the interpreter's lock
+    helpers = [
+        threading.Thread(target=work, args=(slot, parts), daemon=True)
+        for slot in range(1, layout.threads)
+    ]
+    try:
+        for thread in helpers:
+            thread.start()
+        work(0, parts)
+        for thread in helpers:
+            thread.join()
+    except BaseException:  # an interrupted cell: what still counts must not meet the next step
+        _local.scratch = None
+        raise
+    merge = {"sum": np.add, "min": np.minimum, "max": np.maximum}
+    sums = {
+        i: torch.from_numpy(merge[recorded.table[i].merge].reduceat(out[:, at], layout.first))
+        for at, i in enumerate(found)
+    }
+    table = recorded.filled(sums, torch.from_numpy(numel).double())
+    if not counted:
+        return table, None, None
+    each = [Bins(p[:, 0], p[:, 1], p[:, 2].astype(np.float64)) for p in _parts(pool, begin, end)]
+    return table, Bins.joined([one for one in each if len(one.owner)]), None
+
+
+def _parts(
+    pool: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    return [pool[a:b] for a, b in zip(begin, end, strict=True)]
+
+
+def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Check samples of several tensors: a buffer of bytes, and where each sample begins in it."""
+    from lrprobe.engine.intrinsics import gather as copy
+
+    runs = np.array([sample_runs(t.numel()) for t in tensors], np.int64).reshape(-1, 3)
+    size = np.array([t.element_size() for t in tensors], np.int64)
+    room = -(-(runs[:, 0] * runs[:, 1] * size) // _ALIGNED) * _ALIGNED
+    starts = np.cumsum(room) - room
+    buffer = torch.empty(int(room.sum()), dtype=torch.uint8, device="cpu")
+    addresses = np.array([t.data_ptr() for t in tensors], np.int64)
+    _call(copy, addresses, runs, size, buffer.data_ptr() + starts)
+    return buffer, starts.tolist()
+
+
+class _Layout(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        threads: how many work.
+        owner, start: piece and first element of each chunk.
+        first: number of each piece's first chunk.
+        bounds: first chunk of each range, and the end.
+        room: entries that the counts of each range can need.
+    """
+
+    threads: int
+    owner: NDArray[np.int64]
+    start: NDArray[np.int64]
+    first: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    room: NDArray[np.int64]
+
+
+@lru_cache(maxsize=32)
+def _layout(sizes: tuple[int, ...], threads: int) -> _Layout:
+    numel = np.array(sizes, np.int64)
+    chunks = -(-numel // CHUNK)
+    first = np.cumsum(chunks) - chunks
+    owner = np.repeat(np.arange(len(numel)), chunks)
+    start = (np.arange(len(owner)) - first[owner]) * CHUNK
+    work = np.cumsum(np.minimum(CHUNK, numel[owner] - start) + 64)
+    ranges = _RANGES * threads if threads > 1 else 1
+    cuts = np.searchsorted(work, np.linspace(0, work[-1], ranges + 1)[1:-1])
+    bounds = np.array([0, *cuts, len(owner)], np.int64)
+    room = [
+        int(np.minimum(numel[np.unique(owner[a:b])], BINS).sum())
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return _Layout(threads, owner, start, first, bounds, np.array(room, np.int64))
+
+
+def _threads(elements: int) -> int:
+    return min(torch.get_num_threads(), _MOST_THREADS) if elements >= _THREADED else 1
+
+
+_local = threading.local()
+
+
+def _scratch(threads: int) -> NDArray[np.int64]:
+    """Tables for counting, which every call leaves at zero; each calling thread has its own."""
+    table = getattr(_local, "scratch", None)
+    if table is None or len(table) < threads:
+        table = _local.scratch = np.zeros((threads, LANES, BINS), np.int64)
+    return table
+
+
+# ---- compilation --------------------------------------------------------------------------------
+
+_kernels: dict[Any, Callable[..., None]] = {}
+_compiling = threading.Lock()
+
+
+def _call(function: Any, *args: Any) -> None:
+    """Call a function that numba compiles; the first time in a thread of its own.
+
+    Numba keeps frames of what it does then, and with them those of all callers: the training's.
+    """
+    if function.signatures:
+        function(*args)
+    else:
+        with ThreadPoolExecutor(1) as compiler:
+            compiler.submit(function, *args).result()
+
+
+def _kernel(recorded: Recorded, dtypes: tuple[torch.dtype, ...], exact: bool) -> Any:
+    key = recorded.key, dtypes, exact
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _compiling:
+            text = source(recorded, dtypes, exact=exact)
+            from lrprobe.engine import intrinsics
+
+            kernel = _kernels[key] = imported(text, intrinsics.__file__).kernel
+    return kernel
+
+
+def is_addressable(tensor: Tensor) -> bool:
+    """Whether elements that lie densely can be read from the tensor's address on: all are there."""
+    return (
+        tensor.is_cpu
+        and tensor.dtype in LOADED
+        and tensor.layout is torch.strided
+        # Only a view has the negative bit; asking for it lets other threads run in between.
+        and not (tensor._is_view() and tensor.is_neg())  # noqa: SLF001 - torch has no other way
+        and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        <= tensor.untyped_storage().nbytes()
+    )

@@ -1,0 +1,257 @@
+"""How the rates are distributed: counts in logarithmic bins.
+
+A bin is told by the upper bits of a float32: its sign, its exponent and six bits of its fraction,
+which makes 64 bins an octave. Counts add up over blocks, parameters, modules, ranks and time.
+Quantiles and recorded histograms are read off them on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.record import QUANTILES
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SHIFT = 17
+BINS = 1 << 15
+"""Bins in the order of their values: those of negative rates, then those from 0 on."""
+ZERO = BINS // 2
+"""The bin where the rates from 0 on begin."""
+
+EXACT = 1 << 17
+"""Moving elements of a piece up to which every rate is counted."""
+STRIDE = 11
+"""Beyond that one in so many is, for all of them; odd, so that all columns of a matrix are met."""
+
+OCTAVES, FINE = 512, 4096
+FOLDED = OCTAVES + FINE
+"""Length of a folded table: counts by octave, and by bin modulo 64 octaves.
+
+Few parameters have rates 64 octaves apart; there a folded count is shared out as the octaves are.
+"""
+_INFINITE = int(np.float32(np.inf).view(np.int32)) >> SHIFT
+_COARSE = 3
+"""Bins in one bin of a recorded histogram, as a power of two: 8 bins an octave."""
+_SHARES = np.array(list(QUANTILES.values()))
+
+
+# ---- counting -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class RateCounts:
+    """Counts of the rates of one piece: (BINS,), where its tensors are.
+
+    Attributes:
+        table: the counts, int64.
+        seen: moving elements so far, where the host knows them.
+    """
+
+    table: Tensor
+    seen: int = 0
+
+
+def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateCounts:
+    """Count the rates of elements that move, beside those that were counted before."""
+    host = rate.device.type == "cpu"
+    if counts is None:
+        counts = RateCounts(torch.zeros(BINS, dtype=torch.int64, device=rate.device))
+    weight = 1
+    if host:
+        seen, counts.seen = counts.seen, counts.seen + int(moves.sum().numpy())
+        if seen >= EXACT:
+            rate, moves, weight = rate[::STRIDE], moves[::STRIDE], STRIDE
+    bits = rate.to(torch.float32).contiguous().view(torch.int32)
+    at = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) + ZERO
+    if host:
+        found = torch.bincount(torch.where(moves, at, BINS), minlength=BINS + 1)[:BINS]
+        counts.table += found * weight
+    else:  # `bincount` would wait for the device
+        counts.table.index_add_(0, at.long(), moves.long())
+    return counts
+
+
+def fold(table: Tensor) -> Tensor:
+    """Counts as they travel: (..., BINS) to (..., FOLDED), float64."""
+    octaves = table.reshape(*table.shape[:-1], OCTAVES, -1).sum(-1)
+    fine = table.reshape(*table.shape[:-1], -1, FINE).sum(-2)
+    return torch.cat([octaves, fine], -1).double()
+
+
+# ---- on the host --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Bins:
+    """Counts of several owners, those of an owner side by side and ascending.
+
+    Attributes:
+        owner: (entries,), ascending.
+        bins: from −ZERO to ZERO − 1: (entries,).
+        counts: (entries,).
+    """
+
+    owner: Ints
+    bins: Ints
+    counts: Floats
+
+    @classmethod
+    def empty(cls) -> Bins:
+        """Of nothing."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+
+    @classmethod
+    def of(cls, owner: int, counts: RateCounts) -> Bins:
+        """Of one owner whose rates were counted on the host."""
+        table = counts.table.numpy()
+        found = np.flatnonzero(table)
+        return cls(np.full(len(found), owner), found - ZERO, table[found].astype(np.float64))
+
+    @classmethod
+    def joined(cls, each: Sequence[Bins]) -> Bins:
+        """Of all owners of several; counts of the same bin of an owner are added up."""
+        if not each:
+            return cls.empty()
+        if len(each) == 1:
+            return each[0]
+        found = cls(
+            np.concatenate([one.owner for one in each]),
+            np.concatenate([one.bins for one in each]),
+            np.concatenate([one.counts for one in each]),
+        )
+        return found.merged(np.arange(int(found.owner.max(initial=-1)) + 1))
+
+    def merged(self, label: Ints) -> Bins:
+        """Those of the rows with these labels, one an owner; a negative one is left out."""
+        row = label[self.owner]
+        key = row * BINS + (self.bins + ZERO)
+        order = np.argsort(key, kind="stable")
+        order = order[np.searchsorted(row[order], 0) :]
+        key = key[order]
+        if not len(key):
+            return Bins.empty()
+        starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
+        counts = np.add.reduceat(self.counts[order], starts)
+        return Bins(key[starts] // BINS, key[starts] % BINS - ZERO, counts)
+
+    def scaled(self, total: Floats) -> Bins:
+        """The same distributions, the counts of each owner adding up to its total: (owners,)."""
+        if not len(self.owner):
+            return self
+        now = np.bincount(self.owner, self.counts, len(total))
+        return Bins(self.owner, self.bins, self.counts * total[self.owner] / now[self.owner])
+
+
+def unfold(tables: NDArray[Any], owners: Sequence[int] | None = None) -> Bins:
+    """Folded tables: (owners, FOLDED); by default of owners 0, 1, …."""
+    each = []
+    for owner in np.flatnonzero(tables[:, :OCTAVES].any(axis=1)):
+        octaves = tables[owner, :OCTAVES].astype(np.float64)
+        folded = tables[owner, OCTAVES:].astype(np.float64).reshape(64, 64)
+        found = np.flatnonzero(octaves)
+        with np.errstate(all="ignore"):
+            share = octaves[found] / folded.sum(1)[found % 64]
+        counts = (folded[found % 64] * share[:, None]).reshape(-1)
+        bins = ((found[:, None] - OCTAVES // 2) * 64 + np.arange(64)).reshape(-1)
+        some = counts > 0
+        each.append(Bins(np.full(int(some.sum()), owner), bins[some], counts[some]))
+    bins_of = Bins.joined(each)
+    if owners is not None and len(bins_of.owner):
+        bins_of.owner = np.asarray(owners, np.int64)[bins_of.owner]
+    return bins_of
+
+
+def folded(bins: Bins, owners: int) -> Floats:
+    """The opposite of ``unfold``: (owners, FOLDED)."""
+    result = np.zeros((owners, FOLDED))
+    np.add.at(result, (bins.owner, (bins.bins >> 6) + OCTAVES // 2), bins.counts)
+    np.add.at(result, (bins.owner, OCTAVES + bins.bins % FINE), bins.counts)
+    return result
+
+
+def constant_bins(owners: Ints, rates: Floats, counts: Floats) -> Bins:
+    """Of owners whose elements all share a rate, ascending."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        bits = rates.astype(np.float32).view(np.int32)
+    bins = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+    return Bins(owners.astype(np.int64), bins.astype(np.int64), counts)
+
+
+def edges(bins: Ints) -> Floats:
+    """The lower edge of each bin, which is the upper edge of the one before it."""
+    bits = (np.minimum(np.abs(bins), _INFINITE) << SHIFT).astype(np.uint32)
+    value: Floats = bits.view(np.float32).astype(np.float64)
+    return np.where(bins < 0, -value, value)
+
+
+def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
+    """``QUANTILES`` of each row, as NumPy's ``inverted_cdf`` within 1 %: (rows, QUANTILES).
+
+    Args:
+        bins: of the rows.
+        low: each row's least rate; NaN where unknown.
+        high: its greatest.
+    """
+    result = np.full((len(low), len(_SHARES)), np.nan)
+    rows, starts = np.unique(bins.owner, return_index=True)
+    if not len(rows):
+        return result
+    ends = np.append(starts[1:], len(bins.owner))
+    upto = np.cumsum(bins.counts)
+    before = upto[starts] - bins.counts[starts]
+    total = upto[ends - 1] - before
+    rank = before[:, None] + (_SHARES * (1 - 1e-9)) * total[:, None]
+    at = np.searchsorted(upto, rank).clip(starts[:, None], ends[:, None] - 1)
+    inside = bins.bins[at]
+    value = (edges(inside) + edges(inside + 1)) / 2
+    value = np.where(inside >= _INFINITE, np.inf, np.where(inside == 0, 0.0, value))
+    least = np.where(np.isnan(low), -np.inf, low)[rows, None]
+    most = np.where(np.isnan(high), np.inf, high)[rows, None]
+    result[rows] = np.fmax(np.fmin(value, most), least)
+    return result
+
+
+def histograms(bins: Bins, count: int) -> tuple[list[Floats], list[Ints]]:
+    """A histogram of each of ``count`` owners to keep: edges (n + 1,), counts (n,).
+
+    An owner without rates has empty ones; a run of empty bins is one wide bin.
+    """
+    keep = np.abs(bins.bins) < _INFINITE
+    coarse = Bins(bins.owner[keep], bins.bins[keep] >> _COARSE, bins.counts[keep])
+    coarse = coarse.merged(np.arange(count))
+    if not len(coarse.owner):
+        return [np.zeros(0)] * count, [np.zeros(0, np.int64)] * count
+    owner, found = coarse.owner, coarse.bins
+    first = np.append(True, owner[1:] != owner[:-1])
+    # Rounded so that the whole of an owner is right.
+    upto = np.cumsum(coarse.counts)
+    before = (upto - coarse.counts)[first][np.cumsum(first) - 1]
+    rounded = np.rint(upto - before)
+    whole = np.diff(rounded, prepend=0.0)
+    whole[first] = rounded[first]
+    # An edge at the start of each bin, and where none follows it at once, at its end.
+    last = np.append((np.diff(found) != 1) | first[1:], True)
+    at = np.arange(len(found)) + np.append(0, np.cumsum(last[:-1]))
+    ends_of = np.empty(len(found) + int(last.sum()), np.int64)
+    ends_of[at] = found
+    ends_of[at[last] + 1] = found[last] + 1
+    filled = np.zeros(len(ends_of), np.int64)
+    filled[at] = whole.astype(np.int64)
+    ends = np.append(at[first][1:], len(ends_of))
+    spans = dict(zip(owner[first].tolist(), np.stack([at[first], ends], 1).tolist(), strict=True))
+    values = edges(ends_of << _COARSE)
+    nothing = [0, 0]
+    where = [spans.get(i, nothing) for i in range(count)]
+    return (
+        [values[a:b] for a, b in where],
+        [filled[a : max(b - 1, a)] for a, b in where],
+    )

@@ -1,0 +1,218 @@
+"""Figures with plain tensor operations: any device, any dtype, sparse and low-bit state.
+
+The simple way, which every other must agree with: one piece at a time, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.engine.distribution import RateCounts, count_rates
+from lrprobe.engine.figures import Elements, Figure, is_elementwise
+from lrprobe.engine.pieces import At, precision, read
+from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, brought
+
+BLOCK = 1 << 17
+"""Elements that are read at once: few enough for what is made of them to stay in cache."""
+
+
+def slice_of(
+    entry: Entry,
+    group: Mapping[str, Any],
+    at: At,
+    dtype: torch.dtype,
+    memo: dict[Any, Any] | None = None,
+    old: Mapping[str, Tensor] | None = None,
+    *,
+    chosen: bool = False,
+) -> Slice:
+    """Some elements of an entry, flat.
+
+    ``old`` has what is known of it from before the step: of all elements, or of the ``chosen``.
+    """
+    shape = entry.param.shape
+    kept = old or {}
+
+    def fetch(name: str) -> Tensor:
+        if name == "param":
+            return read(entry.param, at, shape).to(dtype)
+        if name == "grad":
+            return read(entry.grad, at, shape).to(dtype)
+        if name == "touched" and isinstance(entry.grad, SparseRows):
+            return read(entry.grad.pattern(), at, shape).to(dtype)
+        if name.startswith("old "):
+            value = kept[name.removeprefix("old ")]
+            return (value if chosen else value[at]).to(dtype)
+        return read(entry.state[name], at, shape).to(dtype)
+
+    return Slice([entry], group, fetch, memo, kept)
+
+
+def slices(
+    entry: Entry,
+    group: Mapping[str, Any],
+    dtype: torch.dtype,
+    old: Mapping[str, Tensor] | None = None,
+) -> Iterator[Slice]:
+    """All of an entry in order, block by block."""
+    memo: dict[Any, Any] = {}
+    numel = entry.param.numel()
+    for start in range(0, numel, BLOCK):
+        at = slice(start, min(start + BLOCK, numel))
+        yield slice_of(entry, group, at, dtype, memo, old)
+
+
+def add_whole(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
+    """Add what the rule needs to know of the whole parameter to the entry's state."""
+    if rule.whole is not None:
+        exact = torch.float64 if entry.param.numel() <= BLOCK else precision(entry.param)
+        made = Whole(entry, group, lambda: slices(entry, group, exact))
+        entry.add(rule.whole(made))
+
+
+def figures(
+    table: Sequence[Figure],
+    entry: Entry,
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    *,
+    rates: bool,
+    dtype: torch.dtype | None = None,
+    old: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, RateCounts | None]:
+    """Figures of one entry: (len(table),) float64, and the distribution of its rates.
+
+    Args:
+        table: which figures.
+        entry: the elements.
+        group: their parameter group.
+        rule: what says how they moved; None where nothing does.
+        rates: whether the rates are counted.
+        dtype: of the elements while they are computed. By default float32 for all but float64,
+            and float64 where sums in float32 may have overflowed or underflowed (which only a
+            CPU is asked).
+        old: what is known of the elements from before the step.
+    """
+    if dtype is not None:
+        return _figures(table, entry, group, rule, rates=rates, dtype=dtype, old=old)
+    fast = precision(entry.param)
+    if entry.param.numel() <= BLOCK or entry.param.device.type != "cpu":
+        fast = torch.float64
+    found = _figures(table, entry, group, rule, rates=rates, dtype=fast, old=old)
+    if fast is torch.float32 and not _is_sound(table, found[0]):
+        return _figures(table, entry, group, rule, rates=rates, dtype=torch.float64, old=old)
+    return found
+
+
+def _figures(
+    table: Sequence[Figure],
+    entry: Entry,
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    *,
+    rates: bool,
+    dtype: torch.dtype,
+    old: Mapping[str, Tensor] | None,
+) -> tuple[Tensor, RateCounts | None]:
+    blocks: list[Tensor] = []
+    counts: RateCounts | None = None
+    constants: dict[int, Tensor] = {}
+    device = entry.param.device
+    for s in slices(entry, group, dtype, old):
+        e = Elements(s, rule)
+        blocks.append(_block(table, e, s.param, constants))
+        if rates:
+            counts = _counted(e, counts)
+    if not blocks:
+        return _empty(table, entry, group, rule), None
+    stacked = torch.stack(blocks)
+    columns = [_merged(f, stacked[:, i]) for i, f in enumerate(table)]
+    return torch.stack(columns).to(device), counts
+
+
+def _block(
+    table: Sequence[Figure], e: Elements, like: Tensor, constants: dict[int, Tensor]
+) -> Tensor:
+    """The table's figures of one block."""
+    numbers = []
+    moving = None if e.moves is None else e.moves.sum().double()
+    for figure in table:
+        value = figure.of(e)
+        if value is None:
+            number = constants.setdefault(-1, torch.full((), torch.nan, dtype=torch.float64))
+        elif is_elementwise(value):
+            number = _over_elements(figure, value, e)
+        else:
+            number = _shared(figure, value, like.numel() if not figure.moving else moving)
+        numbers.append(brought(number, like.device))
+    return torch.stack(numbers)
+
+
+def _over_elements(figure: Figure, value: Tensor, e: Elements) -> Tensor:
+    if figure.merge == "sum":
+        if figure.moving:
+            value = value & e.moves if value.dtype == torch.bool else value.where(e.moves, 0)
+        return value.sum() if value.dtype == torch.bool else value.sum(dtype=torch.float64)
+    if figure.merge == "min":
+        return value.where(e.moves, torch.inf).amin()
+    return value.where(e.moves, -torch.inf).amax()
+
+
+def _shared(figure: Figure, value: Any, count: Any) -> Tensor:
+    """What a value that all elements share comes to over so many of them."""
+    value = torch.as_tensor(value, dtype=torch.float64).reshape(())
+    count = torch.as_tensor(count, dtype=torch.float64)
+    device = count.device if value.device.type == "cpu" else value.device
+    value, count = brought(value, device), brought(count, device)
+    if figure.merge == "sum":
+        return torch.where(count > 0, value * count, 0.0)
+    return torch.where(count > 0, value, torch.inf if figure.merge == "min" else -torch.inf)
+
+
+def _merged(figure: Figure, column: Tensor) -> Tensor:
+    if figure.merge == "sum":
+        return column.sum()
+    return column.amin() if figure.merge == "min" else column.amax()
+
+
+def _counted(e: Elements, counts: RateCounts | None) -> RateCounts | None:
+    if e.rate is None:
+        return count_rates(e.measured_rate, e.has_grad, counts)
+    if is_elementwise(e.rate):
+        return count_rates(e.rate, e.moves, counts)
+    if e.param.numel() == 1 and isinstance(e.rate, Tensor):  # other ranks or blocks have more
+        return count_rates(e.rate.reshape(1), e.moves.reshape(1), counts)
+    return counts
+
+
+_SQUARES = ("direction_square", "moved_square", "param_square", "grad_square")
+
+
+def _is_sound(table: Sequence[Figure], found: Tensor) -> bool:
+    """Whether no sum of float32 products has overflowed or underflowed, or met a NaN."""
+    named = dict(zip((f.name for f in table), found.tolist(), strict=True))
+    return all(1e-24 < named[name] < float("inf") for name in _SQUARES if name in named)
+
+
+def _empty(
+    table: Sequence[Figure], entry: Entry, group: Mapping[str, Any], rule: Rule | None
+) -> Tensor:
+    """Figures of no elements: sums are 0, or NaN where the rule has none."""
+    numbers = []
+    e = None
+    if rule is not None and rule.whole is None:
+        s = slice_of(entry, group, slice(0, 0), torch.float64)
+        e = Elements(s, rule)
+    for figure in table:
+        value = None if e is None else figure.of(e)
+        start = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[figure.merge]
+        if e is not None and value is None:
+            start = torch.nan
+        elif figure.name == "decay":
+            start = torch.nan if value is None else float(value)
+        numbers.append(start)
+    return torch.tensor(numbers, dtype=torch.float64)

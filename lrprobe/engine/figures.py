@@ -1,0 +1,319 @@
+"""THE TABLE of figures: what each adds up over elements, and how it merges.
+
+Eager code, generated code, the messages between ranks and the columns of the frame are driven by
+it. A figure of a parameter is a sum, a least or a greatest value over its elements, so that
+figures of blocks, pieces, parameters, modules and ranks merge in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lrprobe.engine.program import Symbol, is_elementwise, wide
+from lrprobe.rules.base import Rule, Slice, Update, writes_of
+
+STATES = 3
+"""State entries of a rule that the check compares, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of the table.
+
+    Attributes:
+        name: what columns call it.
+        of: its value at each element; a scalar where all elements share it, None where there is
+            none.
+        merge: how values of elements, pieces, parameters and ranks become one.
+        moving: whether only elements that move count.
+    """
+
+    name: str
+    of: Callable[[Elements], Any]
+    merge: Literal["sum", "min", "max"] = "sum"
+    moving: bool = False
+
+
+class Elements:
+    """What figures read: elements of one step, and what the rule says of them.
+
+    Values are tensors of elements, or symbols of them; scalars where all elements share a value.
+    """
+
+    def __init__(self, s: Slice, rule: Rule | None) -> None:
+        self._s = s
+        self._rule = rule
+        self._update: Update | None = None if rule is None else rule.update(s)
+
+    @cached_property
+    def param(self) -> Tensor:
+        """θ after the step."""
+        return wide(self._s.param)  # type: ignore[no-any-return]
+
+    @cached_property
+    def raw_grad(self) -> Tensor:
+        """The gradient of the step, also where the optimizer has overwritten it."""
+        given = None if self._update is None else self._update.grad
+        if given is None and self._update is None and self._s.keeps("grad"):
+            old: Any = self._s.old("grad")  # an optimizer without a rule may have overwritten it
+            given = -old if self._s.group.get("maximize", False) else old
+        return self._s.grad if given is None else given
+
+    @cached_property
+    def grad(self) -> Tensor:
+        """The same, in the precision of sums."""
+        return wide(self.raw_grad)  # type: ignore[no-any-return]
+
+    @property
+    def rate(self) -> Any:
+        """The effective learning rate, in its own precision."""
+        return None if self._update is None else self._update.effective_lr
+
+    @cached_property
+    def wide_rate(self) -> Any:
+        """The same, in the precision of sums."""
+        return wide(self.rate)
+
+    @cached_property
+    def direction(self) -> Any:
+        """What the rate multiplies."""
+        return None if self._update is None else wide(self._update.direction)
+
+    @cached_property
+    def moves(self) -> Any:
+        """Whether an element moves: its direction is not exactly 0."""
+        return None if self._update is None else self._update.direction != 0
+
+    @cached_property
+    def moved(self) -> Any:
+        """rate ⊙ direction."""
+        return None if self._update is None else self.wide_rate * self.direction
+
+    @cached_property
+    def descent(self) -> Any:
+        """−Δθ before any rounding, from the state after the step alone."""
+        if self._update is None:
+            return None
+        decay = self._update.decay
+        if not isinstance(decay, Tensor) and decay == 0:
+            return self.moved
+        decay = torch.as_tensor(decay, dtype=torch.float64)
+        return (self.moved + decay * self.param) * (1 / (1 - decay))
+
+    @property
+    def decay(self) -> Any:
+        """The decoupled decay, a scalar."""
+        return None if self._update is None else self._update.decay
+
+    @property
+    def rms_grad(self) -> Any:
+        """Root of the second-moment estimate."""
+        return None if self._update is None else self._update.rms_grad
+
+    @property
+    def rms_update(self) -> Any:
+        """Root of the estimate of squared updates."""
+        return None if self._update is None else self._update.rms_update
+
+    @cached_property
+    def below_eps(self) -> Any:
+        """Whether ε is at least what it is added to."""
+        if self._update is None or self._update.eps is None:
+            return None
+        statistic, eps = self._update.eps
+        return statistic <= eps
+
+    @cached_property
+    def nonfinite(self) -> Any:
+        """Whether parameter, gradient or a state entry is NaN or infinite."""
+        found: Any = None
+        for tensor in (self._s.param, self._s.grad, *map(self._s.__getitem__, self._s.states)):
+            real = isinstance(tensor, Symbol) or tensor.dtype != torch.float64
+            most = torch.finfo(torch.float32 if real else torch.float64).max
+            bad = (tensor.abs() <= most).logical_not()
+            found = bad if found is None else found | bad
+        return found
+
+    # What follows is of the check sample, where the step is known from before and after it.
+
+    @cached_property
+    def observed(self) -> Tensor:
+        """Δθ as it was really taken."""
+        return self.param - self.before
+
+    @property
+    def before(self) -> Tensor:
+        """θ before the step."""
+        return cast("Tensor", self._s.before)
+
+    @cached_property
+    def change(self) -> Any:
+        """Δθ as the rule says."""
+        return None if self.descent is None else -self.descent
+
+    @cached_property
+    def lost(self) -> Any:
+        """Whether an update was meant, and the parameter did not change by one bit."""
+        if self.change is None:
+            return None
+        return (self.change != 0) & (self.before == self.param)
+
+    @cached_property
+    def residual(self) -> Any:
+        """What of |Δθ − observed| the rounding of the parameter does not explain."""
+        if self.change is None or self._rule is None:
+            return None
+        writes = writes_of(self._rule, self._s.group)
+        return unexplained(self.change, self.before, self.param, writes, self._s.dtype)
+
+    @cached_property
+    def measured_rate(self) -> Tensor:
+        """|Δθ|/|g|."""
+        return self.observed.abs() / self.grad.abs()
+
+    @cached_property
+    def has_grad(self) -> Tensor:
+        """Whether the gradient is not 0."""
+        return self.grad != 0
+
+    @property
+    def previous_grad(self) -> Any:
+        """The gradient of the recorded step before this one."""
+        if not self._s.keeps("previous"):
+            return None
+        previous = self._s.old("previous")
+        return -previous if self._s.group.get("maximize", False) else previous
+
+    @cached_property
+    def states(self) -> list[tuple[Any, Any]]:
+        """By state entry: what its equation does not explain, and how it changed."""
+        if self._rule is None or self._rule.advance is None:
+            return []
+        found = []
+        for name, told in self._rule.advance(self._s).items():
+            if name not in self._s:
+                continue
+            after, before = self._s[name], self._s.old(name)
+            most = after.abs()
+            if isinstance(before, Tensor):
+                most = torch.maximum(most, before.abs())
+            slack = 2 * ulp(most, self._s.dtype_of(name))
+            found.append((((told - after).abs() - slack).clamp(min=0), after - before))
+        return found[:STATES]
+
+
+def unexplained(
+    change: Tensor, before: Tensor, after: Tensor, writes: int, dtype: torch.dtype
+) -> Tensor:
+    """What of |Δθ − observed| so many writes of a parameter of this dtype do not explain."""
+    # Half an ulp a write, and half an ulp for the arithmetic inside it.
+    slack = (0.5 + 0.5 * writes) * ulp(torch.maximum(before.abs(), after.abs()), dtype)
+    return ((change - (after - before)).abs() - slack).clamp(min=0)
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance of float64 values to the next one in ``dtype``: (as ``values``)."""
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    if isinstance(values, Symbol):
+        return values.program.emit("ulp", (values, info.eps, least))
+    power = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
+    return power.mul_(info.eps).clamp_(min=least)
+
+
+_EXPONENT = 0x7FF << 52  # of a float64
+
+
+def _square(name: str) -> Callable[[Elements], Any]:
+    def of(e: Elements) -> Any:
+        value = getattr(e, name)
+        return None if value is None else value * value
+
+    return of
+
+
+def _product(left: str, right: str) -> Callable[[Elements], Any]:
+    def of(e: Elements) -> Any:
+        a, b = getattr(e, left), getattr(e, right)
+        return None if a is None or b is None else a * b
+
+    return of
+
+
+def _plain(name: str) -> Callable[[Elements], Any]:
+    return lambda e: getattr(e, name)
+
+
+def _wide(name: str) -> Callable[[Elements], Any]:
+    return lambda e: wide(getattr(e, name))
+
+
+def _log_rate(e: Elements) -> Any:
+    if e.rate is None:
+        return None
+    size = torch.as_tensor(e.rate).abs()
+    return size.program.emit("fast_log2", (size,)) if isinstance(size, Symbol) else size.log2()
+
+
+def _state(at: int, which: int) -> Callable[[Elements], Any]:
+    def of(e: Elements) -> Any:
+        if at >= len(e.states):
+            return None
+        value = e.states[at][which]
+        return value * value
+
+    return of
+
+
+FIGURES: tuple[Figure, ...] = (
+    Figure("moving", _plain("moves")),
+    Figure("rate", _plain("wide_rate"), moving=True),
+    Figure("rate_square", _square("wide_rate"), moving=True),
+    Figure("rate_log2", _log_rate, moving=True),
+    Figure("rate_min", _plain("rate"), "min", moving=True),
+    Figure("rate_max", _plain("rate"), "max", moving=True),
+    Figure("below_eps", _plain("below_eps"), moving=True),
+    Figure("direction_square", _square("direction")),
+    Figure("moved_square", _square("moved")),
+    Figure("update_square", _square("descent")),
+    Figure("update_grad", _product("descent", "grad")),
+    Figure("param_square", _square("param")),
+    Figure("grad_square", _square("grad")),
+    Figure("zeros", lambda e: e.raw_grad == 0),
+    Figure("rms_grad", _wide("rms_grad")),
+    Figure("rms_update", _wide("rms_update")),
+    Figure("nonfinite", _plain("nonfinite")),
+    Figure("decay", _plain("decay"), "max"),
+)
+"""Of all elements of a parameter."""
+
+CHECKS: tuple[Figure, ...] = (
+    Figure("checked", lambda _: 1.0),
+    Figure("lost", _plain("lost")),
+    Figure("residual", _square("residual")),
+    Figure("intended", _square("change")),
+    Figure("observed", _square("observed")),
+    Figure("changed", lambda e: e.observed != 0),
+    Figure("sample_grad_square", _square("grad")),
+    Figure("observed_grad", _product("observed", "grad")),
+    Figure("persistence", _product("grad", "previous_grad")),
+    Figure("previous_square", _square("previous_grad")),
+    *(Figure(f"state{i}_residual", _state(i, 0)) for i in range(STATES)),
+    *(Figure(f"state{i}_change", _state(i, 1)) for i in range(STATES)),
+)
+"""Of the check sample, in float64; what adds up is scaled to all elements."""
+
+GRADIENT: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name in ("grad_square", "zeros"))
+"""Of a gradient that the step may overwrite, taken before it."""
+
+FIGURE_NAMES = tuple(figure.name for figure in FIGURES)
+CHECK_NAMES = tuple(figure.name for figure in CHECKS)
+
+__all__ = ["CHECKS", "CHECK_NAMES", "FIGURES", "FIGURE_NAMES", "GRADIENT", "Elements", "Figure"]
+__all__ += ["is_elementwise", "ulp"]

@@ -1,0 +1,184 @@
+"""A recorded step on its way to the host: the only place where device values are read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrprobe.engine.buffers import MAXIMA, Arrived, Buffers
+from lrprobe.engine.columns import Row, StepInfo, record_of
+from lrprobe.engine.distribution import Bins, unfold
+from lrprobe.record import Record
+
+PATIENCE = 60.0
+"""Seconds to wait for the other ranks, where the figures of a step have to be waited for."""
+
+CHANGED, MOVED = 0, 1
+"""Columns of the last row of the maxima: whether some rank has other parameters than it told of,
+and whether some rate and some gradient was not 0."""
+
+
+class StepInFlight:
+    """The figures of one step, until the host has them.
+
+    Attributes:
+        info: what the hooks know of the step.
+        rows: of the frame.
+        until: when it is over with waiting, as ``time.monotonic`` tells it.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        buffers: Buffers,
+        info: StepInfo,
+        works: Sequence[Any] = (),
+        *,
+        reads_rates: bool = True,
+    ) -> None:
+        """Begin to cross; with ``works`` (collectives) not before they are done.
+
+        ``reads_rates`` tells whether the distributions are wanted here: only where records are
+        made.
+        """
+        self.info = info
+        self.rows = rows
+        self.until = math.inf
+        self._rules = [row.rule for row in rows]
+        self._buffers = buffers
+        self._works = works
+        self._reads_rates = reads_rates
+        self._crossing: Crossing | None = None
+        self._arrived: Arrived | None = None
+        if not works:
+            self._cross()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that wait until the record is made."""
+        buffers = self._buffers
+        tensors = (buffers.sums, buffers.maxima, buffers.tracked, buffers.folded)
+        known = 0 if buffers.bins is None else 24 * len(buffers.bins.owner)
+        return known + sum(t.nbytes for t in tensors if t is not None)
+
+    @property
+    def none_taken(self) -> bool:
+        """Whether every rate, or every gradient, was 0: a checkpoint library's, to make state."""
+        return bool(self.arrived().maxima[-1, MOVED] <= 0)
+
+    @property
+    def changed(self) -> bool:
+        """Whether some rank has other parameters than it told of."""
+        return bool(self.arrived().maxima[-1, CHANGED] > 0)
+
+    def ready(self) -> bool:
+        """Whether the figures have arrived."""
+        if self._crossing is None:
+            if not all(work.is_completed() for work in self._works):
+                return False
+            with _side_stream(self._buffers.sums.device):
+                for work in self._works:
+                    work.wait()
+                self._cross()
+        return self._crossing is not None and self._crossing.ready()
+
+    def wait(self) -> bool:
+        """Wait, for other ranks not forever; whether the figures have arrived."""
+        until, pause = min(self.until, time.monotonic() + PATIENCE), 1e-4
+        while not self.ready():
+            if time.monotonic() > until:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return True
+
+    def arrived(self) -> Arrived:
+        """The figures.
+
+        Raises:
+            TimeoutError: if other ranks do not take part.
+            RuntimeError: if the process group has failed.
+        """
+        if self._arrived is None:
+            if not self.wait() or self._crossing is None:
+                raise TimeoutError(
+                    f"the other ranks have not recorded their part of step {self.info.step} "
+                    f"within {PATIENCE:g} s"
+                )
+            sums, maxima, tracked, *folded = self._crossing.arrays()
+            each = [] if self._buffers.bins is None else [self._buffers.bins]
+            rows = self._buffers.folded_rows
+            each += [unfold(table, rows) for table in folded]
+            self._arrived = Arrived(sums, maxima, tracked, Bins.joined(each))
+        return self._arrived
+
+    def record(self) -> Record:
+        """Finish the figures of every level."""
+        return record_of(self.rows, self._rules, self.arrived(), self.info)
+
+    def _cross(self) -> None:
+        buffers = self._buffers
+        tensors = [buffers.sums, buffers.maxima, buffers.tracked]
+        if buffers.folded is not None and self._reads_rates:
+            tensors.append(buffers.folded)
+        self._crossing = Crossing(tensors)
+
+
+class Crossing:
+    """Tensors on their way to the host, those of one device in one buffer."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._buffers: dict[torch.device, Tensor] = {}
+        self._events: list[Any] = []
+        devices = {t.device for t in tensors if t.device.type != "cpu"}
+        for device in devices:
+            flat = [
+                t.contiguous().reshape(-1).view(torch.uint8) for t in tensors if t.device == device
+            ]
+            buffer = torch.cat(flat)
+            host = torch.empty_like(buffer, device="cpu", pin_memory=True)
+            host.copy_(buffer, non_blocking=True)
+            event = torch.get_device_module(device).Event()
+            event.record(torch.get_device_module(device).current_stream(device))
+            self._buffers[device] = host
+            self._events.append(event)
+
+    def ready(self) -> bool:
+        """Whether all have arrived."""
+        return all(event.query() for event in self._events)
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """The values of the tensors, in order; waits for what is still on its way."""
+        for event in self._events:
+            event.synchronize()
+        start = dict.fromkeys(self._buffers, 0)
+        result = []
+        for tensor in self._tensors:
+            host = tensor
+            if tensor.device in self._buffers:
+                end = start[tensor.device] + tensor.numel() * tensor.element_size()
+                piece = self._buffers[tensor.device][start[tensor.device] : end]
+                host = piece.clone().view(tensor.dtype).reshape(tensor.shape)
+                start[tensor.device] = end
+            result.append(np.asarray(host.numpy()))
+        return result
+
+
+def _side_stream(device: torch.device) -> Any:
+    """So that what waits for the process group does not hold up the training's own stream."""
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return module.stream(module.Stream(device))
+
+
+__all__ = ["CHANGED", "MAXIMA", "MOVED", "PATIENCE", "Crossing", "StepInFlight"]

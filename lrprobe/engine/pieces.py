@@ -1,0 +1,246 @@
+"""Pieces of parameters as this process holds them, and how their elements are read.
+
+A parameter is a list of local pieces: a plain tensor; the local part of a ``DTensor``; a range of
+a flat buffer. Each is an ``Entry``: real tensors that belong together element by element.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from lrprobe.names import Place
+from lrprobe.rules.base import Coded, Entry, Readable, Rule, Scalar, SparseRows
+
+SAMPLE = 4096
+"""Elements of a piece that are checked against the step really taken; all of a smaller one."""
+
+RUN = 128
+"""Neighbours in the check sample of a larger one."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+At: TypeAlias = slice | Tensor
+"""Elements in row-major order: a range, or flat positions."""
+
+
+@dataclass(slots=True, eq=False)
+class WatchedParameter:
+    """One parameter, or a range of a flat buffer, that a probe watches.
+
+    Attributes:
+        name: its name in the frame.
+        group, group_name: index and name of its parameter group.
+        place: where its optimizer has it.
+        rule: the equation of its optimizer; None where its rate can only be measured.
+        tracked: flat positions, in the whole parameter, of elements that are recorded; or None.
+        numel: its real elements (a complex one counts twice).
+        initial_lr: what the frame shows; None until first seen.
+        span: the range of a flat buffer that it is; None for a tensor of its own.
+        previous: where the check sample of the gradient of the last recorded step is kept, and
+            its number there.
+    """
+
+    name: str
+    group: int
+    place: Place
+    rule: Rule | None
+    tracked: Tensor | None
+    numel: int
+    group_name: str = ""
+    initial_lr: Scalar | None = None
+    span: slice | None = None
+    previous: tuple[Any, int] | None = None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a ``DTensor``; any other tensor itself."""
+    if type(tensor) in _PLAIN:  # which is nearly always so
+        return tensor
+    # Looked up among what is imported: a class that is not loaded has no instances.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tensor, module.DTensor):
+        return cast("Tensor", tensor.detach().to_local())
+    return tensor
+
+
+def real(tensor: Tensor, span: slice | None = None) -> Tensor:
+    """Local, a complex tensor seen as pairs of reals; or a range of it."""
+    tensor = local(tensor)
+    if tensor.dtype.is_complex:
+        tensor = torch.view_as_real(tensor.detach())
+    return tensor if span is None else tensor.detach().reshape(-1)[span]
+
+
+def entry_of(
+    param: Tensor,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    grad: Tensor | None = None,
+    span: slice | None = None,
+) -> Entry:
+    """What rules read of a parameter; ``grad`` stands in where it has no gradient."""
+    grad = local(cast("Tensor", param.grad) if grad is None else grad)
+    if grad.is_sparse and grad.sparse_dim() == 1:
+        gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
+    else:
+        gradient = real(grad.to_dense() if grad.is_sparse else grad, span)
+    if type(param) in _PLAIN and span is None and not extra and not param.dtype.is_complex:
+        return Entry(param, gradient, state)  # as it is: nobody writes into it
+    wide = None if span is None else param.shape
+    entries = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value = value.to_dense() if value.is_sparse else value  # noqa: PLW2901
+            entries[name] = real(value, span if value.shape == wide else None)
+        else:
+            entries[name] = value
+    return Entry(real(param, span), gradient, {**entries, **extra})
+
+
+def precision(tensor: Tensor) -> torch.dtype:
+    """The dtype in which elements are computed: at least float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=512)
+def sample_runs(numel: int) -> tuple[int, int, int]:
+    """The check sample of a piece: number of runs, neighbours in each, and from start to start."""
+    if numel <= SAMPLE:
+        return 1, numel, max(numel, 1)
+    runs = SAMPLE // RUN
+    stride = (numel - RUN) // (runs - 1)
+    return runs, RUN, stride - (stride % 2 == 0)  # odd, or every run might begin the same column
+
+
+def sample(readable: Readable, shape: torch.Size) -> Tensor:
+    """The check sample of a tensor that is, or broadcasts to, that shape: flat; maybe a view."""
+    runs, run, stride = sample_runs(shape.numel())
+    if isinstance(readable, Tensor) and readable.shape == shape and readable.is_contiguous():
+        flat = readable.detach().view(-1)
+        return flat if runs == 1 else flat.as_strided((runs, run), (stride, 1)).reshape(-1)
+    starts = torch.arange(runs, device=_device(readable)).unsqueeze(1) * stride
+    at = starts + torch.arange(run, device=_device(readable))
+    return read(readable, at.reshape(-1), shape)
+
+
+def sampled(entry: Entry) -> Entry:
+    """The check sample of an entry as an entry of its own."""
+    shape = entry.param.shape
+    state = {
+        name: sample(value, shape) if is_wide(value, shape) else value
+        for name, value in entry.state.items()
+    }
+    grad = sample(entry.grad, shape)
+    if isinstance(entry.grad, SparseRows):
+        state["touched"] = sample(entry.grad.pattern(), shape)
+    return Entry(sample(entry.param, shape), grad, state)
+
+
+def is_wide(value: Any, shape: torch.Size) -> bool:
+    """Whether a state entry has a value for each element, or broadcasts to that."""
+    if isinstance(value, Coded):
+        return True
+    if not isinstance(value, Tensor) or not (value.dim() or not shape):
+        return False
+    padded = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    pairs = zip(padded, shape, strict=False)
+    return len(padded) == len(shape) and all(own in (1, size) for own, size in pairs)
+
+
+def lies_flat(entry: Entry) -> bool:
+    """Whether all tensors of elements have one dense layout, so that memory order is theirs."""
+    param, grad = entry.param, entry.grad
+    shape, strides = param.shape, param.stride()
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.stride() != strides:
+        return False
+    for value in entry.state.values():
+        if isinstance(value, Tensor):
+            if value.shape == shape:
+                if value.stride() != strides:
+                    return False
+            elif value.dim() and is_wide(value, shape):
+                return False
+        elif isinstance(value, Coded):
+            return False
+    return param.is_contiguous() or is_dense(param)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flattened(entry: Entry) -> Entry:
+    """The same elements as flat tensors in the order of memory, where all have one layout."""
+    if entry.param.is_contiguous() or not lies_flat(entry):
+        return entry
+    shape = entry.param.shape
+    state = {
+        name: _flat(value) if is_wide(value, shape) else value
+        for name, value in entry.state.items()
+    }
+    return Entry(_flat(entry.param), _flat(cast("Tensor", entry.grad)), state)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def read(readable: Readable, at: At, shape: torch.Size) -> Tensor:
+    """Elements of a tensor that is, or broadcasts to, that shape: flat."""
+    if isinstance(readable, Tensor):
+        tensor = readable.detach()
+        if tensor.shape == shape and tensor.is_contiguous():
+            flat = tensor.view(-1)
+            return flat[at] if isinstance(at, slice) else flat.index_select(0, at)
+        if isinstance(at, slice):
+            if at.start == 0 and at.stop >= shape.numel():
+                return tensor.expand(shape).reshape(-1)
+            at = _range(at, shape, tensor.device)
+        coordinates = []
+        for size in reversed(shape):  # `torch.unravel_index` would wait for a device
+            coordinates.append(at % size)
+            at = at // size
+        return tensor.expand(shape)[tuple(reversed(coordinates))] if shape else tensor.reshape(-1)
+    if isinstance(at, slice):
+        at = _range(at, shape, _device(readable))
+    return readable.read(at)
+
+
+def _range(at: slice, shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.arange(at.start or 0, min(at.stop, shape.numel()), device=device)
+
+
+def _device(readable: Readable) -> torch.device:
+    if isinstance(readable, SparseRows):
+        return readable.values.device
+    return readable.codes.device if isinstance(readable, Coded) else readable.device
+
+
+def draw(name: str, numel: int, count: int) -> Tensor | None:
+    """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
+    if not count or not numel:
+        return None
+    generator = torch.Generator("cpu").manual_seed(
+        zlib.crc32(name.encode("utf-8", "backslashreplace"))
+    )
+    if numel <= 1 << 16:
+        drawn = torch.randperm(numel, generator=generator, device="cpu")[:count]
+    else:
+        drawn = torch.randint(numel, (2 * count,), generator=generator, device="cpu")
+        drawn = torch.unique(drawn)
+        drawn = drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]]
+    return torch.sort(drawn)[0]

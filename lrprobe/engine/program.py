@@ -1,0 +1,314 @@
+"""A rule run once on symbols: operations on elements are noted, scalars stay real tensors.
+
+What is not an element is computed at once, in float64, 0-dim or one value a piece. So a rule may
+branch on its hyperparameters, and a hyperparameter that changes changes no program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lrprobe.rules.base import there
+
+REAL, WIDE, BOOL = "real", "wide", "bool"
+"""What a variable is: in the precision of the elements; in that of the sums; a condition."""
+
+_DTYPES = {REAL: torch.float32, WIDE: torch.float64, BOOL: torch.bool}
+
+Argument: TypeAlias = str | int
+"""A variable by name, or a scalar by its number."""
+
+
+class UnknownOperationError(Exception):
+    """The rule does something to elements that cannot be printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One assignment: ``target = op(*args)``."""
+
+    target: str
+    op: str
+    args: tuple[Argument, ...]
+    kind: str
+
+
+@dataclass(slots=True)
+class Program:
+    """Operations on one element of each piece.
+
+    Attributes:
+        rows: number of pieces.
+        lines: what is computed, in order.
+        leaves: what is read, in order of first use.
+        scalars: numbers, 0-dim tensors, or one value a piece: (rows, 1).
+    """
+
+    rows: int
+    lines: list[Line] = field(default_factory=list)
+    leaves: list[str] = field(default_factory=list)
+    scalars: list[Any] = field(default_factory=list)
+    _known: dict[tuple[Any, ...], Symbol] = field(default_factory=dict)
+    _slots: dict[int, int] = field(default_factory=dict)
+
+    def leaf(self, name: str) -> Symbol:
+        """The elements of one tensor of each piece."""
+        if name not in self.leaves:
+            self.leaves.append(name)
+        return Symbol(self, f"x{self.leaves.index(name)}", REAL)
+
+    def scalar(self, value: Any) -> int:
+        """A scalar's number; equal numbers stay apart, so that no text depends on values."""
+        if isinstance(value, Tensor):
+            if value.dim() and value.shape[-1] != 1:
+                raise UnknownOperationError(f"a tensor of shape {tuple(value.shape)}")
+            if id(value) in self._slots:
+                return self._slots[id(value)]
+            self._slots[id(value)] = len(self.scalars)
+        self.scalars.append(value)
+        return len(self.scalars) - 1
+
+    def emit(self, op: str, args: Sequence[Any], kind: str | None = None) -> Symbol:
+        """Note an operation, once."""
+        symbols = [arg for arg in args if isinstance(arg, Symbol)]
+        if kind is None:
+            kind = WIDE if any(arg.kind == WIDE for arg in symbols) else REAL
+        names = tuple(a.label if isinstance(a, Symbol) else self.scalar(a) for a in args)
+        key = op, kind, names
+        if key not in self._known:
+            line = Line(f"t{len(self.lines)}", op, names, kind)
+            self.lines.append(line)
+            self._known[key] = Symbol(self, line.target, kind)
+        return self._known[key]
+
+    def table(self, device: torch.device) -> Tensor:
+        """All scalars: (rows, scalars), float64; on the device only where some are there."""
+        columns: list[Any] = []
+        numbers = [
+            v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
+        ]
+        near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
+        for at, value in enumerate(numbers):
+            near[:, at] = value.reshape(-1) if isinstance(value, Tensor) else float(value)
+        if device.type == "cpu" or not any(map(_is_far, self.scalars)):
+            return near
+        sent = iter(there(near, device).unbind(1))
+        for value in self.scalars:
+            if _is_far(value):
+                columns.append(value.detach().double().reshape(-1).expand(self.rows))
+            else:
+                columns.append(next(sent))
+        return torch.stack(columns, 1)
+
+
+def _is_far(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+class Symbol(Tensor):
+    """Elements of which only a name is known: (rows, 2), so that scalars broadcast against it."""
+
+    program: Program
+    label: str
+    kind: str
+
+    @staticmethod
+    def __new__(cls: type[Symbol], program: Program, label: str, kind: str) -> Symbol:  # noqa: PYI034 - as __init__
+        """Make a tensor without values."""
+        shape = program.rows, 2
+        made: Symbol = Tensor._make_wrapper_subclass(cls, shape, dtype=_DTYPES[kind])  # noqa: SLF001
+        return made
+
+    def __init__(self, program: Program, label: str, kind: str) -> None:
+        self.program, self.label, self.kind = program, label, kind
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<{self.kind} {self.label}>"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Symbol:
+        """Note the operation instead of computing it."""
+        kwargs = kwargs or {}
+        given = [*args, *kwargs.values()]
+        program = next(each.program for each in given if isinstance(each, Symbol))
+        name = func.overloadpacket.__name__
+        if name not in _NOTED:
+            raise UnknownOperationError(str(func.overloadpacket))
+        return _NOTED[name](program, name, args, kwargs)
+
+
+def wide(value: Any) -> Any:
+    """A symbol in the precision of sums; of real tensors the caller has chosen it."""
+    if isinstance(value, Symbol) and value.kind == REAL:
+        return value.program.emit("wide", (value,), WIDE)
+    return value
+
+
+def is_elementwise(value: Any) -> bool:
+    """Whether a value differs by element, as a symbol or as a tensor of elements."""
+    return isinstance(value, Symbol) or (
+        isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] != 1
+    )
+
+
+# ---- torch's operations -------------------------------------------------------------------------
+
+
+def _number(value: Any) -> Any:
+    """A condition as 0 and 1; anything else itself."""
+    if isinstance(value, Symbol) and value.kind == BOOL:
+        return value.program.emit("float", (value,), REAL)
+    return value
+
+
+def _plain(program: Program, name: str, args: Any, _: Any) -> Symbol:
+    return program.emit(_RENAMED.get(name, name), [_number(arg) for arg in args])
+
+
+def _add(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
+    left, right = map(_number, args[:2])
+    alpha = kwargs.get("alpha", 1)
+    if alpha != 1:
+        right = program.emit("mul", (right, alpha)) if isinstance(right, Symbol) else right * alpha
+    if name == "rsub":
+        left, right, name = right, left, "sub"
+    return program.emit(name, (left, right))
+
+
+def _div(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
+    if kwargs.get("rounding_mode") is not None:
+        raise UnknownOperationError("div with a rounding mode")
+    above, below = map(_number, args)
+    if isinstance(below, Symbol):
+        return program.emit("div", (above, below))
+    # One division a piece instead of one an element.
+    return program.emit("mul", (above, 1 / torch.as_tensor(below, dtype=torch.float64)))
+
+
+def _pow(program: Program, _: str, args: Any, __: Any) -> Symbol:
+    base, exponent = args
+    known = isinstance(base, Symbol) and isinstance(exponent, int | float)
+    if known and exponent == 2:
+        return program.emit("mul", (base, base))
+    if known and exponent == 3:
+        return program.emit("mul", (program.emit("mul", (base, base)), base))
+    if known and exponent == 0.5:
+        return program.emit("sqrt", (base,))
+    if known and exponent == -0.5:
+        return program.emit("reciprocal", (program.emit("sqrt", (base,)),))
+    if known and exponent == 1:
+        return _same(program, "pow", args, {})
+    raise UnknownOperationError(f"pow with exponent {exponent}")
+
+
+def _square(program: Program, _: str, args: Any, __: Any) -> Symbol:
+    return program.emit("mul", (args[0], args[0]))
+
+
+def _rsqrt(program: Program, _: str, args: Any, __: Any) -> Symbol:
+    return program.emit("reciprocal", (program.emit("sqrt", (args[0],)),))
+
+
+def _clamp(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
+    value, low, high = ([*args, None, None])[:3]
+    if name == "clamp_max":
+        low, high = None, low
+    low, high = kwargs.get("min", low), kwargs.get("max", high)
+    if low is not None:
+        value = program.emit("max", (value, low))
+    if high is not None:
+        value = program.emit("min", (value, high))
+    clamped: Symbol = value
+    return clamped
+
+
+def _compare(program: Program, name: str, args: Any, _: Any) -> Symbol:
+    return program.emit(name, [_number(arg) for arg in args], BOOL)
+
+
+def _logic(program: Program, name: str, args: Any, _: Any) -> Symbol:
+    if any(not isinstance(arg, Symbol) or arg.kind != BOOL for arg in args):
+        raise UnknownOperationError(f"{name} of what are not conditions on elements")
+    return program.emit(name.removeprefix("bitwise_").removeprefix("logical_"), args, BOOL)
+
+
+def _where(program: Program, _: str, args: Any, __: Any) -> Symbol:
+    condition, left, right = args
+    if not isinstance(condition, Symbol):
+        condition = program.emit("ne", (torch.as_tensor(condition).double(), 0.0), BOOL)
+    return program.emit("where", (condition, _number(left), _number(right)))
+
+
+def _addcmul(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
+    start, left, right = args
+    term = program.emit("div" if name == "addcdiv" else "mul", (left, right))
+    value = kwargs.get("value", 1)
+    if value == -1:
+        return program.emit("sub", (start, term))
+    return program.emit("add", (start, term if value == 1 else program.emit("mul", (term, value))))
+
+
+def _lerp(program: Program, _: str, args: Any, __: Any) -> Symbol:
+    start, end, weight = args
+    return program.emit(
+        "add", (start, program.emit("mul", (program.emit("sub", (end, start)), weight)))
+    )
+
+
+def _same(_: Program, __: str, args: Any, ___: Any) -> Symbol:
+    value: Symbol = args[0]
+    return value
+
+
+def _to(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
+    value, dtype = args[0], kwargs.get("dtype")
+    if value.kind == BOOL:
+        return value if dtype is torch.bool else program.emit("float", (value,), REAL)
+    if dtype in (torch.bfloat16, torch.float16):
+        return program.emit(f"round_{str(dtype).removeprefix('torch.')}", (value,), REAL)
+    if dtype is torch.float64:
+        return wide(value)  # type: ignore[no-any-return]
+    same: Symbol = value
+    return same
+
+
+def _filled(program: Program, name: str, args: Any, _: Any) -> Symbol:
+    value = {"ones_like": 1.0, "zeros_like": 0.0}.get(name)
+    return program.emit("copy", (args[1] if value is None else value,), REAL)
+
+
+_RENAMED = {"maximum": "max", "minimum": "min", "absolute": "abs", "sgn": "sign"}
+_NOTED: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
+    **dict.fromkeys(("add", "sub", "rsub"), _add),
+    **dict.fromkeys(
+        (
+            *("mul", "sqrt", "neg", "abs", "absolute", "sign", "sgn", "maximum", "minimum"),
+            *("reciprocal", "exp", "log", "log2", "tanh", "sin", "cos"),
+        ),
+        _plain,
+    ),
+    "div": _div,
+    "pow": _pow,
+    "square": _square,
+    "rsqrt": _rsqrt,
+    **dict.fromkeys(("addcmul", "addcdiv"), _addcmul),
+    "lerp": _lerp,
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
+    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne"), _compare),
+    "where": _where,
+    **dict.fromkeys(
+        ("bitwise_and", "logical_and", "bitwise_or", "logical_or", "bitwise_not", "logical_not"),
+        _logic,
+    ),
+    **dict.fromkeys(("alias", "detach", "expand", "clone", "contiguous"), _same),
+    "_to_copy": _to,
+    **dict.fromkeys(("ones_like", "zeros_like", "full_like"), _filled),
+}
+"""Name of an ATen operation to what notes it."""

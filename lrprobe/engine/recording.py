@@ -1,0 +1,118 @@
+"""A rule and a table of figures, recorded as one program over all pieces of a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.engine.figures import Elements, Figure
+from lrprobe.engine.program import Program, Symbol
+from lrprobe.rules.base import Entry, Rule, Scalar, Slice, column
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What one call computes of every element.
+
+    Attributes:
+        program: the operations.
+        table: the figures.
+        values: of each figure, a symbol; a scalar where all elements share it; None where there
+            is none.
+        rate: what is counted in logarithmic bins; None where nothing is.
+        moves: which elements count there, and for figures of moving elements.
+        device: where the elements are.
+    """
+
+    program: Program
+    table: Sequence[Figure]
+    values: list[Any]
+    rate: Symbol | None
+    moves: Symbol | None
+    device: torch.device
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for programs with the same text."""
+        names = tuple(v.label if isinstance(v, Symbol) else v is None for v in self.values)
+        rate = None if self.rate is None else self.rate.label
+        moves = None if self.moves is None else self.moves.label
+        return tuple(self.program.lines), tuple(self.program.leaves), names, rate, moves
+
+    def filled(self, sums: Mapping[int, Tensor], numel: Tensor) -> Tensor:
+        """All figures: (pieces, figures) float64.
+
+        Args:
+            sums: number of a figure to its values, for those that differ by element: (pieces,).
+            numel: elements of each piece: (pieces,), float64.
+        """
+        moving = next(
+            (sums[i] for i, f in enumerate(self.table) if f.name == "moving" and i in sums), numel
+        )
+        columns = []
+        for i, figure in enumerate(self.table):
+            if i in sums:
+                columns.append(sums[i])
+            elif self.values[i] is None:
+                columns.append(torch.full_like(numel, torch.nan))
+            else:
+                count = moving if figure.moving else numel
+                value = torch.as_tensor(self.values[i]).detach().reshape(-1)
+                value = value.to(numel.device, torch.float64, non_blocking=True)
+                nothing = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[figure.merge]
+                total = value * count if figure.merge == "sum" else value.expand_as(count)
+                columns.append(torch.where(count > 0, total, nothing))
+        return torch.stack(columns, 1)
+
+
+def record(
+    table: Sequence[Figure],
+    entries: Sequence[Entry],
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    *,
+    rates: bool,
+    kept: Sequence[Collection[str]] = (),
+    memo: dict[Any, Any] | None = None,
+) -> Recorded:
+    """Run the rule on symbols, and the table on what it says.
+
+    Args:
+        table: which figures.
+        entries: pieces of one kind: the same rule, group, and names of state entries.
+        group: their parameter group.
+        rule: their rule; None where there is none.
+        rates: whether the rates are to be counted.
+        kept: of each piece, names of what is known from before the step; nothing for figures that
+            do not ask.
+        memo: keeps scalars for other programs of the same entries.
+
+    Raises:
+        UnknownOperationError: if the rule does something that cannot be printed.
+        Exception: what the rule raises.
+    """
+    program = Program(len(entries))
+    names: set[str] = set()
+    if kept:  # what some pieces lack is read as zeros, so that all steps have one text
+        names = {"param", "previous", *entries[0].wide_state(), *kept[0]}
+
+    def had(name: str) -> Scalar:
+        return column([float(name in each) for each in kept], entries[0].param.device)
+
+    s = Slice(entries, group, program.leaf, memo, kept=names, had=had)
+    e = Elements(s, rule)
+    values = [figure.of(e) for figure in table]
+    counted: Any = None
+    moves: Any = None
+    if rates:
+        counted = e.measured_rate if rule is None else e.rate
+        moves = e.has_grad if rule is None else e.moves
+        if not isinstance(counted, Symbol):
+            counted = None
+    elif any(isinstance(v, Symbol) and f.moving for f, v in zip(table, values, strict=True)):
+        moves = e.moves
+    return Recorded(program, table, values, counted, moves, entries[0].param.device)

@@ -1,0 +1,155 @@
+"""What a notebook shows: small tables for a probe and a step, and the interactive view."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lrprobe.inspect import StepView
+    from lrprobe.probe import Probe
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]], caption: str) -> str:
+    """A small table as HTML; every cell is text."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return (
+        f"<table><caption>{html.escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def probe_html(probe: Probe) -> str:
+    """A line for each optimizer that a probe watches."""
+    from lrprobe.text import shown
+
+    recorder = probe._recorder  # noqa: SLF001 - the other half of its repr
+    rows = [
+        (
+            shown(each.name),
+            f"{len(each.watched):,}",
+            f"{each.schedule}",
+        )
+        for each in recorder.hooks
+    ]
+    state = "closed" if recorder.closed else "recording"
+    heads = ("optimizer", "parameters", "every")
+    return table(heads, rows, f"lrprobe.Probe, step {probe.step:,}, {state}")
+
+
+def step_html(view: StepView) -> str:
+    """The figures of one parameter's step, over its elements."""
+    import torch
+
+    rows = []
+    for name in ("effective_lr", "direction", "update"):
+        tensor = getattr(view, name).detach()
+        values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
+        values = values[~values.isnan()].double().cpu()
+        figures = (
+            (values.min(), values.median(), values.max(), values.norm()) if len(values) else ()
+        )
+        rows.append((name, *(f"{float(figure):.4g}" for figure in figures)))
+    shape = "×".join(map(str, view.effective_lr.shape)) or "a scalar"
+    caption = f"StepView {shape}, rule {view.rule}, decay {view.decay:.3g}, error {view.error:.2g}"
+    return table(("", "min", "median", "max", "norm"), rows, caption)
+
+
+class Explorer:
+    """The interactive view of a frame; a notebook shows it inline.
+
+    Made by :func:`explore`.
+
+    Args:
+        page: the whole page.
+        height: in pixels, of the part of a notebook that it takes.
+        words: what is in it.
+    """
+
+    def __init__(self, page: str, height: int, words: str) -> None:
+        self._page = page
+        self._height = height
+        self._words = words
+
+    def __repr__(self) -> str:
+        return f"<lrprobe.explore of {self._words}: display it in a notebook, or save(path)>"
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe title="lrprobe: {html.escape(self._words)}" '
+            f'style="width: 100%; height: {self._height}px; border: 0" '
+            f'srcdoc="{html.escape(self._page)}"></iframe>'
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one HTML file that needs no network.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        Path(path).write_text(self._page, encoding="utf-8")
+
+
+def explore(frame: pd.DataFrame, *, height: int = 820) -> Explorer:
+    """Look at a frame interactively: heatmaps, charts of what one clicks on, findings.
+
+    It is the view of TensorBoard's tab LRPROBE and of ``lrprobe report``. All that it shows is
+    inside: it needs no network and no running kernel.
+
+    Args:
+        frame: from ``Probe.frame`` or ``lrprobe.read``, of one run or several.
+        height: in pixels, in a notebook.
+
+    Returns:
+        What a notebook displays as the view; elsewhere its ``save`` writes an HTML file.
+
+    Raises:
+        ImportError: Plotly is not installed.
+        ValueError: the frame has no rows, or no figures.
+
+    Example:
+        >>> import torch, lrprobe
+        >>> net = torch.nn.Linear(4, 2)
+        >>> adam = torch.optim.Adam(net.parameters())
+        >>> with lrprobe.attach(adam, net, every=1) as probe:
+        ...     for _ in range(5):
+        ...         net(torch.ones(1, 4)).sum().backward()
+        ...         adam.step()
+        >>> lrprobe.explore(probe.frame())
+        <lrprobe.explore of 2 parameters × 5 steps: display it in a notebook, or save(path)>
+    """
+    from lrprobe.diagnosis import diagnose
+    from lrprobe.view.answers import document, found
+    from lrprobe.view.page import alone
+    from lrprobe.view.table import FIGURES, tables_of
+
+    if not len(frame):
+        raise ValueError("the frame has no rows: no step was recorded yet, or all were filtered")
+    tables = [each for each in tables_of(frame) if set(FIGURES) & set(each.figures)]
+    if not tables:
+        raise ValueError(f"the frame has none of the columns {', '.join(FIGURES)}")
+    data: dict[str, Any] = document(tables, findings=True)
+    findings = found(diagnose(frame))
+    for each in data["tables"]:
+        groups = [
+            group
+            for group in findings["groups"]
+            if (group["run"], group["optimizer"]) == (each["run"], each["optimizer"])
+        ]
+        count = f"{len(groups)} in {sum(len(group['items']) for group in groups)} places"
+        each["findings"] = {
+            "summary": count if groups else "No findings",
+            "left_out": findings["left_out"] if each is data["tables"][0] else [],
+            "groups": groups,
+        }
+    words = ", ".join(f"{len(t.names):,} {t.level}s × {len(t.steps):,} steps" for t in tables[:3])
+    return Explorer(alone(data), height, words + (", …" if len(tables) > 3 else ""))

@@ -1,0 +1,67 @@
+"""Whether a step was one: checkpoint libraries take steps that move nothing, to make state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lrprobe.engine.pieces import local
+
+
+def device_of(optimizer: Optimizer) -> torch.device:
+    """Where figures are brought together: on an accelerator where some parameter is there."""
+    found = {local(p).device for g in optimizer.param_groups for p in g["params"]}
+    far = [device for device in found if device.type not in ("cpu", "meta")]
+    return min(far, key=str) if far else torch.device("cpu")
+
+
+def at_rest(optimizer: Optimizer) -> bool | None:
+    """Whether every rate is 0; None where a device would have to be asked."""
+    known: bool | None = True
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            known = None
+        elif lr is None or (lr.any() if isinstance(lr, Tensor) else lr != 0):
+            return False
+    return known
+
+
+def moves(optimizer: Optimizer) -> bool:
+    """Whether some gradient has an element that is not 0, or none has elements; asks the device."""
+    grads = _gradients(optimizer)
+    return not grads or any(bool(each.any()) for each in grads)
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Those with elements; of a sparse one, the values."""
+    grads = [
+        local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+    ]
+    values = [g._values() if g.is_sparse else g for g in grads if g.numel()]  # noqa: SLF001 - it need not be coalesced for this
+    return [each.detach() for each in values]
+
+
+def moved(optimizer: Optimizer, device: torch.device) -> Any:
+    """1 where some rate and some gradient is not 0, or there is no gradient; no device is asked.
+
+    Checkpoint libraries take a step with neither, so that there is a state to load into.
+    """
+    if at_rest(optimizer) is False:
+        return 1.0
+    grads = _gradients(optimizer)
+    if not grads:
+        return 1.0
+    given = [group["lr"] for group in optimizer.param_groups]
+    rates = [v.detach().reshape(()) for v in given if isinstance(v, Tensor)]  # a number here is 0
+    # A few launches for all gradients together, as torch clips them.
+    sizes = torch._foreach_norm(grads, torch.inf)  # noqa: SLF001 - torch has no other name for it
+    alike: dict[Any, list[Tensor]] = {}
+    for value in {id(each): each for each in (*rates, *sizes)}.values():
+        alike.setdefault((value.device, value.dtype), []).append(value)
+    most = [torch.stack(each).abs().amax() for each in alike.values()]
+    sent = [each.to(device, torch.float64, non_blocking=True) for each in most]
+    return (torch.stack(sent) != 0).any().double()

@@ -1,0 +1,60 @@
+"""Which steps of an optimizer are recorded, and how they are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lrprobe.arguments import Every, Step
+
+
+class Schedule:
+    """Counts the steps of one optimizer, and says which are recorded."""
+
+    def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
+        self._every = every
+        self._source = step if callable(step) else None
+        self._first: int | None = None
+        self.step = _steps_taken(optimizer) if step is None or callable(step) else int(step)
+
+    def next(self) -> int:
+        """The number of the step that is about to be taken."""
+        number = int(self._source()) if self._source is not None else self.step + 1
+        if self._first is None:
+            self._first = number
+        return number
+
+    def go_on_from(self, step: int) -> None:
+        """Go on counting from there; the next step is a first one again."""
+        self.step, self._first = step, None
+
+    def take_back(self) -> int:
+        """The last step was none; how much less those after it are numbered."""
+        if self._source is not None:
+            return 0
+        self.step -= 1
+        return 1
+
+    def due(self, step: int) -> bool:
+        """Whether that step is recorded: with a period the first one, and every multiple of it."""
+        if callable(self._every):
+            return bool(self._every(step))
+        return step == self._first or step % self._every == 0
+
+    def __repr__(self) -> str:
+        return "step chosen" if callable(self._every) else f"{self._every} steps"
+
+
+def _steps_taken(optimizer: Optimizer) -> int:
+    states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
+    steps = [state["step"] for state in states if "step" in state]
+    return max(map(_as_count, steps), default=0)
+
+
+def _as_count(step: Any) -> int:
+    try:
+        return int(step)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        return 0  # no count that can be gone on from

@@ -1,1 +1,0 @@
-"""Tensors to mergeable figures, and figures to columns."""

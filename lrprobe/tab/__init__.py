@@ -1,0 +1,28 @@
+"""The tab LRPROBE of TensorBoard, which finds it by the entry point ``tensorboard_plugins``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorboard.plugins.base_plugin import TBLoader  # type: ignore[import-untyped]
+
+from lrprobe.sinks.tab import PLUGIN
+
+SAMPLES = 2000
+"""Records of a run that TensorBoard keeps, unless ``--samples_per_plugin`` says otherwise."""
+
+
+class Loader(TBLoader):  # type: ignore[misc]
+    """Makes the plugin."""
+
+    def fix_flags(self, flags: Any) -> None:
+        """Let TensorBoard keep as many records as a heatmap shows; it keeps 10 of other tensors."""
+        kept = flags.samples_per_plugin
+        if isinstance(kept, dict):
+            kept.setdefault(PLUGIN, SAMPLES)
+
+    def load(self, context: Any) -> Any:
+        """The plugin."""
+        from lrprobe.tab.plugin import Plugin
+
+        return Plugin(context)

@@ -1,0 +1,221 @@
+"""The routes of the tab: JSON for its front end, and the files of that."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tensorboard import errors, plugin_util  # type: ignore[import-untyped]
+from tensorboard.backend.http_util import Respond  # type: ignore[import-untyped]
+from tensorboard.context import RequestContext  # type: ignore[import-untyped]
+from tensorboard.plugins.base_plugin import (  # type: ignore[import-untyped]
+    FrontendMetadata,
+    TBPlugin,
+)
+from werkzeug import Request, Response
+
+from lrprobe.sinks.tab import PLUGIN
+from lrprobe.tab.frames import frame_of
+from lrprobe.tab.store import Entry, Series, Store
+from lrprobe.view import answers, page
+from lrprobe.view.table import COLUMNS
+from lrprobe.view.torn import torn
+
+_DIAGNOSED_ROWS = 400_000
+"""Rows of a run that its findings are made from; more would take the tab seconds."""
+
+_LOOK = 0.2
+"""Seconds to wait for a look at all event files; what it finds later is told when asked next."""
+
+_TYPES = {".js": "application/javascript", ".css": "text/css"}
+
+_NOTHING = (
+    "No run in this logdir has figures for this tab. A probe writes them: "
+    'lrprobe.attach(optimizer, model, to="<logdir>/<run>").'
+)
+_NO_PLOTLY = "The tab draws with Plotly, which is not installed: pip install 'lrprobe[plot]'"
+
+
+class Plugin(TBPlugin):  # type: ignore[misc]
+    """Shows what ``sinks.TensorBoard`` writes, of every parameter.
+
+    Args:
+        context: TensorBoard's.
+    """
+
+    plugin_name = "lrprobe"
+
+    def __init__(self, context: Any) -> None:
+        self._provider = context.data_provider
+        self._store = Store(context.data_provider)
+        self._cut: list[str] = []
+        self._looking: threading.Thread | None = None
+        logdir = Path(context.logdir).expanduser() if context.logdir else None
+        self._folder = logdir if logdir is not None and logdir.is_dir() else None
+
+    def _torn(self) -> list[str]:
+        """What the last look for truncated files found; another one is begun."""
+        if self._looking is None or not self._looking.is_alive():
+            self._looking = threading.Thread(target=self._look, daemon=True)
+            self._looking.start()
+            self._looking.join(_LOOK)
+        return self._cut
+
+    def _look(self) -> None:
+        self._cut = list(torn(self._folder)) if self._folder is not None else []
+
+    def is_active(self) -> bool:
+        """Where there are no data for it (TensorBoard asks for that first): to say so.
+
+        That is in a logdir that is empty, or not yet read, or holds files of a probe's without a
+        record. Beside the runs of others the tab stays away.
+        """
+        folder = self._folder
+        if folder is not None and any(folder.rglob("*tfevents*.lrprobe")):
+            return True
+        return not self._provider.list_runs(RequestContext(), experiment_id="")
+
+    def data_plugin_names(self) -> tuple[str, ...]:
+        """Whose summaries make the tab appear."""
+        return (PLUGIN,)
+
+    def frontend_metadata(self) -> Any:
+        """Name of the tab, and the module that draws it."""
+        return FrontendMetadata(es_module_path="/main.js", tab_name="LRPROBE", disable_reload=True)
+
+    def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
+        """Path to what answers it."""
+        apps: dict[str, Callable[..., Any]] = {
+            f"/{path.name}": _file(path)
+            for path in sorted(page.STATIC.iterdir())
+            if path.suffix in _TYPES
+        }
+        apps["/plotly.min.js"] = _plotly
+        apps["/overview"] = _json(self._overview)
+        apps["/heatmap"] = _json(self._heatmap)
+        apps["/detail"] = _json(self._detail)
+        apps["/findings"] = _json(self._findings)
+        return apps
+
+    def _overview(self, request: Request) -> dict[str, Any]:
+        ctx, experiment = _where(request)
+        runs = self._store.runs(ctx, experiment)
+        notes = [] if runs else [_NOTHING]
+        if find_spec("plotly") is None:
+            notes.append(_NO_PLOTLY)
+        if self._folder is not None:
+            notes += self._torn()
+        tables = []
+        for (run, optimizer), series in runs.items():
+            newest = max(series, key=lambda each: each.version[2] or 0)
+            about = newest.about
+            groups: dict[str, str] = {}
+            for each in (series_.about for series_ in series):
+                of = each.get("groups") or [""] * len(each["names"])
+                for name, group in zip(each["names"], map(str, of), strict=True):
+                    groups[name] = each["group_names"].get(group, group)
+            tables.append(
+                {
+                    "run": run,
+                    "optimizer": optimizer,
+                    "level": about["level"],
+                    "names": list(groups),
+                    "groups": list(groups.values()),
+                    "figures": [c for c in COLUMNS if c in about["columns"]],
+                    "version": repr(sorted(each.version for each in series)),
+                }
+            )
+        return answers.overview(tables, notes)
+
+    def _heatmap(self, request: Request) -> dict[str, Any]:
+        figure = _argument(request, "figure")
+        table = self._entry(request).table
+        if figure not in table.figures:
+            raise errors.NotFoundError(f"no figure {figure[:80]!r}")
+        return answers.heatmap(table, figure, *_range(request))
+
+    def _detail(self, request: Request) -> dict[str, Any]:
+        name = _argument(request, "name")
+        table = self._entry(request).table
+        if name not in table.names:
+            raise errors.NotFoundError(f"no parameter {name[:80]!r}")
+        step = _number(request, "step", math.nan)
+        return answers.detail(
+            table, name, *_range(request), step=None if math.isnan(step) else int(step)
+        )
+
+    def _findings(self, request: Request) -> dict[str, Any]:
+        from lrprobe.diagnosis import diagnose
+
+        entry = self._entry(request)
+        with entry.lock:
+            if entry.findings is None:
+                frame = frame_of(entry.table.run, entry.blocks, _DIAGNOSED_ROWS)
+                entry.findings = answers.found(diagnose(frame))
+        result: dict[str, Any] = entry.findings
+        return result
+
+    def _entry(self, request: Request) -> Entry:
+        ctx, experiment = _where(request)
+        key = _argument(request, "run"), _argument(request, "optimizer")
+        series: list[Series] | None = self._store.runs(ctx, experiment).get(key)
+        if series is None:
+            raise errors.NotFoundError("no such run")
+        return self._store.entry(ctx, experiment, *key, series)
+
+
+def _where(request: Request) -> tuple[Any, str]:
+    environ = request.environ
+    return plugin_util.context(environ), plugin_util.experiment_id(environ)
+
+
+def _argument(request: Request, name: str) -> str:
+    value = request.args.get(name)
+    if value is None:
+        raise errors.InvalidArgumentError(f"{name} is missing")
+    return value
+
+
+def _number(request: Request, name: str, default: float) -> float:
+    try:
+        return float(request.args.get(name) or default)
+    except ValueError as error:
+        raise errors.InvalidArgumentError(f"{name} is no number") from error
+
+
+def _range(request: Request) -> tuple[float, float]:
+    return _number(request, "low", -math.inf), _number(request, "high", math.inf)
+
+
+def _json(answer: Callable[[Request], dict[str, Any]]) -> Callable[..., Any]:
+    @Request.application
+    def app(request: Request) -> Response:
+        content = json.dumps(answer(request), allow_nan=False)
+        response: Response = Respond(request, content, "application/json")
+        return response
+
+    return app
+
+
+def _file(path: Path) -> Callable[..., Any]:
+    @Request.application
+    def app(request: Request) -> Response:
+        response: Response = Respond(request, path.read_bytes(), _TYPES[path.suffix])
+        return response
+
+    return app
+
+
+@Request.application
+def _plotly(request: Request) -> Response:
+    if find_spec("plotly") is None:
+        raise errors.NotFoundError(_NO_PLOTLY)
+    response: Response = Respond(
+        request, page.plotly_gzipped(), _TYPES[".js"], content_encoding="gzip", expires=86400
+    )
+    return response

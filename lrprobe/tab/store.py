@@ -1,0 +1,224 @@
+"""The tensors of ``sinks.TensorBoard``, through TensorBoard's data provider, as tables."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.data.provider import RunTagFilter  # type: ignore[import-untyped]
+
+from lrprobe.sinks.tab import PLUGIN
+from lrprobe.tab import SAMPLES
+from lrprobe.view.table import COLUMNS, Table, unique
+
+_MOST_BYTES = 200 * 2**20
+"""Of one answer of the data provider, which takes 256 MB at most."""
+
+_KEPT_BYTES = 600 * 2**20
+"""Of the runs that were read; the one that was asked for longest ago is dropped first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One tag: records with the same rows.
+
+    Attributes:
+        tag: the tag.
+        about: its description, as ``sinks.tab`` writes it.
+        version: changes when it has more.
+    """
+
+    tag: str
+    about: Mapping[str, Any]
+    version: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Block:
+    """The records of one tag: (records, columns, rows)."""
+
+    about: Mapping[str, Any]
+    steps: NDArray[np.int64]
+    times: NDArray[np.float64]
+    cells: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Entry:
+    """What one optimizer of one run recorded."""
+
+    version: tuple[Any, ...]
+    blocks: list[Block]
+    table: Table
+    findings: Any = None
+    lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its figures."""
+        return sum(block.cells.nbytes for block in self.blocks)
+
+
+class Store:
+    """Reads what is asked for, and keeps it as long as nothing new comes.
+
+    Args:
+        provider: TensorBoard's data provider.
+    """
+
+    def __init__(self, provider: Any) -> None:
+        self._provider = provider
+        self._entries: OrderedDict[tuple[str, str, str], Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._reading: dict[tuple[str, str, str], threading.Lock] = {}
+        self._parsed: dict[bytes, Any] = {}
+
+    def runs(self, ctx: Any, experiment: str) -> dict[tuple[str, str], list[Series]]:
+        """Run and optimizer to their tags."""
+        listing = self._provider.list_tensors(ctx, experiment_id=experiment, plugin_name=PLUGIN)
+        found: dict[tuple[str, str], list[Series]] = {}
+        for run in sorted(listing or {}):
+            for tag, series in listing[run].items():
+                about = self._describe(series.plugin_content)
+                if about is not None:
+                    version = tag, series.max_step, series.max_wall_time
+                    key = run, str(about["optimizer"])
+                    found.setdefault(key, []).append(Series(tag, about, version))
+        return found
+
+    def entry(
+        self, ctx: Any, experiment: str, run: str, optimizer: str, series: Sequence[Series]
+    ) -> Entry:
+        """What an optimizer of a run recorded, as new as TensorBoard has it."""
+        key = experiment, run, optimizer
+        version = tuple(sorted(each.version for each in series))
+        with self._lock:
+            reading = self._reading.setdefault(key, threading.Lock())
+        with reading:  # two requests of one page read it once
+            known = self._entries.get(key)
+            if known is None or known.version != version:
+                blocks = self._read(ctx, experiment, run, series)
+                table = merged(run, optimizer, blocks)
+                known = Entry(version, blocks, table)
+            with self._lock:
+                self._entries[key] = known
+                self._entries.move_to_end(key)
+                while len(self._entries) > 1 and self._size() > _KEPT_BYTES:
+                    self._entries.popitem(last=False)
+        return known
+
+    def _size(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def _describe(self, content: bytes) -> Any:
+        """The description of a tag; None where it is none, or of a later version's."""
+        if content not in self._parsed:
+            try:
+                about = json.loads(content)
+                sound = about["version"] == 1 and len(about["columns"]) > 0
+                about["names"] = unique([str(name) for name in about["names"]])
+            except (ValueError, KeyError, TypeError):
+                about, sound = None, False
+            self._parsed[content] = about if sound else None
+        return self._parsed[content]
+
+    def _read(self, ctx: Any, experiment: str, run: str, series: Sequence[Series]) -> list[Block]:
+        about = {each.tag: each.about for each in series}
+        size = max(4 * len(one["columns"]) * len(one["names"]) for one in about.values())
+        answer = self._provider.read_tensors(
+            ctx,
+            experiment_id=experiment,
+            plugin_name=PLUGIN,
+            downsample=max(min(SAMPLES, _MOST_BYTES // max(size, 1) // len(about)), 1),
+            run_tag_filter=RunTagFilter(runs=[run], tags=list(about)),
+        )
+        blocks = [
+            block
+            for tag, data in answer.get(run, {}).items()
+            if (block := _block(about[tag], data)) is not None
+        ]
+        return sorted(blocks, key=lambda block: float(block.times.min()))
+
+
+def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
+    """The records of a tag whose shape is what its description says; None where there is none."""
+    shape = len(about["columns"]), len(about["names"])
+    data = [datum for datum in data if datum.numpy.shape == shape]
+    if not data:
+        return None
+    return Block(
+        about,
+        np.array([datum.step for datum in data], dtype=np.int64),
+        np.array([datum.wall_time for datum in data], dtype=np.float64),
+        np.stack([datum.numpy for datum in data]).astype(np.float32, copy=False),
+    )
+
+
+def attempts(blocks: Sequence[Block]) -> list[int]:
+    """Which attempt to record the run each block belongs to."""
+    order = list(dict.fromkeys(block.about["sink"] for block in blocks))
+    return [order.index(block.about["sink"]) for block in blocks]
+
+
+def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
+    """All blocks as one table; what a later attempt recorded anew replaces the earlier."""
+    kept = list(zip(blocks, _kept(blocks), strict=True))
+    names: dict[str, int] = {}
+    groups: dict[str, str] = {}
+    numel: dict[str, float] = {}
+    for about in (block.about for block in blocks):
+        for at, name in enumerate(about["names"]):
+            names.setdefault(name, len(names))
+            group = str(about["groups"][at]) if about.get("groups") else ""
+            groups[name] = str(about["group_names"].get(group, group))
+            numel[name] = float(about["numel"][at]) if about.get("numel") else np.nan
+    every = [block.steps[rows] for block, rows in kept]
+    steps = np.unique(np.concatenate(every)) if every else np.empty(0, dtype=np.int64)
+    figures = {}
+    for column in COLUMNS:
+        having = [(b, rows) for b, rows in kept if column in b.about["columns"]]
+        if not having:
+            continue
+        first = having[0][0]
+        if len(blocks) == 1 and np.array_equal(steps, first.steps):  # as usual: copy nothing
+            figures[column] = first.cells[:, first.about["columns"].index(column), :]
+            continue
+        matrix = np.full((len(steps), len(names)), np.nan, dtype=np.float32)
+        for block, rows in having:
+            at_steps = np.searchsorted(steps, block.steps[rows])
+            at_names = np.array([names[name] for name in block.about["names"]])
+            matrix[np.ix_(at_steps, at_names)] = block.cells[
+                rows, block.about["columns"].index(column), :
+            ]
+        figures[column] = matrix
+    return Table(
+        run=run,
+        optimizer=optimizer,
+        level=str(blocks[-1].about["level"]) if blocks else "parameter",
+        names=list(names),
+        groups=[groups[name] for name in names],
+        numel=[numel[name] for name in names],
+        steps=steps,
+        figures=figures,
+    )
+
+
+def _kept(blocks: Sequence[Block]) -> list[NDArray[np.int64]]:
+    """Of each block the records before the first of any later attempt."""
+    number = attempts(blocks)
+    result = []
+    for block, attempt in zip(blocks, number, strict=True):
+        later = [
+            int(other.steps.min())
+            for other, its in zip(blocks, number, strict=True)
+            if its > attempt
+        ]
+        keep = block.steps < min(later) if later else np.ones(len(block.steps), dtype=bool)
+        result.append(np.flatnonzero(keep))
+    return result

@@ -1,0 +1,50 @@
+"""What an issue needs to know about the machine: ``lrprobe.show_versions()``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+_PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "tensorboard", "numba", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Name to version, of lrprobe, of what it stands on, and of the machine."""
+    return {
+        "lrprobe": _version("lrprobe"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in _PACKAGES},
+        "torch": torch.__version__,  # which names the build: 2.13.0+cpu
+        "cuda": _cuda(),
+        "LRPROBE_ENGINE": os.environ.get("LRPROBE_ENGINE", "not set"),
+    }
+
+
+def show_versions() -> None:
+    """Print the versions that a bug report needs.
+
+    >>> show_versions()
+    lrprobe         ...
+    python          ...
+    platform        ...
+    """
+    for name, value in versions().items():
+        print(f"{name:<15} {value}")  # noqa: T201 - printing is what it is for
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+    built = torch.version.cuda
+    return f"not available (torch is built for {built})" if built else "not available"

@@ -1,0 +1,39 @@
+// What is wrong, each linked to its parameter and steps. Every word is set as text.
+
+const SHOWN = 4;
+
+/** An element with attributes and children; text stays text. */
+export function make(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (value !== false && value !== null) element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+/** The findings of a table, as an element; `go(item)` shows one. */
+export function findingsOf(answer, table, go) {
+  const parts = [make("p", { class: "summary" }, `${table.title}: ${answer.summary}`)];
+  for (const group of answer.groups) {
+    const items = group.items.map((item) => make("li", {}, make(
+      "button",
+      { type: "button", class: "link", onclick: () => go(table, item), title: "Show it" },
+      make("code", {}, item.parameter || table.title), `, ${item.steps}: ${item.evidence}`,
+    )));
+    const rest = items.splice(SHOWN);
+    parts.push(make(
+      "details", { class: `finding ${group.severity}`, open: group.severity === "finding" },
+      make("summary", {}, make("span", { class: "tag" }, group.severity), ` ${group.title} `,
+        make("small", {}, `${group.items.length}`)),
+      make("ul", {}, ...items),
+      rest.length ? make("details", { class: "more" },
+        make("summary", {}, `and ${rest.length} more`), make("ul", {}, ...rest)) : null,
+      make("p", {}, make("b", {}, "Usually: "), group.meaning),
+      make("p", {}, make("b", {}, "Try: "), group.advice),
+    ));
+  }
+  parts.push(...answer.left_out.map((sentence) => make("p", { class: "soft" }, sentence)));
+  return make("div", { class: "found" }, ...parts);
+}

@@ -1,0 +1,52 @@
+// The tab of TensorBoard, which imports this module and calls `render`.
+
+import { Remote } from "./data.js";
+import { Address } from "./state.js";
+import { View } from "./view.js";
+
+function load(name, attributes) {
+  return new Promise((resolve, reject) => {
+    const element = Object.assign(document.createElement(name), attributes);
+    element.onload = resolve;
+    element.onerror = () => reject(new Error(`${attributes.src ?? attributes.href} is not there`));
+    document.head.append(element);
+  });
+}
+
+/** The window of TensorBoard, whose address and colours the tab has; its own where it is foreign. */
+function host() {
+  try {
+    return window.parent.location.hash === undefined ? window : window.parent;
+  } catch {
+    return window;
+  }
+}
+
+export async function render() {
+  document.documentElement.lang = "en";
+  document.title = "lrprobe";
+  const root = document.body.appendChild(document.createElement("main"));
+  root.id = "lrprobe";
+  root.textContent = "Reading what was recorded …";
+  const outside = host();
+  const dress = () => {
+    const dark = outside === window ? matchMedia("(prefers-color-scheme: dark)").matches
+      : outside.document.body.classList.contains("dark-mode");
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+  };
+  dress();
+  document.documentElement.classList.add("live");
+  await load("link", { rel: "stylesheet", href: "style.css" });
+  // Figures come while Plotly is read, which takes a browser a second.
+  const ready = load("script", { src: "plotly.min.js" });
+  ready.catch(() => {
+    root.textContent = "The tab draws with Plotly, which is not installed: pip install 'lrprobe[plot]'";
+  });
+  const view = new View(root, new Remote(), new Address(outside, "lrprobe"), { ready });
+  if (outside !== window) {
+    new MutationObserver(() => { dress(); view.all(); })
+      .observe(outside.document.body, { attributes: true, attributeFilter: ["class"] });
+  }
+  globalThis.lrprobe = view;
+  await view.start();
+}
