@@ -202,7 +202,7 @@ about: dict[str, tuple[bool, bool, bool, str]] = {}
 
 
 def compiled(part: int, parts: int) -> int:
-    """Those of a part, for two generations of devices; none may spill registers."""
+    """Those of a part, for two generations of devices; none may spill more than ``SPILLED``."""
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -239,12 +239,19 @@ def compiled(part: int, parts: int) -> int:
                     options={"enable_fp_fusion": True},
                 )
                 stack = spilled(made.asm["cubin"])
-                if stack:
+                print(f"{stack} bytes", end=" ", file=sys.stderr)
+                if stack > SPILLED:
                     options = program.__name__, generation, constants
                     wrong.append(f"{options}: {stack} bytes in {about[text][3]} {module.__file__}")
                 count += 1
     assert not wrong, "\n".join(wrong)
     return count
+
+
+SPILLED = 8
+"""Bytes of stack that pass: with Triton's ``--regAllocOptLevel=2``, ptxas 13.4 keeps a register aside
+across the loop of some programs for sm_90, which need 80 of 255 registers; it is stored once and
+read once a chunk."""
 
 
 def spilled(cubin: bytes) -> int:
