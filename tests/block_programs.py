@@ -249,9 +249,8 @@ def compiled(part: int, parts: int) -> int:
 
 
 SPILLED = 8
-"""Bytes of stack that pass: with Triton's ``--regAllocOptLevel=2``, ptxas 13.4 keeps a register aside
-across the loop of some programs for sm_90, which need 80 of 255 registers; it is stored once and
-read once a chunk."""
+"""Bytes of stack that pass. ptxas 13.4, with the options that Triton gives it, puts a register of
+some programs for sm_90 aside, though they need far less than 255; without them it does not."""
 
 
 def spilled(cubin: bytes) -> int:
