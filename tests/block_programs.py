@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +202,8 @@ about: dict[str, tuple[bool, bool, bool, str]] = {}
 
 
 def compiled(part: int, parts: int) -> int:
-    """Those of a part, for two generations of devices; none may spill registers."""
+    """Those of a part, for two generations of devices; none may spill more than ``SPILLED``."""
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as translate
 
     cuda.DEVICES.add("cpu")
     every = {text for _, new in texts(0, 1) for text in new}
@@ -226,34 +223,46 @@ def compiled(part: int, parts: int) -> int:
             wide = tl.float64 if program is module.again else real
             lanes = cuda.lanes(constants.get("FULL", False), wide is tl.float64)
             constants.update(REAL=real, WIDE=wide, LANES=lanes)
-            names = ("table", "scalars", "out", "wide", "counts", "seen")
             counts = "*i32" if counted else "*fp32"
             kinds = ("*i64", "*fp64", "*fp32", "*fp64", counts, counts)
-            signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(constants, "constexpr")
-            aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
-            given = ASTSource(program, signature, constants, aligned)
             for generation in (80, 90):
-                made = translate(
-                    given,
-                    target=GPUTarget("cuda", generation, 32),
-                    options={"enable_fp_fusion": True},
-                )
-                stack = spilled(made.asm["cubin"])
-                if stack:
+                stack = stack_of(program, kinds, constants, generation)
+                if stack > SPILLED:
                     options = program.__name__, generation, constants
                     wrong.append(f"{options}: {stack} bytes in {about[text][3]} {module.__file__}")
                 count += 1
+    for only_wide in (True, False):  # these are the same for all
+        kinds = ("*i64", "*fp64", "*fp32", "*fp64", "*i32", "*fp64", "*fp64", "i32")
+        constants = {"ONLY_WIDE": only_wide, "N": 64, "C": 32}
+        assert stack_of(blocks.combine, kinds, constants, 80 + 10 * only_wide) <= SPILLED
+    assert stack_of(blocks.copy, ("*i64", "*i16"), {"N": 1024}, 80) == 0
     assert not wrong, "\n".join(wrong)
     return count
 
 
-def spilled(cubin: bytes) -> int:
-    """Bytes of stack that a thread needs."""
-    import triton
+SPILLED = 8
+"""Bytes of stack that pass. ptxas 13.4, with the options that Triton gives it, puts a register of
+some programs for sm_90 aside: the one looked into needs 80 of 255, and does not without them."""
 
+
+def stack_of(program: Any, kinds: Sequence[str], constants: dict[str, Any], generation: int) -> int:
+    """Bytes of stack that a thread of a compiled program needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = program.arg_names[: len(kinds)]
+    signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(constants, "constexpr")
+    pointers = [i for i, kind in enumerate(kinds) if kind.startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    made = triton.compile(
+        ASTSource(program, signature, constants, aligned),
+        target=GPUTarget("cuda", generation, 32),
+        options={"enable_fp_fusion": True},
+    )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(made.asm["cubin"])
         file.flush()
         done = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True

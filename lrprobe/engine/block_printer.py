@@ -28,7 +28,7 @@ OPERATIONS = {
     "neg": "-{0}", "not": "{0} == 0", "copy": "{0} + NOTHING_YET", "abs": "tl.abs({0})",
     "reciprocal": "1.0 / {0}", "sqrt": "root({0})", "fast_log2": "tl.log2({0})",
     "max": f"tl.maximum({{0}}, {{1}}, {_NAN})", "min": f"tl.minimum({{0}}, {{1}}, {_NAN})",
-    "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0} * 0.0)).to(REAL)",
+    "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0)).to(REAL)",
     "where": "tl.where({0}, {1}, {2})", "float": "tl.where({0}, 1.0, 0.0).to(REAL)",
     "wide": "{0}.to(WIDE)", "ulp": "ulp({0}, {1}, {2})",
     "round_bfloat16": "rounded({0}, tl.bfloat16)", "round_float16": "rounded({0}, tl.float16)",

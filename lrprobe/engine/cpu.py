@@ -212,4 +212,5 @@ def is_addressable(tensor: Tensor) -> bool:
         and not (tensor._is_view() and tensor.is_neg())  # noqa: SLF001 - torch has no other way
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         <= tensor.untyped_storage().nbytes()
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # a wrapper of other tensors has none
     )

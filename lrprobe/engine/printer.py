@@ -37,7 +37,7 @@ OPERATIONS = {
     "reciprocal": "ONE / {0}",
     "max": "({0} if ({0} > {1}) | ({0} != {0}) else {1})",
     "min": "({0} if ({0} < {1}) | ({0} != {0}) else {1})",
-    "sign": "(ONE if {0} > ZERO else (-ONE if {0} < ZERO else {0} * ZERO))",
+    "sign": "(ONE if {0} > ZERO else (-ONE if {0} < ZERO else ZERO))",
     "where": "({1} if {0} else {2})", "float": "(ONE if {0} else ZERO)",
     "wide": "np.float64({0})", "ulp": "ulp({0}, {1}, {2})",
     "round_bfloat16": "real(round_bfloat16(np.float32({0})))",

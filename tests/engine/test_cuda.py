@@ -50,8 +50,8 @@ def test_several_chunks() -> None:
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_programs_compile_without_spills(part: int) -> None:
-    """Each generated program is compiled for sm_80 and sm_90, and keeps all in registers."""
+def test_programs_compile(part: int) -> None:
+    """Each generated program compiles for sm_80 and sm_90, and spills no more than a register."""
     pytest.importorskip("triton")
     printed = run("tests/block_programs.py", "compile", str(part), str(PARTS))
     assert int(printed.split()[0]) > 10, printed
