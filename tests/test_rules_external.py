@@ -237,3 +237,29 @@ def test_a_rate_of_none_is_nan() -> None:
     assert math.isnan(row["lr"])
     assert math.isnan(row["initial_lr"])
     assert row["effective_lr_p50"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [("schedulefree", {"inner_momentum": 0.9}), ("prodigy", {"eps": None})],
+)
+def test_an_option_that_a_rule_does_not_know_is_named(rule: str, option: dict[str, Any]) -> None:
+    """The parameters are measured, and the warning names the option."""
+    from lrprobe.rules.external import adapted, schedulefree
+
+    class Odd(Rewriting):
+        """Of a package that has got one more option."""
+
+    taken = {"schedulefree": schedulefree.SGD, "prodigy": adapted.PRODIGY}[rule]
+    lrprobe.register_rule(Odd, taken)
+    param = nn.Parameter(torch.ones(4))
+    optimizer = Odd([param])
+    optimizer.param_groups[0].update(
+        {"d": 1.0, "d_coef": 1.0, "momentum": 0.9, "step": 1}, **option
+    )
+    probe = lrprobe.attach(optimizer, every=1)
+    param.grad = torch.ones(4)
+    with pytest.warns(UserWarning, match=next(iter(option))):
+        optimizer.step()
+    assert probe.frame()["rule"].tolist() == ["measured"]
+    probe.close()

@@ -71,7 +71,7 @@ def _step(
 
 
 def _adamw(s: Slice) -> Update:
-    refuse(s, "use_palm")
+    refuse(s, "use_palm", "inner_momentum")
     beta1, beta2 = s.group["betas"]
     eps = s.group["eps"]
     rms = (s["exp_avg_sq"] / (1 - beta2 ** _t(s))).sqrt()
@@ -84,12 +84,13 @@ def _adamw(s: Slice) -> Update:
 
 
 def _sgd(s: Slice) -> Update:
+    refuse(s, "inner_momentum")  # momentum of z itself, in versions after 1.4
     return _step(s, _warmed(s), s.group["momentum"], None, None, 0.0)
 
 
 def _radam(s: Slice) -> Update:
     """With RAdam's rectification of lr; while it is intractable lr is 0, or g is not divided."""
-    refuse(s, "use_palm")
+    refuse(s, "use_palm", "inner_momentum")
     beta1, beta2 = s.group["betas"]
     t, eps = _t(s), s.group["eps"]
     correction = 1 - beta2**t
