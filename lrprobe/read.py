@@ -308,6 +308,7 @@ class _Scalars:
     def __init__(self) -> None:
         self._known: dict[str, tuple[str, str, Any, str]] = {}  # optimizer, level, key, column
         self._groups: dict[tuple[str, str, Any], int | None] = {}
+        self._group_names: dict[tuple[str, int], str] = {}
         # An attempt is a sink's life: the sinks of each optimizer, the present one, in order.
         self._sinks: dict[str, list[str]] = {}
         self._sink: dict[str, str] = {}
@@ -350,6 +351,8 @@ class _Scalars:
                     group = self._groups.get((event.optimizer, level, key))
                     lr = found.get(("group", group), {}).get("lr", float("nan"))
                     row = {**event._asdict(), "group": group, level: key, "lr": lr, **values}
+                    if group is not None:
+                        row["group_name"] = self._group_names[event.optimizer, group]
                     rows.append(row)
         return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
 
@@ -361,8 +364,9 @@ class _Scalars:
             if content["sink"] not in self._sinks.setdefault(optimizer, []):
                 self._sinks[optimizer].append(content["sink"])
             self._known[tag] = (optimizer, "model", None, "reconstruction_error")
-        for tag, (name, group) in content["lr"].items():
+        for tag, (name, group, group_name) in content["lr"].items():
             self._known[tag] = (_text(name), "group", group, "lr")
+            self._group_names[_text(name), group] = _text(group_name)
         for name, about in content["names"].items():
             where = (_text(about["optimizer"]), about["level"], _text(about["key"]))
             self._groups[where] = about["group"]

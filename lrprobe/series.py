@@ -302,6 +302,8 @@ def peak(matrix: Floats) -> Floats:
 
 def quantile(matrix: Floats, share: float) -> Floats:
     """A quantile of each parameter's figures, NaN where it has none: (parameters,)."""
+    if not len(matrix):
+        return np.full(matrix.shape[1], np.nan)
     ordered = np.sort(matrix, axis=0)  # NaN comes last
     at = share * (np.maximum((~np.isnan(matrix)).sum(axis=0), 1) - 1)
     below = at.astype(np.int64)

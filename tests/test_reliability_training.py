@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrprobe
-from lrprobe.engine import flight
+from lrprobe.engine import Engine, flight
 
 Flow = Callable[[nn.Module, Optimizer, int], None]
 
@@ -471,7 +471,8 @@ def test_a_decay_that_takes_all_is_explained(name: str, numel: int, dtype: torch
             optimizer.step()
     frame = probe.frame()
     assert frame["rule"].iloc[-1] != "measured"
-    limit = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    # Where g + λθ cancels, what is left in bf16 is rounding, which vector code does in another way.
+    limit = 5e-2 if dtype == torch.bfloat16 else 1e-4
     assert frame["reconstruction_error"].max() < limit
     assert np.isfinite(probe.elements()["update"]).all()
 
@@ -580,7 +581,8 @@ def test_a_step_of_a_warmup_at_zero_is_a_step(arrival: str) -> None:
     assert frame["step"].tolist() == [1, 2, 3, 4]
     assert frame["stepped"].all()
     np.testing.assert_allclose(frame["lr"], [0, 0.1 / 3, 0.2 / 3, 0.1])
-    assert frame["effective_lr_p50"][0] == 0
+    assert frame["idle_fraction"].tolist() == [1, 0, 0, 0]
+    assert frame["effective_lr_p50"].isna().tolist() == [True, False, False, False]
 
 
 def test_a_step_without_any_gradient_is_a_step(arrival: str) -> None:
@@ -633,25 +635,25 @@ def test_no_error_of_ours_reaches_the_training(
     if broken in options or broken == "step":
         options[broken] = fail
     probe = lrprobe.attach(optimizer, **options)
+    param.grad = torch.ones(3)
+    optimizer.step()  # the first is always due
+    probe.flush()
     bad = True
     if broken in ("before", "after"):
-        monkeypatch.setattr(f"lrprobe.hooks.{broken}", fail)
+        monkeypatch.setattr(Engine, broken, fail)
     elif broken == "collect":
         monkeypatch.setattr(flight.StepInFlight, "none_taken", property(fail))
-    param.grad = torch.ones(3)
     fails = broken in ("every", "step") or every == 1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            if every == 100 and probe._recorder.hooks[0].schedule.step == 0:
-                probe._recorder.hooks[0].schedule.step = 1  # the first is always due
             optimizer.step()
         probe.close()
     messages = [str(w.message) for w in said]
     assert [("ZeroDivisionError" in m) for m in messages] == ([True, False] if fails else [])
     if fails:
         assert messages[1] == "lrprobe: 3 steps of SGD could not be recorded"
-    assert param.tolist() == [-0.5] * 3
+    assert param.tolist() == [-1.0] * 3
 
 
 @pytest.mark.parametrize("where", ["update", "before", "whole"])
@@ -680,23 +682,25 @@ def test_an_error_inside_a_rule_costs_only_the_rule(where: str, numel: int) -> N
     frame = probe.frame()
     assert frame["rule"].tolist() == ["measured"] * 2
     assert param.eq(0).all()
-    assert frame["effective_lr_p50"].tolist() == [0.5, 0.5]
+    np.testing.assert_allclose(frame["effective_lr_applied"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(frame["effective_lr_p50"], 0.5, rtol=0.01)
 
 
 def test_a_rule_is_judged_by_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures that arrive after the parameters have changed cost the rule of the right one."""
 
     class Picky(torch.optim.SGD):
-        """One whose rule does not like three elements."""
+        """One whose rule does not like a state that one parameter has."""
 
     def rule(s: lrprobe.Slice) -> lrprobe.Update:
-        if s.param.shape[-1] == 3:
+        if "odd" in s:
             raise ZeroDivisionError
         return lrprobe.Update(s.group["lr"], s.grad)
 
     lrprobe.register_rule(Picky, rule)
     model = nn.ParameterDict({"two": torch.ones(2), "three": torch.ones(3), "four": torch.ones(4)})
     optimizer = Picky([model["two"], model["three"], model["four"]], lr=0.5)
+    optimizer.state[model["three"]]["odd"] = torch.zeros(3)
     with lrprobe.attach(optimizer, model, every=1) as probe:
         monkeypatch.setattr(flight.Crossing, "ready", lambda self: False)
         for param in model.values():
@@ -746,7 +750,7 @@ def test_an_optimizer_without_lr() -> None:
     optimizer.step()
     probe.close()
     assert math.isnan(probe.frame()["lr"][0])
-    assert probe.frame()["effective_lr_p50"][0] == 1.0
+    assert probe.frame()["effective_lr_p50"][0] == pytest.approx(1.0, rel=0.01)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ class Engine:
         """Put a piece beside others of its kind; one without elements is done at once."""
         rule = None if i in pre.failed else w.rule
         if entry.param.numel() == 0:
-            found.vectors.append(_empty(i, entry, group, rule))
+            found.vectors.append(_empty(i, entry, group, rule, found))
             return
         kind, addresses, contiguous = described(self.ways, entry)
         key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
@@ -376,10 +376,18 @@ def _eager(
     )
 
 
-def _empty(i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None) -> Vectors:
-    found, _ = eager.figures(FIGURES, entry, group, rule, rates=False, dtype=torch.float64)
+def _empty(
+    i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None, found: StepFigures
+) -> Vectors:
+    try:
+        values, _ = eager.figures(FIGURES, entry, group, rule, rates=False, dtype=torch.float64)
+    except Exception as error:
+        if rule is None:
+            raise
+        found.failed[i] = cause(error)
+        return _empty(i, entry, group, None, found)
     checks = torch.zeros(len(CHECKS), dtype=torch.float64)
-    return Vectors([i], torch.cat([found.cpu(), checks]).unsqueeze(0), [0])
+    return Vectors([i], torch.cat([values.cpu(), checks]).unsqueeze(0), [0])
 
 
 def _ask_rule(

@@ -81,19 +81,22 @@ class StepInFlight:
 
     def ready(self) -> bool:
         """Whether the figures have arrived."""
-        if self._crossing is None:
-            if not all(work.is_completed() for work in self._works):
-                return False
+        crossing = self._begun()
+        return crossing is not None and crossing.ready()
+
+    def _begun(self) -> Crossing | None:
+        """The way to the host, once the other ranks have done their part."""
+        if self._crossing is None and all(work.is_completed() for work in self._works):
             with _side_stream(self._buffers.sums.device):
                 for work in self._works:
                     work.wait()
                 self._cross()
-        return self._crossing is not None and self._crossing.ready()
+        return self._crossing
 
     def wait(self) -> bool:
-        """Wait, for other ranks not forever; whether the figures have arrived."""
+        """Wait for the other ranks, not forever; whether they have done their part."""
         until, pause = min(self.until, time.monotonic() + PATIENCE), 1e-4
-        while not self.ready():
+        while self._begun() is None:
             if time.monotonic() > until:
                 return False
             time.sleep(pause)

@@ -230,8 +230,8 @@ class Tags:
         self.plans: dict[str, Plan] = {}
         self.names: dict[tuple[str, str, str], str] = {}
         """(optimizer, level, key) to name."""
-        self.groups: dict[str, tuple[str, int]] = {}
-        """Tag of an ``lr`` to (optimizer, group)."""
+        self.groups: dict[str, tuple[str, int, str]] = {}
+        """Tag of an ``lr`` to (optimizer, group, the group's name)."""
         self.group_of: dict[str, int] = {}
         """Name to group."""
         self._owners: dict[str, str] = {}
@@ -275,8 +275,8 @@ class Tags:
         for name, members in zip(plan.names, plan.rows, strict=True):
             if len({groups[row] for row in members}) == 1:
                 self.group_of[name] = groups[members[0]]
-        for group in record.tables["group"]["group"].tolist():
-            self.groups[plan.lr(group)] = (record.optimizer, group)
+        for group, name in group_names(record).items():
+            self.groups[plan.lr(group)] = (record.optimizer, group, name)
         self.plans[record.optimizer] = plan
         return plan
 
@@ -311,11 +311,9 @@ class Tags:
 
 
 def group_names(record: Record) -> dict[int, str]:
-    """Number of each parameter group to the name it has, or to ``group<number>``."""
-    table = record.tables["group"]
-    groups = [int(group) for group in table["group"].tolist()]
-    names = table["group_name"].tolist() if "group_name" in table else map("group{}".format, groups)
-    return dict(zip(groups, names, strict=True))
+    """Number of each parameter group to its ``group_name``."""
+    table = record.tables["parameter"]
+    return dict(zip(table["group"].tolist(), table["group_name"].tolist(), strict=True))
 
 
 def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:
