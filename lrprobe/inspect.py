@@ -202,7 +202,7 @@ def _view(
         rate, direction, decay = update.effective_lr, update.direction, float(update.decay)
         change = -decay * old.reshape(-1).to(direction.dtype) - rate * direction
         name = rule.name
-        error = step_error(change.double(), before, after, group, rule, old.dtype)
+        error = step_error(change.double(), before, after, group, rule, decay, old.dtype)
 
     def shaped(value: Any) -> Tensor:
         value = torch.as_tensor(value, dtype=precision(entry.param), device=after.device)
@@ -218,11 +218,13 @@ def step_error(
     after: Tensor,
     group: Mapping[str, Any],
     rule: Rule,
+    decay: float,
     dtype: torch.dtype,
 ) -> float:
     """``reconstruction_error`` of all elements of a parameter, in float64."""
     observed = after - before
-    beyond = unexplained(change, before, after, writes_of(rule, group), dtype)
+    writes = writes_of(rule, group)
+    beyond = unexplained(change, before, after, dtype, writes=writes, decays=decay != 0)
     moved = torch.maximum(change.norm(), observed.norm())
     return float(beyond.norm() / moved)
 

@@ -110,7 +110,8 @@ def _explained(
         change = (predicted - start).double()
         observed = (s.param - start).double()
         after = s.param.double()
-        error = step_error(change, start.double(), after, group, rule, old.dtype)
+        decay = float(update.decay)
+        error = step_error(change, start.double(), after, group, rule, decay, old.dtype)
     if not bool(change.count_nonzero()) and not bool(observed.count_nonzero()):
         return 0.0, ""
     at = int((predicted - s.param).abs().nan_to_num(torch.inf).argmax())

@@ -170,7 +170,10 @@ class Elements:
         if self.change is None or self._rule is None:
             return None
         writes = writes_of(self._rule, self._s.group)
-        return unexplained(self.change, self.before, self.param, writes, self._s.dtype)
+        decays = isinstance(self.decay, Tensor) or self.decay != 0
+        return unexplained(
+            self.change, self.before, self.param, self._s.dtype, writes=writes, decays=decays
+        )
 
     @cached_property
     def measured_rate(self) -> Tensor:
@@ -209,11 +212,20 @@ class Elements:
 
 
 def unexplained(
-    change: Tensor, before: Tensor, after: Tensor, writes: int, dtype: torch.dtype
+    change: Tensor,
+    before: Tensor,
+    after: Tensor,
+    dtype: torch.dtype,
+    *,
+    writes: int,
+    decays: bool,
 ) -> Tensor:
     """What of |Δθ − observed| so many writes of a parameter of this dtype do not explain."""
     # Half an ulp a write, and half an ulp for the arithmetic inside it.
-    slack = (0.5 + 0.5 * writes) * ulp(torch.maximum(before.abs(), after.abs()), dtype)
+    most = torch.maximum(before.abs(), after.abs())
+    slack = (0.5 + 0.5 * writes) * ulp(most, dtype)
+    if decays:  # torch rounds the factor 1 − decay to the dtype, too
+        slack = slack + 0.5 * torch.finfo(dtype).eps * most
     return ((change - (after - before)).abs() - slack).clamp(min=0)
 
 

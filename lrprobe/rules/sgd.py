@@ -103,5 +103,5 @@ def _rprop_state(s: Slice) -> dict[str, Scalar]:
 
 
 SGD = Rule("sgd", _sgd, overwrites=_overwrites, advance=_buffer, shared_rate=True)
-ASGD = Rule("asgd", _asgd, before=_asgd_before, shared_rate=True)
+ASGD = Rule("asgd", _asgd, before=_asgd_before, writes=lambda _: 2, shared_rate=True)
 RPROP = Rule("rprop", _rprop, advance=_rprop_state)
