@@ -33,10 +33,12 @@ from lrprobe.engine.pieces import (
     sample_runs,
     sampled,
 )
-from lrprobe.engine.program import UnknownOperationError
+from lrprobe.engine.program import Program, UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.engine.ways import Way, generators, notice
 from lrprobe.rules.base import Entry, Rule, Scalar, brought, there
+
+_MOST_PROGRAMS = 256
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """Of a parameter that has no gradient."""
@@ -68,6 +70,8 @@ class Engine:
 
     def __init__(self, way: Way) -> None:
         self.ways = generators(way)
+        self._programs: dict[Any, Program] = {}
+        """By table, first parameter of a batch and number of its parameters: the last recorded."""
 
     def before(
         self,
@@ -249,7 +253,7 @@ class Engine:
         way = self.ways.get(batch.entries[0].param.device.type)
         recorded = None
         if way is not None and batch.columns:
-            recorded = _recorded(table, batch, rates=rates, samples=samples)
+            recorded = self._recorded(table, batch, rates=rates, samples=samples)
         if way is None or recorded is None:
             return _eager(table, batch, rates=rates, samples=samples)
         found = addresses_of(recorded, batch, samples, way)
@@ -263,6 +267,34 @@ class Engine:
             recorded, addresses, np.array(taken, np.int64), dtypes, exact=exact
         )
         return Vectors(batch.at, values, numel, bins, folds)
+
+    def _recorded(
+        self, table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
+    ) -> Recorded | None:
+        """The batch's program; None where it has to be eager."""
+        kept = () if samples is None else [samples.names(i) for i in batch.at]
+        key = table[0].name, batch.at[0], len(batch.at)
+        if len(self._programs) > _MOST_PROGRAMS:
+            self._programs.clear()
+        try:
+            recorded = record(
+                table,
+                batch.entries,
+                batch.group,
+                batch.rule,
+                rates=rates,
+                kept=kept,
+                memo=batch.memo,
+                known=self._programs.get(key),
+            )
+        except UnknownOperationError as error:
+            name = batch.rule.name if batch.rule is not None else "the table"
+            notice(f"no code can be generated for {error} in the rule {name!r}")
+            return None
+        except Exception:  # noqa: BLE001 - eager code tells whether it is the rule's own
+            return None
+        self._programs[key] = recorded.program
+        return recorded
 
     def _track(
         self,
@@ -316,29 +348,6 @@ class Engine:
         """Figures of one tensor that need no rule."""
         batch = batch_of(self.ways, 0, Entry(tensor, tensor), {}, None)
         return self._figures(table, batch, rates=False).table[0]
-
-
-def _recorded(
-    table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
-) -> Recorded | None:
-    """The batch's program; None where it has to be eager."""
-    kept = () if samples is None else [samples.names(i) for i in batch.at]
-    try:
-        return record(
-            table,
-            batch.entries,
-            batch.group,
-            batch.rule,
-            rates=rates,
-            kept=kept,
-            memo=batch.memo,
-        )
-    except UnknownOperationError as error:
-        name = batch.rule.name if batch.rule is not None else "the table"
-        notice(f"no code can be generated for {error} in the rule {name!r}")
-    except Exception:  # noqa: BLE001 - eager code tells whether it is the rule's own
-        return None
-    return None
 
 
 def _eager(

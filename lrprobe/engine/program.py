@@ -6,6 +6,7 @@ branch on its hyperparameters, and a hyperparameter that changes changes no prog
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -22,6 +23,10 @@ _DTYPES = {REAL: torch.float32, WIDE: torch.float64, BOOL: torch.bool}
 
 Argument: TypeAlias = str | int
 """A variable by name, or a scalar by its number."""
+
+
+_numbers: dict[Any, int] = {}
+_count = itertools.count()
 
 
 class UnknownOperationError(Exception):
@@ -53,14 +58,39 @@ class Program:
     lines: list[Line] = field(default_factory=list)
     leaves: list[str] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)
-    _known: dict[tuple[Any, ...], Symbol] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], tuple[Symbol, Line]] = field(default_factory=dict)
+    _read: dict[str, Symbol] = field(default_factory=dict)
     _slots: dict[int, int] = field(default_factory=dict)
+    _noted: set[str] = field(default_factory=set)
+    _before: tuple[list[Line], list[str]] | None = None
+    _number: int | None = None
+
+    def rewind(self) -> None:
+        """Note the same operations again, with the scalars of another step."""
+        self._before = self.lines, self.leaves
+        self.lines, self.leaves, self.scalars = [], [], []
+        self._slots, self._noted = {}, set()
+
+    @property
+    def repeated(self) -> bool:
+        """Whether since ``rewind`` the same was noted as before it."""
+        return (self.lines, self.leaves) == self._before
+
+    @property
+    def number(self) -> int:
+        """The same for all programs that note the same; to be asked of a complete one."""
+        if self._number is None:
+            key = tuple(self.lines), tuple(self.leaves)
+            self._number = _numbers.setdefault(key, next(_count))
+        return self._number
 
     def leaf(self, name: str) -> Symbol:
         """The elements of one tensor of each piece."""
         if name not in self.leaves:
             self.leaves.append(name)
-        return Symbol(self, f"x{self.leaves.index(name)}", REAL)
+        if name not in self._read:
+            self._read[name] = Symbol(self, f"x{len(self._read)}", REAL)
+        return self._read[name]
 
     def scalar(self, value: Any) -> int:
         """A scalar's number; equal numbers stay apart, so that no text depends on values."""
@@ -80,11 +110,15 @@ class Program:
             kind = WIDE if any(arg.kind == WIDE for arg in symbols) else REAL
         names = tuple(a.label if isinstance(a, Symbol) else self.scalar(a) for a in args)
         key = op, kind, names
-        if key not in self._known:
-            line = Line(f"t{len(self.lines)}", op, names, kind)
+        known = self._known.get(key)
+        if known is None:
+            line = Line(f"t{len(self._known)}", op, names, kind)
+            known = self._known[key] = Symbol(self, line.target, kind), line
+        symbol, line = known
+        if line.target not in self._noted:
+            self._noted.add(line.target)
             self.lines.append(line)
-            self._known[key] = Symbol(self, line.target, kind)
-        return self._known[key]
+        return symbol
 
     def table(self, device: torch.device) -> Tensor:
         """All scalars: (rows, scalars), float64; on the device only where some are there."""
@@ -93,8 +127,10 @@ class Program:
             v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
         ]
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
+        columns_of = near.numpy()  # through which a number is written faster
         for at, value in enumerate(numbers):
-            near[:, at] = value.reshape(-1) if isinstance(value, Tensor) else float(value)
+            is_tensor = isinstance(value, Tensor)
+            columns_of[:, at] = value.detach().numpy().reshape(-1) if is_tensor else float(value)
         if device.type == "cpu" or not any(map(_is_far, self.scalars)):
             return near
         sent = iter(there(near, device).unbind(1))

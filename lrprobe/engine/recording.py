@@ -41,7 +41,7 @@ class Recorded:
         names = tuple(v.label if isinstance(v, Symbol) else v is None for v in self.values)
         rate = None if self.rate is None else self.rate.label
         moves = None if self.moves is None else self.moves.label
-        return tuple(self.program.lines), tuple(self.program.leaves), names, rate, moves
+        return self.program.number, names, rate, moves
 
     def filled(self, sums: Mapping[int, Tensor], numel: Tensor) -> Tensor:
         """All figures: (pieces, figures) float64.
@@ -78,6 +78,7 @@ def record(
     rates: bool,
     kept: Sequence[Collection[str]] = (),
     memo: dict[Any, Any] | None = None,
+    known: Program | None = None,
 ) -> Recorded:
     """Run the rule on symbols, and the table on what it says.
 
@@ -90,12 +91,31 @@ def record(
         kept: of each piece, names of what is known from before the step; nothing for figures that
             do not ask.
         memo: keeps scalars for other programs of the same entries.
+        known: what was recorded at an earlier step, which is likely to be the same and is then
+            used again.
 
     Raises:
         UnknownOperationError: if the rule does something that cannot be printed.
         Exception: what the rule raises.
     """
-    program = Program(len(entries))
+    if known is not None and known.rows == len(entries):
+        known.rewind()
+        again = _noted(known, table, entries, group, rule, rates, kept, memo)
+        if known.repeated:
+            return again
+    return _noted(Program(len(entries)), table, entries, group, rule, rates, kept, memo)
+
+
+def _noted(
+    program: Program,
+    table: Sequence[Figure],
+    entries: Sequence[Entry],
+    group: Mapping[str, Any],
+    rule: Rule | None,
+    rates: bool,
+    kept: Sequence[Collection[str]],
+    memo: dict[Any, Any] | None,
+) -> Recorded:
     names: set[str] = set()
     if kept:  # what some pieces lack is read as zeros, so that all steps have one text
         names = {"param", "previous", *entries[0].wide_state(), *kept[0]}
