@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-integrations test-oldest test-installed release-check soak bench docs \
+.PHONY: demo test test-all test-integrations test-oldest test-installed release-check soak bench docs \
 	linkcheck format clean
 .DELETE_ON_ERROR:
 
@@ -12,12 +12,14 @@ BIN := .venv/bin
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
 
-# The last line printed is pytest's summary. One thread a worker, for the same reason.
-test: .venv/.dev
+# The last line printed is pytest's summary. One thread a worker, for the same reason. `test` leaves
+# out what is marked as slow, and most cases of the large tables; `test-all` runs everything.
+test-all: ALL := --all
+test test-all: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ALL)
 
 # With the real packages of hosts, trackers and optimizers, in an environment of their own, which is
 # large; 30 minutes at most, the installation included. The time limit of a test is pytest's
@@ -31,13 +33,13 @@ UNIT := tests lrprobe --ignore=tests/test_docs.py --ignore=tests/test_browser.py
 
 # With the oldest release of every dependency that is declared.
 test-oldest: .venv-oldest/.done
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(UNIT) -n $(JOBS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(UNIT) -n $(JOBS) --all
 
 # With the newest releases, and TORCH=2.9.* or another; always a new environment.
 test-installed:
 	$(PYTHON) -m venv --clear .venv-installed
 	.venv-installed/bin/python -m pip install -qq --editable '.[unit]' 'torch$(if $(TORCH),==$(TORCH))'
-	OMP_NUM_THREADS=1 .venv-installed/bin/python -m pytest $(UNIT) -n $(JOBS)
+	OMP_NUM_THREADS=1 .venv-installed/bin/python -m pytest $(UNIT) -n $(JOBS) --all
 
 # Builds dist/, and installs wheel and sdist in an empty environment each, where they have to work.
 release-check: .venv-release/.done

@@ -1,6 +1,7 @@
-"""Runs the examples of README, docs/ and docstrings as doctests, with pyproject.toml."""
+"""Runs the examples of README, docs/ and docstrings as doctests, and chooses the quick tests."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,29 @@ def _in_an_empty_folder(
     """What an example writes lands where nothing is."""
     if isinstance(request.node, pytest.DoctestItem):
         monkeypatch.chdir(tmp_path)
+
+
+SAMPLED = 5
+"""Of a test marked ``sampled``, every so many cases run without ``--all``: no period of a table."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all`` runs what takes long, too: ``make test-all``."""
+    parser.addoption("--all", action="store_true", help="also slow tests, and all cases of tables")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes long, unless it is asked for by ``--all`` or by name."""
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    seen: Counter[str] = Counter()
+    chosen, others = [], []
+    for item in items:
+        takes = item.get_closest_marker("slow") is None
+        if item.get_closest_marker("sampled") is not None:
+            test = item.nodeid.partition("[")[0]
+            takes = takes and seen[test] % SAMPLED == 0
+            seen[test] += 1
+        (chosen if takes else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import platform
+import sys
 import threading
 import time
 import weakref
@@ -72,6 +73,12 @@ class Recorder:
         self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
         self._lock = threading.RLock()  # a frame may be asked for beside the training
         open_recorders.add(self)
+
+    def __del__(self) -> None:
+        """Write what is on its way from a device all the same, where a probe was dropped."""
+        if getattr(self, "_waiting", None) and not sys.is_finalizing():
+            alone = all(hooks.exchange is None for hooks in self.hooks)
+            self.collect(wait=alone, last=True)
 
     @property
     def step(self) -> int:

@@ -26,6 +26,7 @@ def _seed() -> None:
 SOME = [case for case in RULED if "-foreach" not in case.id and "-fused" not in case.id]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
 def test_rate_direction_and_decay_are_the_oracles(case: Case) -> None:
     """Rate, direction and decay are DESIGN section 4's, computed from before the step."""

@@ -336,6 +336,7 @@ def whole(folder: Path, at: int) -> tuple[set[int], set[int]]:
     """The steps in both datasets, which must be whole; every warning is an error."""
     path = folder / f"{at}.parquet"
     frame = lrprobe.read(path)
+    assert len(frame), "nothing at all"
     assert (frame.groupby("step").size() == 4).all(), "half a record"
     assert not frame.duplicated(["step", "parameter"]).any(), "a record twice"
     steps = frame["step"].unique().tolist()

@@ -45,6 +45,7 @@ def excess(predicted: np.ndarray, before: np.ndarray, after: np.ndarray, eps: An
     return float(np.linalg.norm(missed) / taken) if taken else math.inf
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", RULED, ids=lambda case: case.id)
 def test_inspected_steps_explain_the_real_ones(case: Case) -> None:
     """θ_before·(1−decay) − effective_lr⊙direction is θ_after, of each step, spike included."""
@@ -79,6 +80,7 @@ def test_inspected_steps_explain_the_real_ones(case: Case) -> None:
 UNTOLD = (torch.optim.ASGD, torch.optim.Adafactor, torch.optim.LBFGS)  # by their state
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_effective_lr_is_what_inspect_step_shows(case: Case) -> None:
     """`effective_lr` is inspect_step's, or a RuntimeError that says to use inspect_step."""
@@ -112,6 +114,7 @@ def test_effective_lr_is_what_inspect_step_shows(case: Case) -> None:
 PLAIN = [case for case in RULED if not case.sparse]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
 def test_check_rule_passes_every_rule(case: Case) -> None:
     """`check_rule` proves each rule over ten steps, and returns the largest error."""
@@ -225,6 +228,7 @@ def takes(case: Case) -> bool:
 LOWER = [case for case in RULED if takes(case)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LOWER, ids=lambda case: case.id)
 def test_the_error_stays_in_the_contract_in_lower_precision(case: Case, dtype: torch.dtype) -> None:

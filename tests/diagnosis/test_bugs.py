@@ -15,6 +15,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("bug", "optimizer", "every"), CASES)
 def test_the_bug_is_named(bug: Bug, optimizer: str, every: int, tmp_path: Path) -> None:
     """Its code is among those found, with evidence, meaning and advice."""

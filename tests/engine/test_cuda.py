@@ -33,6 +33,7 @@ def run(script: str, *arguments: str, interpreted: bool = False) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_programs_agree_with_eager_code(part: int) -> None:
@@ -48,6 +49,7 @@ def test_several_chunks() -> None:
     assert "4 programs" in run("tests/block_programs.py", "large", "0", "1", interpreted=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_programs_compile(part: int) -> None:
