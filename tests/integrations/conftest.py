@@ -1,5 +1,7 @@
 """Tests with the real packages: what lrprobe says is an error, what they say is theirs."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Warnings of the packages pass, from their import on; lrprobe's do not."""
     config.addinivalue_line("filterwarnings", "default")
     config.addinivalue_line("filterwarnings", "error:lrprobe")
+    # Trackio reads it once, when it is imported; without it runs gather in the home folder.
+    folder = tempfile.TemporaryDirectory(prefix="trackio-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["TRACKIO_DIR"] = folder.name
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +25,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "WANDB_SILENT": "true",
         "WANDB_DIR": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
-        "TRACKIO_DIR": str(tmp_path / "trackio"),
         "COMET_DISABLE_AUTO_LOGGING": "1",
         "COMET_LOGGING_CONSOLE": "ERROR",
         "MLFLOW_DISABLE_TELEMETRY": "true",
