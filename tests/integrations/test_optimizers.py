@@ -302,7 +302,7 @@ def rule_of(cls: type) -> str:
 
 @pytest.mark.parametrize("name", SHARP)
 def test_a_sharpness_aware_step_is_that_of_the_optimizer_inside(name: str) -> None:
-    """Seen from the unperturbed weights, with the gradient of the perturbed ones, as it is taken."""
+    """It begins at the unperturbed weights and takes the gradient of the perturbed ones."""
     generator = torch.Generator().manual_seed(11)
     pull = torch.randn(5, 7, generator=generator, dtype=torch.float64)
     param = nn.Parameter(torch.randn(pull.shape, generator=generator, dtype=torch.float64))
