@@ -1,6 +1,7 @@
 """Tests with the real packages: what lrprobe says is an error, what they say is theirs."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -32,3 +33,21 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What MLflow makes of a new SQLite file, for which it takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(_empty_database: Path, tmp_path: Path) -> str:
+    """The address of an empty database of MLflow's, where its environment variable says too."""
+    path = tmp_path / "mlflow.db"
+    shutil.copy(_empty_database, path)
+    return f"sqlite:///{path}"

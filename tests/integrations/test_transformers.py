@@ -119,10 +119,10 @@ def test_a_resumed_training_goes_on_with_the_global_step(tmp_path, optim):
     assert_resumed(frame, whole.probe.frame(), first=5)
 
 
-def test_report_to_names_the_sinks(tmp_path, monkeypatch):
+def test_report_to_names_the_sinks(tmp_path, database):
     """TensorBoard, W&B, MLflow and Trackio get the same numbers, at the global step."""
     callback = LRProbeCallback(every=2, tag_style="olmo")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/m.db")
+    mlflow.set_tracking_uri(database)
     run = wandb.init(dir=tmp_path)
     report = ["tensorboard", "wandb", "mlflow", "trackio"]
     trainer(tmp_path, callback, report_to=report, logging_steps=1).train()
