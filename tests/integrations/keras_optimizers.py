@@ -130,12 +130,21 @@ def test_every_figure_is_that_of_the_equations(case):
 JIT = [False, True] if TENSORFLOW else [False]
 
 
+SOME = CASES[1::2] if TENSORFLOW else CASES
+"""TensorFlow traces each training anew, which takes long; every second has each optimizer."""
+
+
+def test_some_have_each_optimizer():
+    """None trains without being compared."""
+    assert {name for name, _ in SOME} == set(EQUATIONS)
+
+
 @pytest.mark.parametrize("jit", JIT, ids=lambda jit: "xla" if jit else "plain")
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", SOME, ids=named)
 def test_training_is_the_same_bit_for_bit(case, jit):
     """Weights and the optimizer's variables; and in float32 too each step is explained."""
-    if jit and CASES.index(case) % 4:
-        pytest.skip("compiling takes long: one in four")
+    if jit and SOME.index(case) % 3:
+        pytest.skip("compiling takes longer still: one in three of these")
     callback = LRProbeCallback(every=2)
     probed = fit(net(made(case), jit_compile=jit), callback, epochs=2)
     alone = fit(net(made(case), jit_compile=jit), epochs=2)
