@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Programs that a test runs in processes of their own, and what only these import: looked through
+# for doctests, they would begin a run here, and bring TensorFlow along.
+collect_ignore_glob = ["clearml_run.py", "keras_*.py", "two_processes.py"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings of the packages pass, from their import on; lrprobe's do not."""
