@@ -132,11 +132,20 @@ class KerasOptimizer(StandIn):
             return EagerTap(host, followed)
         return GraphTap(host, indices, followed, starts=calls > 1)
 
-    def show_params(self, at: Sequence[int], instead: Mapping[int, Tensor] | None = None) -> None:
-        """The parameters at these positions; ``instead`` has those that are different by now."""
+    def show_before(self, at: Sequence[int], instead: Mapping[int, Tensor] | None = None) -> None:
+        """Parameters and state at these positions, before a step.
+
+        ``instead`` has the parameters where the step was taken already, and others before it in the
+        same call: what the state was is not known then.
+        """
         for i in at:
-            value = (instead or {}).get(self._index[i])
-            self.show(i, tensor(self.variables[i]) if value is None else value)
+            if instead is None:
+                self.show(i, tensor(self.variables[i]), state=self._state(i))
+                continue
+            value = instead.get(self._index[i])
+            value = tensor(self.variables[i]) if value is None else value
+            unknown = torch.full((), torch.nan, dtype=value.dtype).expand(value.shape)
+            self.show(i, value, state=dict.fromkeys(self._state(i), unknown))
 
     def show_step(self, at: Sequence[int], tap: Tap, lr: float, step: int) -> None:
         """What the step at these positions left behind."""
@@ -144,18 +153,20 @@ class KerasOptimizer(StandIn):
             group["lr"] = lr
         numbers = _ONE_NUMBER.get(self._kind, {}).items()
         shared = {name: tensor(getattr(self.host, attribute)) for name, attribute in numbers}
-        slots = {
-            name: found
-            for name, attribute in _STATE.get(self._kind, {}).items()
-            if (found := getattr(self.host, attribute, None))
-        }
         for i in at:
             index = self._index[i]
             value = tap.after.get(index)
             value = tensor(self.variables[i]) if value is None else value
-            state = {name: tensor(found[index]) for name, found in slots.items()}
             count = torch.tensor(step, dtype=value.dtype)
-            self.show(i, value, tap.grads.get(index), {"step": count, **shared, **state})
+            self.show(i, value, tap.grads.get(index), {"step": count, **shared, **self._state(i)})
+
+    def _state(self, at: int) -> dict[str, Tensor]:
+        """What the optimizer holds of a parameter now, under the names of its rule."""
+        return {
+            name: tensor(found[self._index[at]])
+            for name, attribute in _STATE.get(self._kind, {}).items()
+            if (found := getattr(self.host, attribute, None))
+        }
 
 
 def stand_in(optimizer: Any) -> KerasOptimizer:
@@ -269,7 +280,7 @@ class Steps:
         self.number = seat.step
         seat.due = bool(seat.at) and hooks.schedule.due(hooks.schedule.next())
         if seat.due:
-            one.show_params(seat.at)
+            one.show_before(seat.at)
         if self._calls == 1 or not seat.due:  # else they are told when it is over
             one.before()
 
@@ -282,7 +293,7 @@ class Steps:
             tap.collect()
             if self._calls > 1:
                 self.number = seat.step
-                one.show_params(seat.at, tap.before)
+                one.show_before(seat.at, tap.before)
                 one.before()
             one.show_step(seat.at, tap, one.lr(-1), seat.step)
         seat.hooks.passed(one.host.gradient_accumulation_steps or 1)

@@ -64,6 +64,22 @@ def assert_same(host: pd.DataFrame, hand: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(host, hand, check_exact=True)
 
 
+def assert_resumed(resumed: pd.DataFrame, whole: pd.DataFrame, *, first: int) -> None:
+    """The same as a run that was never cut, but for what a new process cannot know.
+
+    At ``first``, its first step, a resumed run has no gradient of a step before to compare with:
+    ``grad_persistence`` is NaN there, and there alone. It is a new attempt, and its groups have
+    the ``initial_lr`` that it saw first.
+    """
+    assert len(whole) > 0
+    begins = resumed["step"] == first
+    assert begins.any()
+    assert resumed.loc[begins, "grad_persistence"].isna().all()
+    whole = whole.assign(grad_persistence=whole["grad_persistence"].mask(whole["step"] == first))
+    columns = ["attempt", "initial_lr"]
+    assert_same(resumed.drop(columns=columns), whole.drop(columns=columns))
+
+
 def trackio_history(run: Any) -> dict[int, dict[str, float]]:
     """What a finished local run of Trackio has logged, by step."""
     from trackio.sqlite_storage import SQLiteStorage

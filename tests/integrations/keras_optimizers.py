@@ -1,5 +1,7 @@
 """The table of Keras's optimizers and their options, on the backend of this process."""
 
+import math
+
 import keras
 import pytest
 from keras_runs import (
@@ -13,7 +15,7 @@ from keras_runs import (
     net,
     rows,
 )
-from oracle import assert_close
+from oracle import QUANTILES, assert_close
 
 from lrprobe.integrations.keras import LRProbeCallback
 
@@ -68,6 +70,12 @@ TensorFlow, hyperparameters."""
 if TENSORFLOW:
     ROUNDED = {"clipnorm", "clipvalue", "global_clipnorm", "weight_decay", "momentum", "Nadam"}
 
+CHECKED = {"Adadelta", "Nadam"}
+"""Those whose rule says what becomes of the state."""
+
+COARSE = {f"effective_lr_{name}": (0.01, 0.0) for name in (*QUANTILES, "gmean")}
+"""What is read off logarithmic bins."""
+
 
 def named(case):
     """Name of a case."""
@@ -108,10 +116,13 @@ def test_every_figure_is_that_of_the_equations(case):
     frame = callback.probe.frame().drop(columns=["time", "rule"])
     right = rows(steps)
     rtol, least = (1e-4, 1e-5) if ROUNDED & {case[0], *case[1]} else (1e-7, 1e-9)
-    looser = {"reconstruction_error": (0, least), "zero_grad_fraction": (0, 0.1)}
+    looser = {**COARSE, "reconstruction_error": (0, least), "zero_grad_fraction": (0, 0.1)}
     assert len(frame) == len(right) > 0
     for got, expected in zip(frame.to_dict("records"), right, strict=True):
         where = f"{named(case)}, step {expected['step']} of {expected['parameter']}"
+        del expected["state_error"]
+        assert math.isnan(got["state_error"]) == (case[0] not in CHECKED), where
+        assert not got["state_error"] > rtol, where
         assert_close(got, expected, where, rtol=rtol, atol=1e-15, looser=looser)
     assert_bits(arrays(model.weights), arrays(hand.weights))
 
@@ -119,12 +130,21 @@ def test_every_figure_is_that_of_the_equations(case):
 JIT = [False, True] if TENSORFLOW else [False]
 
 
+SOME = CASES[1::2] if TENSORFLOW else CASES
+"""TensorFlow traces each training anew, which takes long; every second has each optimizer."""
+
+
+def test_some_have_each_optimizer():
+    """None trains without being compared."""
+    assert {name for name, _ in SOME} == set(EQUATIONS)
+
+
 @pytest.mark.parametrize("jit", JIT, ids=lambda jit: "xla" if jit else "plain")
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", SOME, ids=named)
 def test_training_is_the_same_bit_for_bit(case, jit):
     """Weights and the optimizer's variables; and in float32 too each step is explained."""
-    if jit and CASES.index(case) % 4:
-        pytest.skip("compiling takes long: one in four")
+    if jit and SOME.index(case) % 3:
+        pytest.skip("compiling takes longer still: one in three of these")
     callback = LRProbeCallback(every=2)
     probed = fit(net(made(case), jit_compile=jit), callback, epochs=2)
     alone = fit(net(made(case), jit_compile=jit), epochs=2)

@@ -221,7 +221,7 @@ def by_hand(model, epochs=1):
     """Train it batch by batch without lrprobe; the truth of each step, one of each parameter."""
     o = model.optimizer
     o.build(model.trainable_variables)
-    steps, waiting, first = [], [], None
+    steps, waiting, first, previous = [], [], None, [None] * len(PATHS)
     k = o.gradient_accumulation_steps or 1
     for x, y in batches() * epochs:
         before = arrays(model.trainable_variables)
@@ -255,6 +255,7 @@ def by_hand(model, epochs=1):
                     rate=np.broadcast_to(said["rate"], old.shape).astype(np.float64).reshape(-1),
                     direction=said["direction"].astype(np.float64).reshape(-1),
                     grad=g.reshape(-1),
+                    previous=previous[i],
                     before=old.astype(np.float64).reshape(-1),
                     same=(old == new).reshape(-1),
                     nonfinite=np.zeros(old.size, dtype=bool),
@@ -264,6 +265,7 @@ def by_hand(model, epochs=1):
                 )
             )
         steps.append(truths)
+        previous = [g.reshape(-1) for g in grads]
     return steps
 
 

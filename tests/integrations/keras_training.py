@@ -161,7 +161,7 @@ def test_an_error_in_the_training_is_the_users():
     assert "_backend_update_step" not in vars(model.optimizer)
 
 
-@pytest.mark.parametrize("what", ["show_step", "show_params", "steps", "__init__"])
+@pytest.mark.parametrize("what", ["show_step", "show_before", "steps", "__init__"])
 def test_an_error_of_ours_stops_no_training(what, monkeypatch):
     """It is told once, and the training ends as it does alone."""
 
@@ -409,6 +409,17 @@ def test_several_steps_in_one_call(jit):
     for column in ("lr", "effective_lr_p50", "grad_norm", "update_norm"):
         np.testing.assert_allclose(frame[column], one[column], rtol=1e-4, err_msg=column)
     assert frame["reconstruction_error"].max() < 1e-3
+
+
+@only_tensorflow
+def test_the_state_before_the_last_of_several_steps_is_not_known():
+    """So it is not checked; before a step that is a call of its own it is, and is right."""
+    together, _ = recorded(optimizers.Nadam(0.01), compiled={"steps_per_execution": 4})
+    alone, _ = recorded(optimizers.Nadam(0.01))
+    assert together["state_error"].isna().all()
+    assert alone["state_error"].max() < 1e-4
+    for frame in (together, alone):
+        assert "state-unexplained" not in {f.code for f in lrprobe.diagnose(frame).findings}
 
 
 @only_tensorflow

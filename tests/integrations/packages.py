@@ -258,7 +258,10 @@ WRAPPERS = (
     "Lookahead", "Magma", "OrthoGrad", "PCGrad", "SafeFP16Optimizer", "ScheduleFreeWrapper",
     "TRAC",
 )  # fmt: skip
-"""Those that hold an optimizer, which is what a probe attaches to."""
+"""Those that hold an optimizer, which is what a probe attaches to: AdamW here."""
+
+SHARP = ("FriendlySAM", "GSAM", "LookSAM", "SAM", "WSAM")
+"""The same, which evaluate the loss beside the weights before they step: SGD here."""
 
 Make = Callable[[Any, Any], Any]
 _MUON: Make = lambda cls, params: cls(_split(params))  # noqa: E731 - a table of them
@@ -277,11 +280,11 @@ MADE: dict[str, Make] = {
     "LoRARite": lambda cls, params: cls([params[0], nn.Parameter(torch.ones(9, 5))]),
     "Ranger21": lambda cls, params: cls(params, num_iterations=10),
     "SpectralSphere": _matrices,
-    "WSAM": lambda cls, params: cls(Net(params), params, SGD, lr=0.1),
+    "WSAM": lambda cls, params, **more: cls(Net(params), params, SGD, lr=0.1, **more),
 }
 """How to make what takes more than parameters."""
 
-CLOSURES = ("AliG", "BSAM", "FriendlySAM", "GSAM", "LBFGS", "LookSAM", "SAM", "WSAM")
+CLOSURES = ("AliG", "BSAM", "LBFGS", *SHARP)
 """Those that evaluate the loss themselves."""
 
 SECOND_ORDER = ("AdaHessian", "SophiaH")

@@ -92,6 +92,7 @@ class Own(GeneralTracker):
         pass
 
 
+@pytest.mark.usefixtures("database")
 def test_its_trackers_are_sinks(tmp_path):
     """TensorBoard, Weights & Biases, MLflow, Trackio and a user's own get the same numbers."""
     own = Own()

@@ -97,7 +97,15 @@ def test_comet_takes_the_experiment_that_it_is_given(tmp_path):
 def test_clearml_has_every_scalar_of_every_step(tmp_path):
     """The session of an offline task has them: a figure is a plot, a parameter a series."""
     script = Path(__file__).with_name("clearml_run.py")
-    environment = {**os.environ, "CLEARML_CACHE_DIR": str(tmp_path), "CLEARML_OFFLINE_MODE": "1"}
+    # Else a forked process writes the session: a race with who reads it, and 20 s until it ends.
+    settings = tmp_path / "clearml.conf"
+    settings.write_text("sdk.development.report_use_subprocess: false\n")
+    environment = {
+        **os.environ,
+        "CLEARML_CACHE_DIR": str(tmp_path),
+        "CLEARML_CONFIG_FILE": str(settings),
+        "CLEARML_OFFLINE_MODE": "1",
+    }
     done = subprocess.run(
         [sys.executable, script, tmp_path / "found.json"],
         env=environment, cwd=tmp_path, timeout=200, capture_output=True, text=True, check=False,

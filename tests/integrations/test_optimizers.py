@@ -14,6 +14,7 @@ from packages import (
     MADE,
     NO_STEP,
     SECOND_ORDER,
+    SHARP,
     WRAPPERS,
     Case,
     classes,
@@ -291,10 +292,45 @@ def rule_of(cls: type) -> str:
     for got, right in zip(ends, without, strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=0, equal_nan=True)
     (rule,) = set(frame["rule"])
-    if cls.__name__ in WRAPPERS:
-        assert rule == "adam", f"it wraps AdamW; the rule is {rule}"
-        return "that of the optimizer it wraps"
+    for held, names in {"adam": WRAPPERS, "sgd": SHARP}.items():
+        if cls.__name__ in names:
+            assert rule == held, f"it wraps an optimizer with the rule {held}; the rule is {rule}"
+            assert not frame["reconstruction_error"].gt(1e-3).any()
+            return "that of the optimizer it wraps"
     return str(rule)
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_a_sharpness_aware_step_is_that_of_the_optimizer_inside(name: str) -> None:
+    """It begins at the unperturbed weights and takes the gradient of the perturbed ones."""
+    generator = torch.Generator().manual_seed(11)
+    pull = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    param = nn.Parameter(torch.randn(pull.shape, generator=generator, dtype=torch.float64))
+    # WSAM's default adds the sharpness to the weights itself, after the step of the optimizer.
+    more = {"decouple": False} if name == "WSAM" else {}
+    optimizer = MADE[name](classes()[name], [param], **more)
+
+    @torch.enable_grad()
+    def loss() -> Any:
+        optimizer.zero_grad()
+        total = (param**4 * pull).sum()
+        total.backward()
+        return (total, total) if name == "GSAM" else total
+
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _ in range(3):
+            before = param.detach().clone()
+            loss()
+            beside = param.grad.clone()
+            optimizer.step(loss)
+            moved = before - param.detach()
+            torch.testing.assert_close(moved, 0.1 * param.grad)
+            assert not torch.allclose(param.grad, beside)  # the weights were perturbed
+            row = probe.frame().iloc[-1]
+            assert row["rule"] == "sgd"
+            np.testing.assert_allclose(row["effective_lr_p50"], 0.1, rtol=0.01)
+            np.testing.assert_allclose(row["grad_norm"], float(param.grad.norm()), rtol=1e-9)
+            np.testing.assert_allclose(row["update_norm"], float(moved.norm()), rtol=1e-9)
 
 
 def test_every_class_of_pytorch_optimizer(subtests: pytest.Subtests) -> None:

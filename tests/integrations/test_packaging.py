@@ -115,7 +115,7 @@ def test_the_archives_have_what_belongs_in_them(built):
     assert {"lrprobe/py.typed", "lrprobe/integrations/lightning.py"} <= set(names)
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "tests/test_frame.py"}
+    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "tests/test_read.py"}
     wanted |= {"examples/with_lightning.py", "docs/policy.md", "conftest.py"}
     assert wanted <= inside
     assert not [name for name in inside if "__pycache__" in name or ".venv" in name]

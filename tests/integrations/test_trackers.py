@@ -61,17 +61,21 @@ def test_wandb_takes_the_run_that_it_is_given(tmp_path):
             sinks.WandB(run, tag_style="mine")
 
 
-@pytest.mark.parametrize("store", ["sqlite:///{}/m.db", "file://{}/mlruns"])
-@pytest.mark.parametrize("style", ["lrprobe", "composer", "olmo"])
-def test_mlflow_has_every_scalar_of_every_step(tmp_path, store, style, monkeypatch):
-    """Each metric's history has the values, steps and times of the records, in the user's run."""
+@pytest.fixture(params=["sqlite", "file"])
+def store(request, database, tmp_path, monkeypatch):
+    """The address of a database, and of a folder."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = store.format(tmp_path)
-    mlflow.set_tracking_uri(uri)
+    return database if request.param == "sqlite" else f"file://{tmp_path}/mlruns"
+
+
+@pytest.mark.parametrize("style", ["lrprobe", "composer", "olmo"])
+def test_mlflow_has_every_scalar_of_every_step(store, style):
+    """Each metric's history has the values, steps and times of the records, in the user's run."""
+    mlflow.set_tracking_uri(store)
     model = net()
     with mlflow.start_run() as run:
         frame = by_hand(model, AdamW(model.parameters()), to=sinks.MLflow(tag_style=style))
-    client = mlflow.MlflowClient(uri)
+    client = mlflow.MlflowClient(store)
     assert len(client.search_runs([run.info.experiment_id])) == 1
     wanted = expected(frame, style)
     times = {round(time * 1000) for time in frame["time"]}
@@ -94,12 +98,9 @@ class Odd(nn.Module):
             self._parameters[name] = nn.Parameter(net()[0].weight.detach().clone())
 
 
-@pytest.mark.parametrize("store", ["sqlite:///{}/m.db", "file://{}/mlruns"])
-def test_mlflow_gets_names_that_it_allows(tmp_path, store, monkeypatch):
+def test_mlflow_gets_names_that_it_allows(store):
     """Every parameter has a metric of its own, whatever it is called."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = store.format(tmp_path)
-    client = mlflow.MlflowClient(uri)
+    client = mlflow.MlflowClient(store)
     run = client.create_run("0").info.run_id
     model = Odd()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -113,9 +114,9 @@ def test_mlflow_gets_names_that_it_allows(tmp_path, store, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["/a/", "../a/", "..", "a//", "a/../", "./", "a/./b"])
-def test_mlflow_refuses_a_prefix_that_it_would_not_take(tmp_path, prefix):
+def test_mlflow_refuses_a_prefix_that_it_would_not_take(database, prefix):
     """At once, and not at every step of the training; MLflow itself says no to these names."""
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/m.db")
+    client = mlflow.MlflowClient(database)
     run = client.create_run("0").info.run_id
     with pytest.raises(mlflow.MlflowException):
         client.log_metric(run, f"{prefix}lr/group0", 1.0)
@@ -123,9 +124,9 @@ def test_mlflow_refuses_a_prefix_that_it_would_not_take(tmp_path, prefix):
         sinks.MLflow(run, client=client, prefix=prefix)
 
 
-def test_mlflow_takes_more_metrics_than_fit_in_a_batch(tmp_path):
+def test_mlflow_takes_more_metrics_than_fit_in_a_batch(database):
     """MLflow refuses more than 1,000 at once; 180 parameters have more than that."""
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/m.db")
+    client = mlflow.MlflowClient(database)
     run = client.create_run("0").info.run_id
     model = nn.ParameterList(nn.Parameter(net()[0].bias.detach().clone()) for _ in range(180))
     optimizer = SGD(model.parameters(), lr=0.1)

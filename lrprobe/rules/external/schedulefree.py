@@ -6,6 +6,9 @@ In training they are y = (1−β)·z + β·x, and only then does the optimizer s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,6 +109,11 @@ def _radam(s: Slice) -> Update:
     return _step(s, lr, beta1, torch.ones_like(rms), rms, eps)
 
 
-ADAMW = Rule("schedulefree_adamw", _adamw)
-RADAM = Rule("schedulefree_radam", _radam)
-SGD = Rule("schedulefree_sgd", _sgd)
+def _writes(_: Mapping[str, Any]) -> int:
+    """Towards z, then along the gradient; the decay is in that."""
+    return 2
+
+
+ADAMW = Rule("schedulefree_adamw", _adamw, writes=_writes)
+RADAM = Rule("schedulefree_radam", _radam, writes=_writes)
+SGD = Rule("schedulefree_sgd", _sgd, writes=_writes)
