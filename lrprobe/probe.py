@@ -264,7 +264,7 @@ class Probe:
             )
         self._recorder.go_on_from(steps)
         if self._recorder.live is not None:
-            self._recorder.live.forget_none(state.get("told", ()))
+            self._recorder.live.mark_told(state.get("told", ()))
 
     def __repr__(self) -> str:
         hooks = self._recorder.hooks

@@ -440,7 +440,7 @@ def test_what_cannot_be_looked_for_is_said(tmp_path: Path) -> None:
     assert result[0].parameter == "0.weight"
     assert result[0].steps.first == 12
     sentence, description = result.left_out
-    assert "Not looked for, since there is no decay, eps_fraction" in sentence
+    assert "because these columns are missing: decay, eps_fraction" in sentence
     assert "attrs['lrprobe']" in description
     assert "never-steps" in sentence
     assert sentence in repr(result)

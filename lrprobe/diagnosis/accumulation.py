@@ -68,9 +68,9 @@ def gradients_accumulate(series: Series) -> Iterator[Hit]:
                 "growth": grown[last, column],
                 "along": cosine[column],
             }
-            evidence = "over its first {terms:,.0f} steps its norm grew {growth:.3g} times, as a "
-            evidence += "sum of gradients grows, and the cosine with that of the recorded step "
-            evidence += "before is {along:.2f} in the median"
+            evidence = "over the first {terms:,.0f} steps the gradient norm grew by a factor of "
+            evidence += "{growth:.3g}, as a sum of gradients does; the median cosine with the "
+            evidence += "gradient of the previous recorded step is {along:.2f}"
             steps = series.steps[start : start + last + 1]
             yield Hit(series.names[column], steps, evidence, values, values["growth"])
         if wrong.any():
