@@ -67,7 +67,7 @@ def step_html(view: StepView) -> str:
 class Explorer:
     """The interactive view of a frame; a notebook shows it inline.
 
-    Made by :func:`explore`.
+    Made by :func:`lrprobe.explore`.
 
     Args:
         page: the whole page.

@@ -148,6 +148,6 @@ pictures.</p></div>
 </section>
 <h2 id="table">The last recorded step</h2>
 {table}
-<p><small>Made by lrprobe, {made}. Every column is explained in docs/definitions.md.</small></p>
+<p><small>Made by lrprobe, {made}. Every column is explained in docs/columns.md.</small></p>
 {live}</body></html>
 """
