@@ -711,7 +711,7 @@ def test_rows_in_any_order_and_with_gaps(faulty: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([1], TypeError, "takes a DataFrame.*got a list"),
+        ([1], TypeError, "must be a DataFrame.*got a list"),
         (pd.DataFrame({"a": [1]}), ValueError, "no column 'step'"),
     ],
 )
