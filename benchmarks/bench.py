@@ -236,7 +236,11 @@ def growth() -> None:
             idle.append(1e6 * (beside - without))
         taken = [1e6 * extra / count for _, extra, _ in recorded(optimizer)]
         rows.append((f"{count:,}", spread(idle), spread(taken)))
-    head = ("tensors of 8 elements", "step that is not due, µs more", "recorded step, µs per tensor")
+    head = (
+        "tensors of 8 elements",
+        "step that is not due, µs more",
+        "recorded step, µs per tensor",
+    )
     table("Growth with tensors", head, rows)
     rows = []
     for millions in (2, 20, 200):

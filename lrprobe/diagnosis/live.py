@@ -49,7 +49,7 @@ happen at each resume, the step."""
 
 
 @dataclass(slots=True)
-class _Kept:
+class _KeptRecord:
     """What checks ask for of one record.
 
     Attributes:
@@ -87,7 +87,7 @@ class Live:
     ) -> None:
         self._tell = tell
         self._history = history
-        self._kept: dict[str, list[_Kept]] = {}
+        self._kept: dict[str, list[_KeptRecord]] = {}
         self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}
         self._count = 0
         self._looked_at = 0
@@ -164,7 +164,7 @@ class Live:
             others[each] = np.array(numbers, dtype=np.int32)
         figures = np.array([columns[each] for each in names], dtype=np.float64)
         kept = self._kept.setdefault(name, [])
-        kept.append(_Kept(figures, names, others))
+        kept.append(_KeptRecord(figures, names, others))
         most = max(NEWEST // 4, min(MOST, MOST_BYTES // max(figures.nbytes, 1)))
         if len(kept) > most:  # every second of the older ones, but for the first
             older = max(2, len(kept) - min(NEWEST, most // 2))
