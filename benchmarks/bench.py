@@ -206,8 +206,8 @@ def step() -> None:
     inside = [extra / unit for unit, extra, _ in recorded(optimizer, 5, "eager")]
     rows.append(("lrprobe, `LRPROBE_ENGINE=eager`", spread(inside), ""))
     others: list[tuple[str, Callable[[torch.optim.Optimizer], None]]] = [
-        ("four norms a parameter, with `.item()`", norms),
-        ("loop pasted from forums: mean, min, max, std of the rate", forum_loop),
+        ("four norms per parameter, with `.item()`", norms),
+        ("a common loop from forums: mean, min, max, std of the rate", forum_loop),
         ("exact quantiles by sorting", exact_quantiles),
     ]
     for name, function in others:
@@ -219,7 +219,7 @@ def step() -> None:
         ("`wandb.watch`, gradients", "not installed" if watched is None else spread(watched), "")
     )
     unit = statistics.median(seconds(optimizer.step) for _ in range(ROUNDS))
-    head = ("what", "units, in the step", "with the record made")
+    head = ("what", "units, in the step", "including the record")
     table(f"A recorded step (unit: {1e3 * unit:.0f} ms)", head, rows)
 
 
@@ -236,7 +236,11 @@ def growth() -> None:
             idle.append(1e6 * (beside - without))
         taken = [1e6 * extra / count for _, extra, _ in recorded(optimizer)]
         rows.append((f"{count:,}", spread(idle), spread(taken)))
-    head = ("tensors of 8 elements", "step that is not due, µs more", "recorded step, µs a tensor")
+    head = (
+        "tensors of 8 elements",
+        "step that is not due, µs more",
+        "recorded step, µs per tensor",
+    )
     table("Growth with tensors", head, rows)
     rows = []
     for millions in (2, 20, 200):
@@ -298,7 +302,7 @@ def sizes() -> None:
         rounds = recorded(trained([(side, side)] * 100))
         micros = spread([1e4 * extra for _, extra, _ in rounds], 0)
         rows.append((f"{side} × {side}", micros, spread([extra / u for u, extra, _ in rounds])))
-    table("Size of a tensor", ("100 tensors of", "µs a tensor", "units"), rows)
+    table("Size of a tensor", ("100 tensors of", "µs per tensor", "units"), rows)
 
 
 def sinks() -> None:

@@ -1,9 +1,9 @@
-"""Measures, on the demo's network, what common answers print and what is right.
+"""Measure, on the demo's network, what common answers print and what is correct.
 
     python docs/measure_answers.py > docs/answers_table.md
 
-Each function below is one answer. The first line of its docstring says what the answer does, the
-rest what is wrong with it; it gives back what the answer prints and what is right.
+Each function below is one answer. The first line of its docstring says what the answer does, and
+the second paragraph what is wrong with it. It returns what the answer prints and what is correct.
 """
 
 import sys
@@ -51,8 +51,8 @@ def row(values: Iterable[float]) -> str:
 def gradient_norm() -> tuple[str, str]:
     """The norm of `p.grad`, printed as the norm of the update.
 
-    Adadelta multiplies each gradient by a rate of its own. (As pasted it stops with an error:
-    `zero_grad()` came first and has set the gradients to `None`.)
+    Adadelta multiplies each gradient by a rate of its own. (The code as usually posted fails:
+    it calls `zero_grad()` first, which sets the gradients to `None`.)
     """
     model = zeiler_net()
     optimizer = Adadelta(model.parameters(), rho=RHO, eps=EPS)
@@ -91,7 +91,7 @@ def lr_after_scheduler() -> tuple[str, str]:
 def stale_moments() -> tuple[str, str]:
     """Adam's update, computed from the moments before the step, without bias correction.
 
-    In the first step both moments are 0, and so is this. Later it is too long, for as long as
+    In the first step, both moments are 0, and so is the result. Later it is too large, as long as
     √(1−β₂ᵗ) is small.
     """
     model = zeiler_net()
@@ -117,8 +117,8 @@ def stale_moments() -> tuple[str, str]:
 def mean_square_for_rms() -> tuple[str, str]:
     """The mean of E[g²], printed with four decimals as the RMS of the gradient.
 
-    The root is missing. (As pasted it stops with an error: `torch.cat` refuses means, which are
-    0-dim.)
+    The root is missing. (The code as usually posted fails: `torch.cat` rejects the means,
+    which are 0-dim.)
     """
     model = zeiler_net()
     optimizer = Adadelta(model.parameters(), rho=RHO, eps=EPS)
@@ -136,7 +136,7 @@ def mean_square_for_rms() -> tuple[str, str]:
 def rho_attribute() -> tuple[str, str]:
     """`optimizer.rho` and `optimizer.eps`.
 
-    There are none. Hyperparameters belong to the groups, which may differ.
+    These attributes do not exist. Hyperparameters belong to the groups, which may differ.
     """
     optimizer = Adadelta(zeiler_net().parameters(), rho=RHO, eps=EPS)
     try:
@@ -147,10 +147,10 @@ def rho_attribute() -> tuple[str, str]:
 
 
 def undivided_accumulation() -> tuple[str, str]:
-    """For a loop that adds up gradients undivided: "bigger batches make smaller updates".
+    """For a loop that accumulates gradients undivided: "bigger batches make smaller updates".
 
     Undivided, the update grows with the batch. Divided, it shrinks a little, as noise averages out;
-    the rate is the same, the rate per sample is not.
+    the rate is the same, but the rate per sample is not.
     """
     piece = 20
     printed, right, per_sample = [], [], []
@@ -178,7 +178,7 @@ def undivided_accumulation() -> tuple[str, str]:
 def state_after_step() -> tuple[str, str]:
     """Adadelta's rate, computed from its state after the step.
 
-    The numerator is then that of the next step already.
+    The numerator is then already that of the next step.
     """
     model = zeiler_net()
     optimizer = Adadelta(model.parameters(), rho=RHO, eps=EPS)
@@ -206,7 +206,7 @@ def state_after_step() -> tuple[str, str]:
 def group_lr_of_adam() -> tuple[str, str]:
     """`group["lr"]`, printed as the effective rate of Adam.
 
-    It is what Adam divides by √v̂+ε.
+    Adam divides it by √v̂+ε.
     """
     model = zeiler_net()
     optimizer = Adam(model.parameters())
@@ -233,7 +233,7 @@ ANSWERS: tuple[Callable[[], tuple[str, str]], ...] = (
 
 def main() -> None:
     """Print the table."""
-    print("| the answer | it prints | right | why |")
+    print("| the answer | it prints | correct | why |")
     print("|---|---|---|---|")
     for answer in ANSWERS:
         what, why = (" ".join(part.split()) for part in (answer.__doc__ or "").split("\n\n"))

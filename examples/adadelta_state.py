@@ -1,7 +1,9 @@
 """Adadelta has no rate to set: what rate does it use, and which of its two averages decides?
 
-Its rate is RMS[Δx] / RMS[g], for each element anew. All three over time, for each layer, and the
-share of elements where ε outweighs the gradients: python examples/adadelta_state.py
+Its rate is RMS[Δx] / RMS[g], computed per element at each step. This prints all three over time,
+for each layer, and the fraction of elements where ε outweighs the gradients.
+
+python examples/adadelta_state.py
 """
 
 from digits import load, zeiler_net

@@ -1,7 +1,9 @@
 """What lr=1e-3 becomes in Adam: α/(√v̂+ε) for each element, and how far the parameters move.
 
-First the whole tensor of rates of single steps, beside the formula; then, from a probe that ran
-along, each layer over the steps: python examples/adam_rates.py
+First it compares the tensor of rates of single steps with the formula; then a probe shows each
+layer over the steps.
+
+python examples/adam_rates.py
 """
 
 from digits import load, zeiler_net

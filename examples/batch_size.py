@@ -1,8 +1,10 @@
 """Does a larger batch, or accumulation, change the learning rate?
 
-Not lr, which stays 0.1. But it is spread over more samples, and so each counts for less, while the
-mean gradient, and with it the update, shrinks only as its noise averages out. Accumulated from four
-pieces, with each loss divided by four, a batch is the same batch: python examples/batch_size.py
+It does not change lr, which stays 0.1. But lr is spread over more samples, so each counts for less.
+The mean gradient, and with it the update, shrinks only because its noise averages out. A batch
+accumulated from four micro-batches, with each loss divided by four, is the same batch.
+
+python examples/batch_size.py
 """
 
 import pandas as pd

@@ -1,7 +1,7 @@
 """The learning rate that each layer really gets, under three optimizers.
 
 Trains the network of Zeiler (2012), 500-300-10, on scikit-learn's digits with Adadelta, with Adam,
-and with SGD and momentum under a scheduler. Leaves a TensorBoard logdir, a Parquet dataset of each
+and with SGD and momentum under a scheduler. Writes a TensorBoard logdir, a Parquet dataset of each
 run, a picture and a report: python examples/demo.py [--epochs 50] [--out FOLDER]
 
 The code is in lrprobe/demo.py, so that `lrprobe demo` runs it without a checkout.

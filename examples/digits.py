@@ -1,7 +1,7 @@
 """What the other examples train: handwritten digits, and the network of Zeiler (2012) for them.
 
-The digits are scikit-learn's, 8 × 8 pixels, or MNIST's, 28 × 28, where its four IDX files are at
-hand: train-images-idx3-ubyte, train-labels-idx1-ubyte and t10k-..., as they are or with .gz.
+The digits are scikit-learn's, 8 × 8 pixels, or MNIST's, 28 × 28, if you have its four IDX files:
+train-images-idx3-ubyte, train-labels-idx1-ubyte and t10k-..., plain or with .gz.
 """
 
 import gzip

@@ -1,8 +1,10 @@
 """Fine-tuning with a rate for each layer: do the lower layers really move less?
 
 A network that knows the digits 0 to 4 learns 5 to 9. Each layer's lr is a fifth of that of the
-layer above it. Adam divides by the size of the gradients, so the effective rates may be in another
-order; the update ratio says how far a layer moves: python examples/fine_tuning.py
+layer above it. Adam divides by the size of the gradients, so the effective rates may be in a
+different order; the update ratio shows how far a layer moves.
+
+python examples/fine_tuning.py
 """
 
 from digits import Digits, load, zeiler_net

@@ -1,7 +1,7 @@
-"""Sharded over processes, one record: torchrun --nproc-per-node 2 examples/fsdp2.py [FOLDER].
+"""Sharded parameters, one record: torchrun --nproc-per-node 2 examples/fsdp2.py [FOLDER].
 
-The parameters and Adam's state are sharded by FSDP2, so that no process has a whole parameter.
-lrprobe is the import and the line with `attach`, the same on every rank; rank 0 writes.
+FSDP2 shards the parameters and Adam's state, so no process has a whole parameter. lrprobe needs
+only the import and the line with `attach`, the same on every rank; rank 0 writes.
 """
 
 import sys

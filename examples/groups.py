@@ -1,7 +1,9 @@
-"""Several groups, each with a rate of its own: what does each of them get?
+"""Several parameter groups with different rates: what does each of them get?
 
-`param_groups[0]["lr"]` tells of the first one only. Here the weights decay and the biases do not,
-and the last layer learns ten times faster: python examples/groups.py
+`param_groups[0]["lr"]` describes the first one only. Here the weights decay and the biases do not,
+and the last layer learns ten times faster.
+
+python examples/groups.py
 """
 
 from digits import load, zeiler_net

@@ -1,8 +1,10 @@
-"""How much of a training bfloat16 rounds away.
+"""How much of the training bfloat16 rounds away.
 
 A bfloat16 number has 8 significant bits: an update below 1/512 of the parameter changes nothing.
-The same network is trained with weights in float32 and in bfloat16, at two rates, and the probe
-tells the share of updates that were lost: python examples/lost_updates.py
+This trains the same network with weights in float32 and in bfloat16, at two rates. The probe shows
+the fraction of updates that were lost.
+
+python examples/lost_updates.py
 """
 
 from demo import digits, zeiler_net

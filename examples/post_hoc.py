@@ -1,4 +1,4 @@
-"""After the training: questions to a Parquet dataset, in pandas alone.
+"""After the training: analyse a Parquet dataset with pandas alone.
 
 python examples/post_hoc.py [RUN.parquet]: without one, it trains a network first.
 """
@@ -9,7 +9,7 @@ import pandas as pd
 
 
 def train(dataset: str) -> None:
-    """A run to ask about: Adam, on digits."""
+    """Record a run to analyse: Adam, on digits."""
     from digits import load, zeiler_net
     from torch import nn
     from torch.optim import Adam
@@ -42,5 +42,5 @@ print("How wide is the spread of rates inside a parameter? (p95 / p05, at the en
 last = frame[frame["step"] == frame["step"].max()].set_index("parameter")
 print((last["effective_lr_p95"] / last["effective_lr_p05"]).sort_values(), "\n")
 
-print("Can the figures be trusted? Largest reconstruction error, elements that were not finite:")
+print("Can the numbers be trusted? Largest reconstruction error, number of non-finite elements:")
 print(frame["reconstruction_error"].max(), int(frame["nonfinite"].sum()))

@@ -1,7 +1,9 @@
 """Which rate did the step use: the one before scheduler.step(), or the one after it?
 
-A probe records what the step used. What `scheduler.get_last_lr()` says at the end of the loop's
-body is the rate of the next step: python examples/scheduler.py
+A probe records the rate that the step used. At the end of the loop body, `scheduler.get_last_lr()`
+returns the rate of the next step.
+
+python examples/scheduler.py
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Accelerate: a prepared optimizer goes to attach as it is, and its trackers are sinks.
+"""Accelerate: pass a prepared optimizer to attach directly, and use its trackers as sinks.
 
 python examples/with_accelerate.py, after pip install 'lrprobe[accelerate]' scikit-learn
 """

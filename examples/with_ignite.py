@@ -1,4 +1,4 @@
-"""Ignite: attach to an engine; what was recorded is written when its run ends.
+"""Ignite: attach to an engine; records are written when its run ends.
 
 python examples/with_ignite.py, after pip install 'lrprobe[ignite]' scikit-learn
 """

@@ -1,4 +1,4 @@
-"""Keras 3: one line more in fit, on the torch backend or on TensorFlow.
+"""Keras 3: one more line in fit, on the torch backend or on TensorFlow.
 
 KERAS_BACKEND=torch python examples/with_keras.py, after pip install 'lrprobe[keras]' scikit-learn
 """

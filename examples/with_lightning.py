@@ -1,4 +1,4 @@
-"""Lightning: one line more in the Trainer, and the rates go where its figures go.
+"""Lightning: one more line in the Trainer, and the rates go where its metrics go.
 
 python examples/with_lightning.py, after pip install 'lrprobe[lightning]' scikit-learn
 """

@@ -1,4 +1,4 @@
-"""Trackers: Weights & Biases, MLflow, JSON Lines and a function of one's own, all at once.
+"""Trackers: Weights & Biases, MLflow, JSON Lines and your own function, all at once.
 
 WANDB_MODE=offline MLFLOW_TRACKING_URI=sqlite:///mlflow.db python examples/with_trackers.py, after
 pip install 'lrprobe[wandb,mlflow]' scikit-learn

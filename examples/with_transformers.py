@@ -1,4 +1,4 @@
-"""Transformers: one line more in the Trainer, for a tiny Llama with random weights.
+"""Transformers: one more line in the Trainer, for a tiny Llama with random weights.
 
 python examples/with_transformers.py, after pip install 'lrprobe[transformers]'
 """

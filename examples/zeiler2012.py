@@ -1,8 +1,8 @@
-"""The experiments of Zeiler (2012), arXiv:1212.5701, again: Tables 1 and 2, Figures 1 and 2.
+"""The experiments of Zeiler (2012), arXiv:1212.5701, repeated: Tables 1 and 2, Figures 1 and 2.
 
-On scikit-learn's digits, or on MNIST where its files are at hand (digits.py says which). Epochs are
-the paper's; a batch has 20 digits, on MNIST 100 as in the paper. A seed draws weights, order, and
-the digits kept to test. python examples/zeiler2012.py [--seeds 10] [--mnist FOLDER] [--out FOLDER]
+On scikit-learn's digits, or on MNIST if you have its files (digits.py says which). Epochs are the
+paper's; a batch has 20 digits, on MNIST 100 as in the paper. A seed draws weights, order, and the
+test digits. python examples/zeiler2012.py [--seeds 10] [--mnist FOLDER] [--out FOLDER]
 """
 
 import argparse

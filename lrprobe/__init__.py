@@ -1,7 +1,7 @@
-"""See the learning rate that a PyTorch optimizer really uses, element by element.
+"""Show the learning rate that a PyTorch optimizer really uses, element by element.
 
-What needs torch is imported when it is first asked for: a command that reads a dataset, and
-TensorBoard, which imports every plugin at its start, do without.
+Modules that need torch are imported on first use: commands that read a dataset, and TensorBoard,
+which imports every plugin at startup, do without torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _HOMES = {
     "explore": "notebook",
     "show_versions": "versions",
 }
-"""Where a name is that is imported late."""
+"""Name to the module from which it is imported on first use."""
 
 _MODULES = ("plot", "report", "sinks", "testing")
 

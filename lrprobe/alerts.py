@@ -1,7 +1,6 @@
-"""Ready-made callbacks for ``attach(..., on_finding=...)``: a warning, a log line, W&B's alert.
+"""Ready-made callbacks for ``attach(..., on_finding=...)``: a warning, a log line, a W&B alert.
 
-A fault that many layers have is told once, not once for each: of a code and an optimizer the
-first finding is passed on.
+If many layers have the same fault, only the first finding per code and optimizer is reported.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from lrprobe.diagnosis import Finding
 
 
 class _Alert:
-    """Passes the first finding of a code and an optimizer on; notes only where they are wanted."""
+    """Reports the first finding of each code and optimizer, and notes if asked to."""
 
     def __init__(self, *, notes: bool) -> None:
         self._notes = notes
         self._told: set[tuple[str, str]] = set()
 
     def __call__(self, finding: Finding) -> None:
-        """Tell of a finding."""
+        """Report a finding."""
         what = finding.code, finding.optimizer
         if what in self._told or (finding.severity == "note" and not self._notes):
             return
@@ -36,7 +35,7 @@ class Warn(_Alert):
     """Warns with a ``UserWarning``: ``attach(..., on_finding=alerts.Warn())``.
 
     Args:
-        notes: also of notes.
+        notes: whether to report notes too.
     """
 
     def __init__(self, *, notes: bool = False) -> None:
@@ -50,8 +49,8 @@ class Log(_Alert):
     """Writes a line to a logger: a warning for a finding, an info for a note.
 
     Args:
-        logger: by default the one called ``lrprobe``.
-        notes: also of notes.
+        logger: by default the logger ``lrprobe``.
+        notes: whether to report notes too.
     """
 
     def __init__(self, logger: logging.Logger | None = None, *, notes: bool = True) -> None:
@@ -64,11 +63,11 @@ class Log(_Alert):
 
 
 class WandB(_Alert):
-    """Sends an alert of Weights & Biases, by mail or Slack as the user has set it there.
+    """Sends a Weights & Biases alert, by e-mail or Slack as configured there.
 
     Args:
-        run: what ``wandb.init`` returned; None takes the run that is active.
-        notes: also of notes.
+        run: what ``wandb.init`` returned; None uses the active run.
+        notes: whether to report notes too.
 
     Raises:
         ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[wandb]'``).
@@ -82,7 +81,7 @@ class WandB(_Alert):
         self._wandb = wandb
         self._run: Any = wandb.run if run is None else run
         if self._run is None:
-            raise RuntimeError("no run of Weights & Biases is active; call wandb.init() first")
+            raise RuntimeError("no Weights & Biases run is active; call wandb.init() first")
 
     def _tell(self, finding: Finding) -> None:
         levels = self._wandb.AlertLevel

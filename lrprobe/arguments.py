@@ -46,7 +46,7 @@ def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
     _check("every", every, 1, ", or a function of the step", callable(every))
     _check("track", track, 0)
     _check("batch_size", batch_size, 1, ", or None", batch_size is None)
-    allowed = ", a function that gives it, or None"
+    allowed = ", a function that returns it, or None"
     _check("step", step, 0, allowed, step is None or callable(step))
 
 
@@ -57,7 +57,9 @@ def check_callback(on_finding: Any) -> None:
         TypeError: it cannot.
     """
     if on_finding is not None and not callable(on_finding):
-        raise TypeError(f"on_finding= takes a function of a Finding, or None; got {on_finding!r}")
+        raise TypeError(
+            f"on_finding= takes a function that accepts a Finding, or None; got {on_finding!r}"
+        )
 
 
 def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False) -> None:

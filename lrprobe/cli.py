@@ -27,12 +27,12 @@ NONE, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 _RUN = """
 A RUN is what `lrprobe.attach(..., to=RUN)` writes: a Parquet dataset (a folder whose name ends in
-.parquet) or a TensorBoard logdir, also while the training still goes on. A folder that holds
-several stands for all of them.
+.parquet) or a TensorBoard logdir, also during the training. A folder with several runs stands for
+all of them.
 """
 
 _ABOUT = """\
-See the learning rate that each parameter of a PyTorch model really got.
+Show the learning rate that each parameter of a PyTorch model really gets.
 
 In the training script, one line records it:
 
@@ -40,10 +40,10 @@ In the training script, one line records it:
 
 Then:
 
-    lrprobe show runs/mlp.parquet --follow         one line a layer, while it trains
+    lrprobe show runs/mlp.parquet --follow         one line per layer, while it trains
     lrprobe diagnose runs/mlp.parquet              what is wrong, in plain words
-    lrprobe report runs/*.parquet -o report.html   findings, pictures, table, on one page
-    lrprobe demo                                   three small trainings, to have a look
+    lrprobe report runs/*.parquet -o report.html   findings, charts and a table, on one page
+    lrprobe demo                                   three small training runs, to try it out
 """
 
 _EXIT = "exit code: 0 no findings (or nothing to find), 1 findings, 2 a wrong command or path"
@@ -92,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         _report,
         "write one HTML page: findings, heatmaps and charts to explore, table",
-        "Write one self-contained HTML page about one run or several, which are overlaid by the "
-        "names of their parameters. It needs no network to be read, and Matplotlib and Plotly to "
-        "be made: pip install 'lrprobe[plot]'.",
+        "Write one self-contained HTML page about one run or several, which are overlaid by "
+        "parameter name. Reading it needs no network. Creating it needs Matplotlib and Plotly: "
+        "pip install 'lrprobe[plot]'.",
         "lrprobe report runs/mlp.parquet -o mlp.html",
         "lrprobe report runs/*.parquet -o compare.html",
     )
@@ -107,33 +107,39 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "show",
         _show,
-        "the current state of a run, one line a layer",
+        "show the current state of a run, one line per layer",
         "Print the newest recorded step: for each layer the effective learning rate (median and "
-        "p05 to p95 over its elements), the update ratio, and the gradient's norm.",
+        "p05 to p95 over its elements), the update ratio, and the gradient norm.",
         "lrprobe show runs/mlp.parquet",
         "lrprobe show runs/mlp.parquet --follow --by parameter --include weight",
     )
     show.add_argument("runs", nargs=1, metavar="RUN", help="a dataset or a logdir")
-    show.add_argument("--follow", action="store_true", help="go on until Ctrl-C, as steps come")
+    show.add_argument("--follow", action="store_true", help="keep updating until Ctrl-C")
     show.add_argument(
         "--interval", type=_seconds, default=2.0, metavar="SECONDS",
         help="how often to look for new steps with --follow; default: %(default)s",
     )  # fmt: skip
     show.add_argument(
-        "--by", choices=LEVELS, default="module", help="what a line is; default: %(default)s"
+        "--by",
+        choices=LEVELS,
+        default="module",
+        help="what each line describes; default: %(default)s",
     )
     show.add_argument(
-        "--include", type=_pattern, metavar="REGEX", help="only names in which this is found"
+        "--include",
+        type=_pattern,
+        metavar="REGEX",
+        help="only names that match this regular expression",
     )
 
     diagnose = _command(
         commands,
         "diagnose",
         _diagnose,
-        "what is wrong, in plain words",
+        "find out what is wrong",
         "Print findings, most severe first: the layer, the steps, the evidence in numbers, what "
-        "it usually means and what to try. docs/findings.md has a section for each. Notes are no "
-        "faults, and do not count for the exit code.",
+        "it usually means and what to try. docs/findings.md has a section for each. Notes are not "
+        "faults, and do not affect the exit code.",
         "lrprobe diagnose runs/mlp.parquet",
         "lrprobe diagnose runs/mlp.parquet --follow",
         "lrprobe diagnose runs/mlp.parquet --format csv > findings.csv",
@@ -143,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("text", "csv", "json"), default="text", help="default: %(default)s"
     )
     diagnose.add_argument(
-        "--follow", action="store_true", help="go on until Ctrl-C, and print what is new"
+        "--follow", action="store_true", help="keep checking until Ctrl-C, and print new findings"
     )
     diagnose.add_argument(
         "--interval", type=_seconds, default=5.0, metavar="SECONDS",
@@ -156,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         _demo,
         "train three small networks and look at them",
         "Train the network of Zeiler (2012) on scikit-learn's digits with Adadelta, Adam, and SGD "
-        "under a schedule, in under a minute; leave datasets, a TensorBoard logdir, a picture and "
+        "under a schedule, in under a minute; write datasets, a TensorBoard logdir, a picture and "
         "a report. Needs pip install 'lrprobe[demo]'.",
         "lrprobe demo",
         "lrprobe demo --epochs 5 --out runs/quick",
@@ -189,7 +195,7 @@ def _report(options: argparse.Namespace) -> int:
 
     output = Path(options.output)
     if output.is_dir():
-        raise ValueError(f"-o {options.output}: is a folder; name a file, as report.html")
+        raise ValueError(f"-o {options.output}: is a folder; name a file, for example report.html")
     found = report.write(output, *options.runs)
     print(found.summary())
     print(f"Report: {output}")

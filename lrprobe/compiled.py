@@ -31,8 +31,8 @@ def _refuse_one_graph() -> bool:
         name = type(tracer).__name__
         if name.endswith("InstructionTranslator") and getattr(tracer, "one_graph", False):
             raise RuntimeError(
-                "lrprobe: an optimizer with a probe cannot be compiled with fullgraph=True, since "
-                "its hooks run in Python. Leave fullgraph out, or call probe.close() first"
+                "lrprobe: an optimizer with a probe cannot be compiled with fullgraph=True, "
+                "because its hooks run in Python. Omit fullgraph, or call probe.close() first"
             )
         frame = frame.f_back
     return True

@@ -1,10 +1,9 @@
-"""Hands records to sinks in the background, so that no sink ever stops or slows the training.
+"""Passes records to sinks in the background, so that no sink ever stops or slows the training.
 
-One daemon thread makes the records and serves the sinks in memory and on disk. Any other sink may
-wait for a network, or for ever, and has a thread of its own, so that it holds up none of these. A
-sink is called by one thread at a time, however many probes share it. All that a thread works on
-belongs to it alone; others talk to it through one queue, which is safe even from a finalizer that
-interrupts whatever a thread was doing.
+One daemon thread creates the records and serves the sinks in memory and on disk. Any other sink may
+wait for a network, or for ever, so it has its own thread and blocks none of these. One thread at a
+time calls a sink, however many probes share it. Each thread owns the data that it works on. Others
+send it commands through a queue, which is safe even from a finalizer that interrupts a thread.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from lrprobe.sinks.base import Sink
 from lrprobe.text import warn
 
 WAITING_RECORDS = 1000
-"""Bound of the records that wait for the thread (per ``Delivery``), and of those that wait for a
+"""Limit of the records that wait for the thread (per ``Delivery``), and of those that wait for a
 failing sink (per sink)."""
 
 WAITING_BYTES = 256 * 2**20
-"""The same bound in bytes; whichever comes first."""
+"""The same limit in bytes; whichever is reached first."""
 
-_FLUSH_SECS = 1.0  # of a sink that does not say
+_FLUSH_SECS = 1.0  # of a sink without flush_secs
 _PAUSES = (1.0, 60.0)  # seconds to the first retry of a failing sink, doubling up to the second
 _STALL_SECS = 1.0  # how long a hanging sink may hold up the training, once, when all is full
 _EXIT_SECS = 60.0  # how long a hanging sink may hold up close(), or the end of the process
@@ -40,146 +39,148 @@ _NEAR = ("memory", "parquet", "tensorboard", "jsonl")  # modules of the sinks in
 class Delivery:
     """Takes records from the training thread and writes them to sinks in the background.
 
-    A sink that raises keeps its own backlog of up to ``WAITING_RECORDS`` records, is tried again
-    after growing pauses, and does not touch the other sinks; past the bound the oldest are lost.
-    A sink with ``flush()`` is flushed within its ``flush_secs`` (1 where it has none) after a
-    write. What was put is written, too, when the interpreter ends or the object is
-    garbage-collected. In a forked child nothing is written: every method returns at once.
+    A sink that raises has its own backlog of up to ``WAITING_RECORDS`` records and is retried
+    after growing pauses, without affecting the other sinks; beyond the limit the oldest are lost.
+    A sink with ``flush()`` is flushed within its ``flush_secs`` (1 by default) after a write.
+    Records are also written when the interpreter ends or the object is garbage-collected. In a
+    forked child nothing is written: every method returns at once.
 
     Args:
         sinks: where records go, in this order.
-        owned: those of them that ``close`` closes; where deliveries share one, the last of them.
+        owned: the sinks that ``close`` closes; if deliveries share one, the last of them closes it.
 
     Raises:
         RuntimeError: no thread can be started.
     """
 
     def __init__(self, sinks: Sequence[Sink], owned: Iterable[Sink] = ()) -> None:
-        """Start the thread where it does not run."""
+        """Start the threads that are not running."""
         self._sinks = tuple(sinks)
         owned = list(owned)
         far = [sink for sink in sinks if not _is_near(sink)]
-        others = [_Line([sink], _among(owned, [sink]), _courier_of(sink)) for sink in far]
+        others = [_Outbox([sink], _among(owned, [sink]), _worker_of(sink)) for sink in far]
         near = [sink for sink in sinks if _is_near(sink)]
-        self._line = _Line(near, _among(owned, near), _courier, others)
-        for line in self._line.all:
+        self._outbox = _Outbox(near, _among(owned, near), _shared_worker, others)
+        for outbox in self._outbox.all:
             try:
-                line.courier.open(line)
+                outbox.worker.open(outbox)
             except BaseException:
-                self._line.close()
+                self._outbox.close()
                 raise
-        self._finalizer = weakref.finalize(self, _abandon, self._line)
+        self._finalizer = weakref.finalize(self, _abandon, self._outbox)
         self._finalizer.atexit = False  # at exit somebody has to wait, which _at_exit does
 
     def put(self, make: Callable[[], Record | None], nbytes: int = 0) -> bool:
-        """Have the record that ``make`` returns written; takes microseconds.
+        """Schedule the record that ``make`` returns for writing; takes microseconds.
 
-        Where too much waits already, it lets the threads catch up first; where one makes no
-        progress for a second (a sink that hangs), records are lost for it, and counted, until then.
+        If too many records wait already, it lets the threads catch up first. If a thread makes no
+        progress for a second (a sink that hangs), its records are lost, and counted, until it does.
 
         Args:
-            make: run in the background thread; None means that there is nothing to write.
-            nbytes: what ``make`` keeps in memory, for the bound on it.
+            make: called in the background thread; returns None if there is nothing to write.
+            nbytes: memory that ``make`` holds, which counts towards the limit.
 
         Returns:
-            False where it was not taken: too much waits already (that is counted as lost), the
+            False if it was not accepted: too many records wait already (it counts as lost), the
             delivery is closed, or this is a forked child.
         """
-        line = self._line
-        if line.closed or line.pid != os.getpid() or not line.take(nbytes):
+        outbox = self._outbox
+        if outbox.closed or outbox.pid != os.getpid() or not outbox.reserve(nbytes):
             return False
-        others = [other for other in line.others if other.take(nbytes)]
-        line.courier.send(partial(line.courier.deliver, line, make, nbytes, others))
+        others = [other for other in outbox.others if other.reserve(nbytes)]
+        outbox.worker.send(partial(outbox.worker.deliver, outbox, make, nbytes, others))
         return True
 
     def drain(self, timeout: float | None = None, *, near: bool = False) -> bool:
-        """Wait until all that was put has been written, or has failed to be.
+        """Wait until all records have been written, or have failed to be.
 
         Args:
             timeout: seconds to wait at most; None waits as long as it takes.
-            near: for the sinks in memory and on disk alone.
+            near: only for the sinks in memory and on disk.
 
         Returns:
-            False where the time was too short.
+            False if the timeout was too short.
         """
 
-        def ask(line: _Line, done: threading.Event) -> None:
-            line.courier.send(done.set)
+        def ask(outbox: _Outbox, done: threading.Event) -> None:
+            outbox.worker.send(done.set)
 
         return self._wait(ask, timeout, near=near)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """As ``drain``; then try failing sinks again, and flush all.
+        """Do what ``drain`` does; then retry failing sinks, and flush all.
 
-        Without a timeout a sink that is not in memory or on disk is waited for a minute.
+        Without a timeout, it waits a minute for a sink that is not in memory or on disk.
         """
 
-        def ask(line: _Line, done: threading.Event) -> None:
-            line.courier.send(partial(line.courier.flush, line, done))
+        def ask(outbox: _Outbox, done: threading.Event) -> None:
+            outbox.worker.send(partial(outbox.worker.flush, outbox, done))
 
         return self._wait(ask, timeout, patience=_EXIT_SECS)
 
     def close(self, timeout: float | None = None) -> bool:
-        """As ``flush``; then close the sinks that are owned; idempotent.
+        """Do what ``flush`` does; then close the owned sinks; idempotent.
 
-        ``problems`` then says how many records were lost, if any.
+        ``problems`` then reports how many records were lost, if any.
         """
         self._finalizer.detach()
-        if self._line.pid != os.getpid():
+        if self._outbox.pid != os.getpid():
             return True
-        self._line.close()
+        self._outbox.close()
         return self._wait(None, timeout, patience=_EXIT_SECS)
 
     def problems(self) -> list[str]:
-        """Messages since the last call, for the training thread to warn of."""
-        return [message for line in self._line.all for message in line.said()]
+        """Messages since the last call, which the training thread turns into warnings."""
+        return [message for outbox in self._outbox.all for message in outbox.take_messages()]
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
-        """Where records go, sinks that others share among them."""
+        """Where records go, including shared sinks."""
         return self._sinks
 
     @property
     def lost(self) -> int:
         """Records lost so far, counted once for each sink that lacks them."""
-        line = self._line
-        unmade = (line.overflow + line.unmade) * len(self._sinks)
-        late = sum(other.overflow for other in line.others)
-        return unmade + late + sum(sum(each.lost.values()) for each in line.all)
+        outbox = self._outbox
+        unmade = (outbox.overflow + outbox.unmade) * len(self._sinks)
+        late = sum(other.overflow for other in outbox.others)
+        return unmade + late + sum(sum(each.lost.values()) for each in outbox.all)
 
     def _wait(
         self,
-        ask: Callable[[_Line, threading.Event], None] | None,
+        ask: Callable[[_Outbox, threading.Event], None] | None,
         timeout: float | None,
         *,
         near: bool = False,
         patience: float | None = None,
     ) -> bool:
-        """Ask each line for something and wait for it: what the first does the others then have.
+        """Send each outbox a request and wait for it; the first feeds the others, so it goes first.
 
         Args:
-            ask: has the event set when it is done; a line that closes is waited for to finish.
-            timeout: seconds in all; None for no end.
-            near: leave the others out.
-            patience: seconds for each of the others; None for no end.
+            ask: sends the request, which sets the event when done; None waits for the close.
+            timeout: seconds in total; None waits without limit.
+            near: wait only for the sinks in memory and on disk.
+            patience: seconds for each of the other sinks; None waits without limit.
         """
-        if self._line.pid != os.getpid():
+        if self._outbox.pid != os.getpid():
             return True
         end = None if timeout is None else time.monotonic() + timeout
         whole = True
-        for line in self._line.all[:1] if near else self._line.all:
+        for outbox in self._outbox.all[:1] if near else self._outbox.all:
             left = None if end is None else max(0.0, end - time.monotonic())
-            if line is not self._line and patience is not None:
+            if outbox is not self._outbox and patience is not None:
                 left = patience if left is None else min(left, patience)
-            done = line.finished
-            if ask is not None and not line.closed:
+            done = outbox.finished
+            if ask is not None and not outbox.closed:
                 done = threading.Event()
-                ask(line, done)
+                ask(outbox, done)
             since = time.monotonic()
-            if not line.courier.wait(done, left):
+            if not outbox.worker.wait(done, left):
                 whole = False
                 if patience is not None and time.monotonic() - since >= patience:
-                    line.say(f"{_name(line.sinks[0])} did not finish within {patience:g} seconds")
+                    outbox.report(
+                        f"{_name(outbox.sinks[0])} did not finish within {patience:g} seconds"
+                    )
         return whole
 
 
@@ -193,46 +194,47 @@ def _among(owned: Sequence[Sink], sinks: Sequence[Sink]) -> list[Sink]:
     return [one for one in owned if any(one is sink for sink in sinks)]
 
 
-class _Line:
-    """What a ``Delivery`` shares with a thread, which must not keep the ``Delivery`` alive.
+class _Outbox:
+    """The records that wait for a worker, and the sinks they go to.
 
-    Its records go on to ``others``, each a line of one sink that has a thread of its own.
+    It is separate from its ``Delivery`` so that the thread does not keep the ``Delivery`` alive.
+    Its records also go on to ``others``, each the outbox of one sink with its own thread.
     """
 
     def __init__(
         self,
         sinks: Sequence[Sink],
         owned: Iterable[Sink],
-        courier: _Courier,
-        others: Sequence[_Line] = (),
+        worker: _Worker,
+        others: Sequence[_Outbox] = (),
     ) -> None:
         self.sinks = tuple(sinks)
         self.owned = tuple(owned)
-        self.courier = courier
+        self.worker = worker
         self.others = tuple(others)
         self.pid = os.getpid()
-        self.closed = False  # nothing more is taken
-        self.finished = threading.Event()  # all is written
-        self.abandoned = False  # nobody will ask for problems
+        self.closed = False  # accepts nothing more
+        self.finished = threading.Event()  # everything is written
+        self.abandoned = False  # nobody will call problems()
         self.lock = threading.Lock()  # for the counts up to the blank line
         self.waiting = 0
         self.waiting_bytes = 0
         self.overflow = 0
         self.stuck_at = -1  # records that waited when the thread was last seen to hang
 
-        self.hangs = False  # it was waited for in vain at the end of the process
+        self.hangs = False  # it timed out at the end of the process
         self.unmade = 0
-        self.making = True  # False after a failure, so that only the first of a row is told
-        self.lost: Counter[str] = Counter()  # by the name of the sink
+        self.last_was_made = True  # False after a failure: only the first in a row is reported
+        self.lost: Counter[str] = Counter()  # by the sink's name
         self._messages: deque[str] = deque()
 
     @property
-    def all(self) -> tuple[_Line, ...]:
-        """This line, and those that its records go on to."""
+    def all(self) -> tuple[_Outbox, ...]:
+        """This outbox, and the ones that it feeds."""
         return (self, *self.others)
 
-    def take(self, nbytes: int) -> bool:
-        """Make room for a record, which then waits; False where there is none."""
+    def reserve(self, nbytes: int) -> bool:
+        """Reserve room for a record; False if there is none."""
         if self.full(nbytes):
             self.wait_for_room(nbytes)
         with self.lock:
@@ -244,30 +246,30 @@ class _Line:
                 self.waiting_bytes += nbytes
         if above and self.overflow == 1:
             whom = _name(self.sinks[0]) if len(self.sinks) == 1 else "their sinks"
-            self.say(
+            self.report(
                 f"{self.waiting:,} records ({self.waiting_bytes:,} bytes) wait for {whom}, "
-                "which is the bound; records are lost until the sinks keep up"
+                "which is the limit; records are lost until the sinks catch up"
             )
         return not above
 
     def release(self, nbytes: int) -> None:
-        """One that was taken waits no more."""
+        """Free the room of a record that no longer waits."""
         with self.lock:
             self.waiting -= 1
             self.waiting_bytes -= nbytes
 
     def resize(self, nbytes: int, now: int) -> None:
-        """One that was taken has another size now."""
+        """Change the size of a waiting record."""
         with self.lock:
             self.waiting_bytes += now - nbytes
 
     def full(self, nbytes: int) -> bool:
-        """Whether as much waits as may."""
+        """Whether the limit is reached."""
         much = self.waiting_bytes + nbytes > WAITING_BYTES
         return (self.waiting >= WAITING_RECORDS or much) and self.waiting > 0
 
     def wait_for_room(self, nbytes: int) -> None:
-        """Let a thread that works catch up; one that hangs is waited for once, a second long."""
+        """Let a working thread catch up; wait for a hanging one only once, for a second."""
         seen, since = self.waiting, time.monotonic()
         if seen == self.stuck_at:
             return
@@ -280,62 +282,62 @@ class _Line:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self.courier.send(partial(self.courier.close, self))
+            self.worker.send(partial(self.worker.close, self))
 
     def finish(self, until: float, *, close: bool) -> None:
-        """At the end of the process: have all that was put written by then."""
+        """At the end of the process: wait until everything is written, or the time is up."""
         done = self.finished if close else threading.Event()
         if close:
             self.close()
         else:
-            self.courier.send(partial(self.courier.flush, self, done))
+            self.worker.send(partial(self.worker.flush, self, done))
         left = 0.0 if self.hangs else max(0.0, until - time.monotonic())
-        if not self.courier.wait(done, left) and not self.hangs:
+        if not self.worker.wait(done, left) and not self.hangs:
             self.hangs = True
             names = ", ".join(map(_name, self.sinks))
-            self.say(f"{names} did not finish within {_EXIT_SECS:g} seconds")
+            self.report(f"{names} did not finish within {_EXIT_SECS:g} seconds")
 
-    def say(self, message: str) -> None:
+    def report(self, message: str) -> None:
         self._messages.append(message)
 
-    def said(self) -> list[str]:
+    def take_messages(self) -> list[str]:
         messages = []
         while self._messages:
             messages.append(self._messages.popleft())
         return messages
 
 
-class _Channel:
-    """A sink with what it has not written yet. Used by the background thread only."""
+class _BufferedSink:
+    """A sink with the records that it has not written yet. Used by its worker thread only."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
         self.name = _name(sink)
         self.flushes = callable(getattr(sink, "flush", None))
-        self.tells = callable(getattr(sink, "problems", None))
+        self.has_problems = callable(getattr(sink, "problems", None))
         wait = getattr(sink, "flush_secs", _FLUSH_SECS)
         self.flush_secs = wait if isinstance(wait, (int, float)) else _FLUSH_SECS
-        self.lines: list[_Line] = []
+        self.outboxes: list[_Outbox] = []
         self.owned = False
-        self.backlog: deque[tuple[Record, _Line]] = deque()
+        self.backlog: deque[tuple[Record, _Outbox]] = deque()
         self.backlog_bytes = 0
-        self.unflushed: Counter[_Line] = Counter()
+        self.unflushed: Counter[_Outbox] = Counter()
         self.flush_at: float | None = None
-        self.failure = ""  # the cause; empty while all is well
+        self.failure = ""  # the cause; empty while the sink works
         self.pause = _PAUSES[0]
         self.retry_at = 0.0
-        self.dropped = 0  # in this episode of failure
-        self.teller: _Line | None = None
+        self.dropped = 0  # since the sink began to fail
+        self.reporter: _Outbox | None = None
 
     @property
     def due(self) -> float | None:
-        """When something is to be done next."""
+        """When the next flush or retry is due."""
         return self.retry_at if self.failure else self.flush_at
 
-    def offer(self, record: Record, line: _Line) -> None:
-        self.backlog.append((record, line))
+    def add(self, record: Record, outbox: _Outbox) -> None:
+        self.backlog.append((record, outbox))
         self.backlog_bytes += record.nbytes
-        self.teller = line
+        self.reporter = outbox
         if not self.failure:
             self._guarded(self._write_backlog)
         while len(self.backlog) > WAITING_RECORDS or (
@@ -346,55 +348,57 @@ class _Channel:
             loser.lost[self.name] += 1
             self.dropped += 1
 
-    def tend(self, now: float) -> None:
-        """Flush, or try again, where it is time to."""
+    def run_due(self, now: float) -> None:
+        """Flush or retry, if it is time to."""
         if self.due is not None and self.due <= now:
             self.attempt()
 
     def attempt(self) -> bool:
-        """Write what waits and flush, now; False where that failed."""
+        """Write the backlog and flush now; False if that failed."""
         done = self._guarded(self._write_backlog) and self._guarded(self._flush)
         if done and self.failure:
             lost = f", {self.dropped:,} were lost" if self.dropped else ""
-            self._say(f"{self.name} works again; what waited has been written{lost}")
+            self._report(f"{self.name} works again; the waiting records have been written{lost}")
             self.failure, self.pause, self.dropped = "", _PAUSES[0], 0
         return done
 
-    def leave(self, line: _Line) -> bool:
-        """Finish what is there of a line; True where no other line uses the sink."""
-        # A sink that has failed may say so once and then help itself: hence a second time.
+    def detach(self, outbox: _Outbox) -> bool:
+        """Write the records of an outbox; True if no other outbox uses the sink."""
+        # A sink may report a failure once and then recover by itself: hence the second attempt.
         done = self.attempt() or self.attempt()
-        self.lines.remove(line)
-        self.teller = self.lines[0] if self.lines else line
-        waiting = sum(1 for _, theirs in self.backlog if theirs is line)
+        self.outboxes.remove(outbox)
+        self.reporter = self.outboxes[0] if self.outboxes else outbox
+        waiting = sum(1 for _, owner in self.backlog if owner is outbox)
         if not done:
-            self.backlog = deque(entry for entry in self.backlog if entry[1] is not line)
+            self.backlog = deque(entry for entry in self.backlog if entry[1] is not outbox)
             self.backlog_bytes = sum(record.nbytes for record, _ in self.backlog)
-            line.lost[self.name] += waiting
-        unflushed = self.unflushed.pop(line, 0)
+            outbox.lost[self.name] += waiting
+        unflushed = self.unflushed.pop(outbox, 0)
         cause = self.failure
-        if self.owned and not self.lines:
+        if self.owned and not self.outboxes:
             try:
                 self.sink.close()
             except BaseException as error:  # noqa: BLE001 - a sink may raise what it likes
                 cause = _cause(error)
-                line.say(f"{self.name} could not be closed: {cause}")
-                line.lost[self.name] += unflushed
+                outbox.report(f"{self.name} could not be closed: {cause}")
+                outbox.lost[self.name] += unflushed
         elif not done and unflushed:
-            line.say(f"{self.name} may lack the last {unflushed:,} records: {cause}")
-        if line.lost[self.name]:
+            outbox.report(f"{self.name} may lack the last {unflushed:,} records: {cause}")
+        if outbox.lost[self.name]:
             why = f": {cause}" if cause else ""
-            line.say(f"{line.lost[self.name]:,} records were not written to {self.name}{why}")
-        return not self.lines
+            outbox.report(
+                f"{outbox.lost[self.name]:,} records were not written to {self.name}{why}"
+            )
+        return not self.outboxes
 
     def _write_backlog(self) -> None:
         while self.backlog:
-            record, line = self.backlog[0]
+            record, outbox = self.backlog[0]
             self.sink.write(record)
             self.backlog.popleft()
             self.backlog_bytes -= record.nbytes
             if self.flushes:
-                self.unflushed[line] += 1
+                self.unflushed[outbox] += 1
                 if self.flush_at is None:  # a fifth of the time is left for doing it
                     self.flush_at = time.monotonic() + 0.8 * self.flush_secs
 
@@ -407,14 +411,14 @@ class _Channel:
     def _guarded(self, work: Callable[[], None]) -> bool:
         try:
             work()
-            if self.tells:
+            if self.has_problems:
                 for message in self.sink.problems():  # type: ignore[attr-defined]
-                    self._say(str(message))
+                    self._report(str(message))
         except BaseException as error:  # noqa: BLE001 - a sink may raise what it likes
             if not self.failure:
-                self._say(
+                self._report(
                     f"{self.name} failed: {_cause(error)}; its records wait in memory (up to "
-                    f"{WAITING_RECORDS:,}) and are tried again; training goes on"
+                    f"{WAITING_RECORDS:,}) and are retried; training continues"
                 )
             else:
                 self.pause = min(2 * self.pause, _PAUSES[1])
@@ -423,32 +427,32 @@ class _Channel:
             return False
         return True
 
-    def _say(self, message: str) -> None:
-        """Tell it to one line, so that it is told once."""
-        if self.teller is not None:
-            self.teller.say(message)
+    def _report(self, message: str) -> None:
+        """Report to one outbox only, so that the user is warned once."""
+        if self.reporter is not None:
+            self.reporter.report(message)
 
 
-class _Courier:
-    """The background thread and what it works on."""
+class _Worker:
+    """A background thread and the data that it works on."""
 
     def __init__(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # for the two below
         self._thread: threading.Thread | None = None
-        self._lines: set[_Line] = set()
-        self._channels: dict[int, _Channel] = {}
+        self._outboxes: set[_Outbox] = set()
+        self._buffered: dict[int, _BufferedSink] = {}
 
-    # What any thread may call.
+    # Any thread may call these.
 
-    def open(self, line: _Line) -> None:
+    def open(self, outbox: _Outbox) -> None:
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="lrprobe-delivery", daemon=True)
                 thread.start()
                 self._thread = thread
-            self._lines.add(line)
-        self.send(partial(self._attach, line))
+            self._outboxes.add(outbox)
+        self.send(partial(self._attach, outbox))
 
     def send(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -465,83 +469,87 @@ class _Courier:
             if left <= 0 or thread is None or not thread.is_alive():
                 return done.is_set()
 
-    def lines(self) -> list[_Line]:
-        """Those that are not finished."""
+    def outboxes(self) -> list[_Outbox]:
+        """Unfinished outboxes."""
         with self._lock:
-            return list(self._lines)
+            return list(self._outboxes)
 
-    # What only the thread itself calls.
+    # Only the thread itself calls these.
 
     def deliver(
         self,
-        line: _Line,
+        outbox: _Outbox,
         make: Callable[[], Record | None],
         nbytes: int,
-        others: Sequence[_Line] = (),
+        others: Sequence[_Outbox] = (),
     ) -> None:
         try:
             record = make()
-            line.making = True
+            outbox.last_was_made = True
         except BaseException as error:  # noqa: BLE001 - whatever it is, training goes on
             record = None
-            line.unmade += 1
-            if line.making:
-                line.making = False
-                line.say(f"a record could not be made, and is lost: {_cause(error)}")
+            outbox.unmade += 1
+            if outbox.last_was_made:
+                outbox.last_was_made = False
+                outbox.report(f"a record could not be created, and is lost: {_cause(error)}")
         if record is not None:
-            for sink in line.sinks:
-                channel = self._channels.get(id(sink))
-                if channel is not None:
-                    channel.offer(record, line)
-        for other in others:  # each has taken it
+            for sink in outbox.sinks:
+                buffered = self._buffered.get(id(sink))
+                if buffered is not None:
+                    buffered.add(record, outbox)
+        for other in others:  # each has reserved room for it
             if record is None:
                 other.release(nbytes)
             else:
                 other.resize(nbytes, record.nbytes)
-                made = partial(_itself, record)
-                other.courier.send(partial(other.courier.deliver, other, made, record.nbytes))
-        line.release(nbytes)
+                made = partial(_return_it, record)
+                other.worker.send(partial(other.worker.deliver, other, made, record.nbytes))
+        outbox.release(nbytes)
 
-    def flush(self, line: _Line, done: threading.Event) -> None:
+    def flush(self, outbox: _Outbox, done: threading.Event) -> None:
         try:
-            for channel in self._channels_of(line):
-                channel.teller = line
-                channel.attempt()
+            for buffered in self._sinks_of(outbox):
+                buffered.reporter = outbox
+                buffered.attempt()
         finally:
             done.set()
 
-    def close(self, line: _Line) -> None:
+    def close(self, outbox: _Outbox) -> None:
         try:
-            for channel in self._channels_of(line):
-                channel.teller = line
-                if channel.leave(line):
-                    del self._channels[id(channel.sink)]
-            if line.overflow:
-                line.say(f"{line.overflow:,} records were lost while too many waited for the sinks")
-            if line.unmade:
-                line.say(f"{line.unmade:,} records were lost since they could not be made")
+            for buffered in self._sinks_of(outbox):
+                buffered.reporter = outbox
+                if buffered.detach(outbox):
+                    del self._buffered[id(buffered.sink)]
+            if outbox.overflow:
+                outbox.report(
+                    f"{outbox.overflow:,} records were lost while too many waited for the sinks"
+                )
+            if outbox.unmade:
+                outbox.report(
+                    f"{outbox.unmade:,} records were lost because they could not be created"
+                )
         finally:
-            for other in line.others:
+            for other in outbox.others:
                 other.close()
-            if line.abandoned:
-                _unsaid.extend(line.said())
+            if outbox.abandoned:
+                _unreported.extend(outbox.take_messages())
             with self._lock:
-                self._lines.discard(line)
-            line.finished.set()
+                self._outboxes.discard(outbox)
+            outbox.finished.set()
 
-    def _attach(self, line: _Line) -> None:
-        for sink in line.sinks:
-            channel = self._channels.setdefault(id(sink), _Channel(sink))
-            if line not in channel.lines:
-                channel.lines.append(line)
-            channel.owned |= any(sink is one for one in line.owned)
+    def _attach(self, outbox: _Outbox) -> None:
+        for sink in outbox.sinks:
+            buffered = self._buffered.setdefault(id(sink), _BufferedSink(sink))
+            if outbox not in buffered.outboxes:
+                buffered.outboxes.append(outbox)
+            buffered.owned |= any(sink is one for one in outbox.owned)
 
-    def _channels_of(self, line: _Line) -> list[_Channel]:
-        return [channel for channel in self._channels.values() if line in channel.lines]
+    def _sinks_of(self, outbox: _Outbox) -> list[_BufferedSink]:
+        return [buffered for buffered in self._buffered.values() if outbox in buffered.outboxes]
 
     def _run(self) -> None:
         while True:
-            due = [channel.due for channel in self._channels.values() if channel.due is not None]
+            due = [buffered.due for buffered in self._buffered.values() if buffered.due is not None]
             wait = max(0.0, min(due) - time.monotonic()) if due else None
             try:
                 command = self._commands.get(timeout=wait)
@@ -551,20 +559,20 @@ class _Courier:
                 try:
                     command()
                 except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
-                    _unsaid.append(f"the delivery of records failed: {_cause(error)}")
+                    _unreported.append(f"the delivery of records failed: {_cause(error)}")
                 # Or the frame of a waiting thread would keep the last record alive.
                 del command
             now = time.monotonic()
-            for channel in self._channels.values():
-                channel.tend(now)
+            for buffered in self._buffered.values():
+                buffered.run_due(now)
             with self._lock:
-                if not self._lines and self._commands.empty():
+                if not self._outboxes and self._commands.empty():
                     self._thread = None
                     return
 
 
 def _name(sink: Sink) -> str:
-    """The sink as messages call it."""
+    """The sink's name in messages."""
     if type(sink).__repr__ is object.__repr__:
         return type(sink).__name__
     try:
@@ -577,67 +585,69 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _abandon(line: _Line) -> None:
-    """What a garbage-collected ``Delivery`` leaves: nobody waits, and no lock may be taken."""
-    if line.pid == os.getpid():
-        for each in line.all:
+def _abandon(outbox: _Outbox) -> None:
+    """Finish for a garbage-collected ``Delivery``: nobody waits, and taking a lock is not safe."""
+    if outbox.pid == os.getpid():
+        for each in outbox.all:
             each.abandoned = True
-        line.close()
+        outbox.close()
 
 
-def _itself(record: Record) -> Record:
+def _return_it(record: Record) -> Record:
     return record
 
 
-_unsaid: deque[str] = deque()
-"""Problems of lines that nobody will ask, told at exit."""
-_courier = _Courier()
-_couriers: weakref.WeakValueDictionary[int, _Courier] = weakref.WeakValueDictionary()
-"""id of a sink that has a thread of its own to that; its lines and the thread keep it alive."""
+_unreported: deque[str] = deque()
+"""Problems of abandoned outboxes, reported at exit."""
+_shared_worker = _Worker()
+_own_workers: weakref.WeakValueDictionary[int, _Worker] = weakref.WeakValueDictionary()
+"""id of a sink with its own thread to its worker; its outboxes and the thread keep that alive."""
 
 
-def _courier_of(sink: Sink) -> _Courier:
-    found = _couriers.get(id(sink))
+def _worker_of(sink: Sink) -> _Worker:
+    found = _own_workers.get(id(sink))
     if found is None:
-        found = _couriers[id(sink)] = _Courier()
+        found = _own_workers[id(sink)] = _Worker()
     return found
 
 
 def _after_fork() -> None:
-    """Give a forked child a courier of its own: locks and threads of the old are its parent's."""
-    global _courier  # noqa: PLW0603 - one for the process is what it is
-    _courier = _Courier()
-    _couriers.clear()
-    _unsaid.clear()
+    """Give a forked child its own worker: locks and threads of the old one are the parent's."""
+    global _shared_worker  # noqa: PLW0603 - one for the process is what it is
+    _shared_worker = _Worker()
+    _own_workers.clear()
+    _unreported.clear()
 
 
 def _finish(*, close: bool) -> None:
-    """Write all that was put: what is near first, then the others, a minute for each of the two."""
-    near = _courier.lines()
-    far = [line for each in list(_couriers.values()) for line in each.lines()]
-    for lines in (near, far):
+    """Write everything: sinks in memory and on disk first, then the others; a minute for each."""
+    near = _shared_worker.outboxes()
+    far = [outbox for each in list(_own_workers.values()) for outbox in each.outboxes()]
+    for outboxes in (near, far):
         until = time.monotonic() + _EXIT_SECS
-        for line in lines:
-            line.finish(until, close=close)
+        for outbox in outboxes:
+            outbox.finish(until, close=close)
     if close:
-        _unsaid.extend(message for line in (*near, *far) for message in line.said())
+        _unreported.extend(
+            message for outbox in (*near, *far) for message in outbox.take_messages()
+        )
 
 
 def _before_threads_end() -> None:
-    # A forked multiprocessing.Process ends without atexit, but not without this.
+    # A forked multiprocessing.Process ends without running atexit, but runs this.
     _finish(close=False)
 
 
 def _at_exit() -> None:
-    # After the non-daemon threads have ended: one of them may have been the training.
+    # The non-daemon threads have ended by now: one of them may have been the training.
     _finish(close=True)
-    while _unsaid:
-        warn(_unsaid.popleft())
+    while _unreported:
+        warn(_unreported.popleft())
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-# Not public, but there since 3.9 and what concurrent.futures relies on; atexit does all but the
-# case above.
+# Not public, but available since 3.9, and concurrent.futures relies on it. atexit covers everything
+# but the case above.
 getattr(threading, "_register_atexit", lambda _: None)(_before_threads_end)
 atexit.register(_at_exit)

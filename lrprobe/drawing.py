@@ -140,7 +140,7 @@ def only(frame: pd.DataFrame, *figures: str) -> pd.DataFrame:
     for name in figures:
         if name not in numbers:
             there = ", ".join(map(str, numbers))
-            raise ValueError(f"no figures {name!r} in the frame: there are {there}")
+            raise ValueError(f"the frame has no numeric column {name!r}; it has {there}")
     keys = [key for key in ("step", *LINES, *PANELS) if key in frame]
     return frame[list(dict.fromkeys((*keys, *figures)))]
 
@@ -148,13 +148,15 @@ def only(frame: pd.DataFrame, *figures: str) -> pd.DataFrame:
 def need_rows(frame: pd.DataFrame) -> None:
     """Refuse a frame without rows."""
     if len(frame) == 0:
-        raise ValueError("the frame has no rows: no step was recorded yet, or all were filtered")
+        raise ValueError(
+            "the frame has no rows: no step was recorded yet, or all were filtered out"
+        )
 
 
 def need(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
     """Refuse a table without these columns."""
     if missing := [name for name in columns if name not in table]:
-        raise ValueError(f"the table has no {missing[0]!r}; one from {source} has")
+        raise ValueError(f"the table has no column {missing[0]!r}; a table from {source} has it")
 
 
 def short(name: str, most: int = 40) -> str:
@@ -182,8 +184,8 @@ def not_too_many(panels: Mapping[str, Any], parameters: object, axes: object) ->
     """How many panels; refused where nobody asked for so many."""
     if len(panels) > MAX_PANELS and parameters is None and axes is None:
         raise ValueError(
-            f"{len(panels)} panels are too many to read: choose with `parameters=`, a regular "
-            "expression or a list of names, draw a heatmap, or take a frame made by="
+            f"{len(panels)} panels are too many to read: select some with `parameters=` (a regular "
+            "expression or a list of names), draw a heatmap, or use a frame with by="
             '"module" or by="model"'
         )
     return len(panels)
@@ -210,7 +212,7 @@ def panels_of(
         missing = [name for name in chosen if name not in names]
     if missing:
         known = ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "")
-        raise ValueError(f"no {key} matches {', '.join(map(repr, missing))}: there are {known}")
+        raise ValueError(f"no {key} matches {', '.join(map(repr, missing))}; there are {known}")
     title = "group {}" if key == "group" else "{}"
     return {title.format(name): rows[name] for name in chosen}
 
@@ -265,7 +267,7 @@ def axes_of(
     if given is not None:
         array = np.array([given] if isinstance(given, Axes) else given, dtype=object).ravel()
         if len(array) != count:
-            raise ValueError(f"{count} panels need as many axes; {len(array)} were given")
+            raise ValueError(f"{count} panels need as many axes; got {len(array)}")
         return array
     columns = min(count, columns)
     rows = math.ceil(count / columns)

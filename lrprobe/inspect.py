@@ -26,17 +26,17 @@ class StepView:
     """One parameter's step: θ_after = θ_before · (1 − decay) − effective_lr ⊙ direction.
 
     Tensors have the parameter's shape, in float64 for float64 parameters, else float32. Those of
-    a complex parameter are complex, and hold the figure of each real and imaginary part.
+    a complex parameter are complex, and hold the value for each real and imaginary part.
 
     Attributes:
-        effective_lr: the factor of each element's direction; NaN where it was measured and the
+        effective_lr: the factor of each element's direction; NaN if it was measured and the
             gradient is 0.
-        direction: what it multiplies, by the optimizer's rule.
+        direction: what the rate multiplies, according to the optimizer's rule.
         decay: the decoupled weight decay of this step.
         update: Δθ as intended, before the parameter's dtype rounds it, decay included.
         rule: name of the rule, or ``measured``.
-        error: how far the rule is from the step really taken, as ``reconstruction_error`` in the
-            frame; NaN where nothing moved or there is no rule.
+        error: how far the rule is from the actual step, as ``reconstruction_error`` in the
+            frame; NaN if nothing moved or there is no rule.
     """
 
     effective_lr: Tensor
@@ -73,7 +73,7 @@ class Steps(Mapping[str, StepView]):
                 "no step was taken inside inspect_step: call optimizer.step() in the with block"
             )
         if name not in self._views:
-            raise KeyError(f"{name!r} took no step; these did: {', '.join(self._views)}")
+            raise KeyError(f"{name!r} took no step; these parameters did: {', '.join(self._views)}")
         return self._views[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -93,7 +93,7 @@ class Steps(Mapping[str, StepView]):
 def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Steps]:
     """Reconstruct everything about the step taken inside the ``with`` block, per element.
 
-    It keeps a copy of the parameters while it is open.
+    Keeps a copy of the parameters while it is open.
 
     Args:
         optimizer: as for :func:`lrprobe.attach`.
@@ -103,13 +103,13 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
         Name to :class:`StepView`, filled when ``optimizer.step()`` returns.
 
     Raises:
-        TypeError: if it is not an optimizer, or the model not a module.
+        TypeError: if ``optimizer`` is not an optimizer, or ``model`` is not a module.
     """
     names = parameter_names(model)
     steps = Steps()
     handles = []
     for each in find_optimizers(optimizer).values():
-        watch = _Watch(names, steps)
+        watch = _StepWatcher(names, steps)
         handles.append(each.register_step_pre_hook(watch.before))
         handles.append(each.register_step_post_hook(watch.after))
     try:
@@ -119,7 +119,7 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
             handle.remove()
 
 
-class _Watch:
+class _StepWatcher:
     def __init__(self, names: Mapping[int, str], steps: Steps) -> None:
         self._names = names
         self._steps = steps
@@ -230,7 +230,7 @@ def step_error(
 
 
 def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The rate that each element got in the last step, from the optimizer's state alone.
+    """Return the rate of each element in the last step, from the optimizer's state alone.
 
     Call it right after ``optimizer.step()``, before a scheduler changes the rate or the next
     backward pass changes the gradients.
@@ -240,12 +240,12 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
         model: gives the parameters their names.
 
     Returns:
-        Name to a tensor of the parameter's shape; parameters that have not stepped are left out.
+        Name to a tensor of the parameter's shape; parameters that have not stepped are omitted.
 
     Raises:
-        TypeError: if it is not an optimizer, or the model not a module.
-        RuntimeError: before the first step, or where the state no longer tells the rate;
-            ``inspect_step`` then does.
+        TypeError: if ``optimizer`` is not an optimizer, or ``model`` is not a module.
+        RuntimeError: before the first step, or if the state no longer determines the rate; use
+            ``inspect_step`` then.
     """
     names = parameter_names(model)
     rates: dict[str, Tensor] = {}
@@ -254,7 +254,7 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
         kind = type(each).__name__
         if rule is None or rule.before is not None:
             raise RuntimeError(
-                f"the state of {kind} after a step does not tell its effective rate; "
+                f"the state of {kind} after a step does not determine its effective rate; "
                 "use lrprobe.inspect_step around optimizer.step()"
             )
         found = {}
@@ -268,8 +268,8 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
                 found[name] = _last_rate(param, state, group, rule, kind, zeroed=zeroed)
         if not found:
             raise RuntimeError(
-                f"the state of {kind} tells of no step: call effective_lr after optimizer.step() "
-                "and before zero_grad(), or use lrprobe.inspect_step around it"
+                f"the state of {kind} shows no step: call effective_lr after optimizer.step() "
+                "and before zero_grad(), or use lrprobe.inspect_step around the step"
             )
         rates |= found
     return rates
@@ -291,8 +291,8 @@ def _last_rate(
 ) -> Tensor:
     if rule.needs_grad and (param.grad is None or zeroed):
         raise RuntimeError(
-            f"the effective rate of {kind} depends on the gradient of the step, which is gone "
-            "(zero_grad?): call effective_lr before it, or use lrprobe.inspect_step"
+            f"the effective rate of {kind} depends on the gradient of the step, which is gone: "
+            "call effective_lr before zero_grad(), or use lrprobe.inspect_step"
         )
     if param.grad is None:
         blank = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
@@ -303,7 +303,7 @@ def _last_rate(
         _, update = reconstruct(entry, group, rule)
     except Exception as error:
         raise RuntimeError(
-            f"the state of {kind} does not tell its effective rate ({type(error).__name__}: "
+            f"the state of {kind} does not determine its effective rate ({type(error).__name__}: "
             f"{error}); use lrprobe.inspect_step around optimizer.step()"
         ) from error
     rate: Any = update.effective_lr

@@ -39,9 +39,7 @@ def parameter_names(model: nn.Module | None) -> dict[int, str]:
     if model is None:
         return {}
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module or None, since it gives the names; got {kind(model)}"
-        )
+        raise TypeError(f"model must be a torch.nn.Module or None; got {kind(model)}")
     # Looked up among what is imported: a class that is not loaded has no instances.
     wrappers = [
         (getattr(sys.modules[module], name), attribute)

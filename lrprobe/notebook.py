@@ -47,7 +47,7 @@ def probe_html(probe: Probe) -> str:
 
 
 def step_html(view: StepView) -> str:
-    """The figures of one parameter's step, over its elements."""
+    """Statistics of one parameter's step, over its elements."""
     import torch
 
     rows = []
@@ -67,12 +67,12 @@ def step_html(view: StepView) -> str:
 class Explorer:
     """The interactive view of a frame; a notebook shows it inline.
 
-    Made by :func:`explore`.
+    Made by :func:`lrprobe.explore`.
 
     Args:
         page: the whole page.
-        height: in pixels, of the part of a notebook that it takes.
-        words: what is in it.
+        height: of the view in a notebook, in pixels.
+        words: summary of its contents.
     """
 
     def __init__(self, page: str, height: int, words: str) -> None:
@@ -100,21 +100,21 @@ class Explorer:
 
 
 def explore(frame: pd.DataFrame, *, height: int = 820) -> Explorer:
-    """Look at a frame interactively: heatmaps, charts of what one clicks on, findings.
+    """Explore a frame interactively: heatmaps, charts of what you click on, findings.
 
-    It is the view of TensorBoard's tab LRPROBE and of ``lrprobe report``. All that it shows is
-    inside: it needs no network and no running kernel.
+    This is the view of TensorBoard's tab LRPROBE and of ``lrprobe report``. It contains all of its
+    data, so it needs neither a network nor a running kernel.
 
     Args:
         frame: from ``Probe.frame`` or ``lrprobe.read``, of one run or several.
-        height: in pixels, in a notebook.
+        height: of the view in a notebook, in pixels.
 
     Returns:
-        What a notebook displays as the view; elsewhere its ``save`` writes an HTML file.
+        An object that a notebook displays as the view; its ``save`` writes an HTML file.
 
     Raises:
         ImportError: Plotly is not installed.
-        ValueError: the frame has no rows, or no figures.
+        ValueError: the frame has no rows, or no numeric columns.
 
     Example:
         >>> import torch, lrprobe
@@ -133,7 +133,9 @@ def explore(frame: pd.DataFrame, *, height: int = 820) -> Explorer:
     from lrprobe.view.table import FIGURES, tables_of
 
     if not len(frame):
-        raise ValueError("the frame has no rows: no step was recorded yet, or all were filtered")
+        raise ValueError(
+            "the frame has no rows: no step was recorded yet, or all were filtered out"
+        )
     tables = [each for each in tables_of(frame) if set(FIGURES) & set(each.figures)]
     if not tables:
         raise ValueError(f"the frame has none of the columns {', '.join(FIGURES)}")

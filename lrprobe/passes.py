@@ -24,7 +24,7 @@ class Passes:
         self._told = 0
         self._instead: Sequence[Callable[[], Tensor | None]] = ()
         self._params: Sequence[Callable[[], Tensor | None]] = ()
-        self._counters: list[_Counter] = []
+        self._counters: list[_PassCounter] = []
 
     def watch(self, params: Sequence[Callable[[], Tensor | None]]) -> None:
         """Choose among these parameters."""
@@ -69,14 +69,14 @@ class Passes:
         chosen = [found[last * i // max(most - 1, 1)] for i in range(most)]
         # One that is watched stays so: its hooks may be running just now, and must not change then.
         known = {id(p): c for c in self._counters if (p := c.param()) is not None}
-        counters = [known.get(id(p)) or _Counter(ref, p) for ref, p in chosen]
+        counters = [known.get(id(p)) or _PassCounter(ref, p) for ref, p in chosen]
         for counter in self._counters:
             if counter not in counters:
                 counter.remove()
         self._counters = counters
 
 
-class _Counter:
+class _PassCounter:
     """Counts the passes that one parameter takes part in since its gradient began."""
 
     def __init__(self, ref: Callable[[], Tensor | None], param: Tensor) -> None:

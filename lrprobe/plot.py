@@ -1,9 +1,9 @@
-"""Pictures of a frame: a function takes one and gives back the Matplotlib axes it drew on.
+"""Plots of a frame: each function accepts one and returns the Matplotlib axes it drew on.
 
 ``rate``, ``compare``, ``update_ratio`` and ``heatmap`` draw a frame, ``histograms`` and ``traces``
-what ``Probe.histograms`` and ``Probe.elements`` give; ``lrprobe.read`` gives all three. What has a
-panel for each parameter takes and gives back an array of ``axes``; what is one picture, one ``ax``.
-Matplotlib is imported when something is drawn, not before.
+what ``Probe.histograms`` and ``Probe.elements`` return; ``lrprobe.read`` returns all three.
+Functions with a panel per parameter accept and return an array of ``axes``; those with a single
+panel, one ``ax``. Matplotlib is imported when something is drawn, not before.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def rate(
 ) -> AxesArray:
     """Draw the effective learning rate over the steps: the median in a band from p05 to p95.
 
-    There is one panel for each parameter, and in it one line for each run and optimizer.
+    Each parameter has a panel, with one line for each run and optimizer.
 
     Args:
-        frame: from ``Probe.frame`` or ``lrprobe.read``. Where it was made ``by`` module or group,
-            the panels are those; where ``by`` model, there is one.
-        parameters: which panels: a regular expression (``re.search``), or names in the order
-            wanted. By default all.
+        frame: from ``Probe.frame`` or ``lrprobe.read``. With ``by="module"`` or ``"group"``, the
+            panels are modules or groups; with ``by="model"``, there is one panel.
+        parameters: which panels: a regular expression (``re.search``), or names in the desired
+            order. By default all.
         axes: where to draw: as many ``Axes`` as panels, in any shape. By default a new figure.
 
     Returns:
@@ -76,8 +76,8 @@ def rate(
     Raises:
         ImportError: Matplotlib is not installed.
         ValueError: the frame is empty or has no such parameter; ``axes`` are not as many as the
-            panels; or there are more than 24 panels and neither says that this is meant. (For more,
-            there is ``heatmap``.)
+            panels; or there are more than 24 panels and neither argument asks for them. (For more,
+            use ``heatmap``.)
 
     Example:
         >>> import torch, lrprobe
@@ -101,11 +101,11 @@ def compare(
     *,
     axes: Axes | Iterable[Any] | None = None,
 ) -> AxesArray:
-    """Draw one column over the steps, to compare runs: a panel a parameter, a line a run.
+    """Draw one column over the steps, to compare runs: one panel per parameter, one line per run.
 
     Args:
-        frame: from ``lrprobe.read`` of several paths, whose column ``run`` names the lines. Made
-            ``by="model"``, it has one panel.
+        frame: from ``lrprobe.read`` of several paths, whose column ``run`` names the lines. With
+            ``by="model"``, there is one panel.
         value: the column.
         parameters: which panels, as for ``rate``.
         axes: where to draw, as for ``rate``.
@@ -115,7 +115,7 @@ def compare(
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: as for ``rate``; or the frame has no such column of figures.
+        ValueError: as for ``rate``; or the frame has no such numeric column.
 
     Example:
         >>> import pandas as pd, lrprobe
@@ -136,9 +136,9 @@ def update_ratio(
 ) -> Axes:
     """Draw the update ratio ‖Δθ‖/‖θ‖ of all parameters over the steps, with a guide at 1e-3.
 
-    About 1e-3 is what a weight matrix often has while it learns well: a rule of thumb (Karpathy's),
-    not a law. Up to seven lines have a colour each; of more, the three that end lowest and the
-    three that end highest have, and the others are grey.
+    A weight matrix that learns well often has about 1e-3: a rule of thumb (Karpathy's), not a law.
+    Up to seven lines have their own colours. If there are more, the three that end lowest and the
+    three that end highest have colours, and the others are grey.
 
     Args:
         frame: from ``Probe.frame`` or ``lrprobe.read``.
@@ -193,15 +193,15 @@ def heatmap(
 ) -> Axes:
     """Draw one column of all parameters over the steps as colours, on a logarithmic scale.
 
-    A row is a parameter, in the order of the frame. Grey is where there is nothing to show on such
-    a scale: no step, or a figure that is 0. Of thousands of steps, 1,000 are drawn; of hundreds of
-    names, 40 are written.
+    A row is a parameter, in the order of the frame. Grey means that there is nothing to show on a
+    logarithmic scale: no step, or a value of 0. At most 1,000 steps are drawn, and at most 40 names
+    are written.
 
     Args:
         frame: from ``Probe.frame`` or ``lrprobe.read``, of one run.
         value: the column.
         parameters: which rows, as ``rate`` chooses panels.
-        ax: where to draw; by default a new figure. The colour bar takes its room from it.
+        ax: where to draw; by default a new figure. The colour bar takes its space from it.
 
     Returns:
         The axes.
@@ -247,10 +247,10 @@ def histograms(
     *,
     axes: Axes | Iterable[Any] | None = None,
 ) -> AxesArray:
-    """Draw how the effective rates of a parameter's elements are spread, over the steps.
+    """Draw the distribution of the effective rate over a parameter's elements, over the steps.
 
-    There is one panel for each parameter (and run and optimizer); across are the steps, up the
-    rate, and the colour is the share of the elements.
+    Each parameter (and run and optimizer) has a panel. The x-axis is the step, the y-axis the rate,
+    and the colour the fraction of the elements.
 
     Args:
         table: from ``Probe.histograms`` or ``lrprobe.read(..., table="histograms")``.
@@ -297,8 +297,8 @@ def traces(
 ) -> AxesArray:
     """Draw the tracked elements over the steps: their rates left, their updates right.
 
-    This is Fig. 2 of Zeiler (2012). There is a row of two panels for each parameter, and a line for
-    each element.
+    This is Fig. 2 of Zeiler (2012). Each parameter has a row of two panels, with a line for each
+    element.
 
     Args:
         table: from ``Probe.elements`` of a probe that was attached with ``track``, or from

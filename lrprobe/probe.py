@@ -1,4 +1,4 @@
-"""attach and Probe: what is recorded of an optimizer, and what a user has of it.
+"""attach and Probe: record an optimizer, and return the records to the user.
 
 step hook → engine: rule → figures of each piece → recorder → record → sinks
 """
@@ -57,32 +57,33 @@ def attach(
     Args:
         optimizer: a ``torch.optim.Optimizer``, a wrapper around one (``.optimizer``, ``.optim``), a
             list of them, or a dict of name to optimizer.
-        model: gives the parameters their names; without it the groups' ``param_names``, else
-            ``group0.param3``.
-        to: where records go beside memory: a path ending in ``.parquet`` (a dataset), another path
+        model: provides the parameters' names. Without it, names come from the groups'
+            ``param_names``, or are ``group0.param3``.
+        to: where records go, in addition to memory: a path ending in ``.parquet`` (a dataset),
+        another path
             (a TensorBoard logdir), a ``SummaryWriter``, a sink, or a list of these. Memory is
-            bounded by 256 MiB; pass a ``sinks.Memory`` of your own to change that.
-        every: record step 1 and every multiple of this, or the steps for which this function of
-            the step is true.
+            limited to 256 MiB; pass your own ``sinks.Memory`` to change that.
+        every: a period, or a function of the step that returns whether to record it. With a
+            period, lrprobe records the first step after ``attach`` and every multiple of it.
         include: regular expressions (``re.search``); only parameters with a matching name are
             recorded.
         exclude: the same, for parameters that are not recorded.
-        track: how many elements of each parameter to record exactly (``Probe.elements``); drawn
-            the same in every run.
-        batch_size: samples in one backward pass. The passes of each step are counted, and give
+        track: how many elements of each parameter to record exactly (``Probe.elements``). The same
+            elements are drawn in every run.
+        batch_size: samples in one backward pass. lrprobe then counts the passes of each step, for
             the columns ``samples`` and ``lr_per_sample``.
-        step: where to start counting, or a function that gives the trainer's own step. By default
-            the count goes on from the optimizer's state, else from 0.
-        on_finding: called with each new ``Finding`` while the training runs, once, in a thread of
-            its own; :mod:`lrprobe.alerts` has some ready-made.
-        process_group: of ``torch.distributed``, where not all ranks attach. All of its ranks must
+        step: where to start counting, or a function that returns the trainer's own step. By
+            default the count continues from the optimizer's state, or starts at 0.
+        on_finding: called once with each new ``Finding`` during the training, in a separate
+            thread; :mod:`lrprobe.alerts` has ready-made callbacks.
+        process_group: a ``torch.distributed`` group, if not all ranks attach. All of its ranks must
             call ``attach``; the lowest writes, and its probe has the frame. By default all ranks.
 
     Returns:
-        The probe. It lives as long as the optimizer, also where it is not kept.
+        The probe. It lives as long as the optimizer, even if you keep no reference to it.
 
     Raises:
-        TypeError: if an argument is of a kind that is not listed above.
+        TypeError: if an argument has a type that is not listed above.
         ValueError: if a value is out of range, a regular expression does not compile, or a
             destination has an ending or scheme that no sink writes; on every rank, if the ranks'
             parameters or arguments cannot be merged.
@@ -122,7 +123,7 @@ def _attached(
         chosen.see(name for _, name, _ in name_parameters(each, now))
     params = {id(p) for each in optimizers.values() for g in each.param_groups for p in g["params"]}
     if now and not params & now.keys():
-        warn("the model has none of the optimizer's parameters, so that it names none of them")
+        warn("the model has none of the optimizer's parameters, so it does not name them")
     found = targets(to)
     places = [target.place for target in found if target.place is not None]
     # A sink may be shared, but not twice by one optimizer; memory alone is a destination too.
@@ -159,7 +160,7 @@ def _attached(
 
 
 def _history(sinks: Sequence[Any], attempt: int) -> Callable[[], pd.DataFrame | None] | None:
-    """Gives what the dataset that is continued has of earlier attempts."""
+    """A function that returns what earlier attempts recorded in the dataset being continued."""
     if attempt:
         for sink in sinks:
             if isinstance(sink, Parquet):
@@ -168,9 +169,9 @@ def _history(sinks: Sequence[Any], attempt: int) -> Callable[[], pd.DataFrame | 
 
 
 class Probe:
-    """Records the steps of the optimizers it is attached to; made by :func:`attach`.
+    """Records the steps of the optimizers it is attached to; created by :func:`attach`.
 
-    A context manager: leaving it closes it.
+    It is also a context manager, which closes the probe at the end.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -178,7 +179,7 @@ class Probe:
 
     @property
     def step(self) -> int:
-        """The last step taken, recorded or not; of several optimizers, the furthest."""
+        """The last step, recorded or not; with several optimizers, the highest."""
         return self._recorder.step
 
     def frame(self, by: Level = "parameter") -> pd.DataFrame:
@@ -189,7 +190,7 @@ class Probe:
 
         Raises:
             ValueError: for another ``by``.
-            RuntimeError: if memory was turned off (``max_bytes=0``), or if this is not rank 0 of
+            RuntimeError: if memory is turned off (``max_bytes=0``), or if this is not rank 0 of
                 the probe's process group, which alone has the frame.
         """
         self._recorder.wait()
@@ -206,13 +207,13 @@ class Probe:
         return self._memory.histograms()
 
     def findings(self) -> Findings:
-        """What the recorded steps so far point to, as :func:`lrprobe.diagnose` says it.
+        """Findings of :func:`lrprobe.diagnose` in the steps recorded so far.
 
-        Of a dataset that is continued, what earlier attempts recorded counts, too. Until the probe
-        is closed, nothing is said that the rest of the run may change.
+        If a dataset is continued, they include what earlier attempts recorded. Until the probe is
+        closed, findings that the rest of the run may refute are withheld.
 
         Raises:
-            RuntimeError: as ``frame`` does.
+            RuntimeError: as for ``frame``.
         """
         import pandas as pd
 
@@ -225,11 +226,11 @@ class Probe:
         return diagnose(frame, ongoing=not self._recorder.closed)
 
     def flush(self) -> None:
-        """Write all that was recorded so far, and make sinks that buffer do the same."""
+        """Write everything recorded so far, and flush sinks that buffer."""
         self._recorder.flush()
 
     def close(self) -> None:
-        """Remove the hooks, write what is left, and close the sinks opened here; idempotent."""
+        """Remove the hooks, write the remaining records, close the owned sinks; idempotent."""
         self._recorder.close()
 
     def __enter__(self) -> Self:
@@ -239,32 +240,35 @@ class Probe:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the counts stand, as plain values, to go into a checkpoint."""
+        """Return the step counts as plain values, for a checkpoint."""
         state: dict[str, Any] = {"steps": self._recorder.steps()}
         if self._recorder.live is not None:
             state["told"] = [list(key) for key in self._recorder.live.told]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where another probe stood, or this one earlier.
+        """Continue counting where another probe, or this one, was when it saved the state.
 
-        Where that is before a step that was recorded, a new ``attempt`` begins, which supersedes
-        what was recorded from there on.
+        If that is before a recorded step, a new ``attempt`` begins, which supersedes the records
+        from there on.
 
         Raises:
-            ValueError: if it was of other optimizers.
+            ValueError: if the state belongs to other optimizers.
         """
         if "steps" not in state:
-            raise ValueError(f"this is no Probe.state_dict(): it has {sorted(state)}, not 'steps'")
+            raise ValueError(
+                f"this is not a Probe.state_dict(): it has {sorted(state)} and no 'steps'"
+            )
         steps = state["steps"]
         names = {hooks.name for hooks in self._recorder.hooks}
         if set(steps) != names:
             raise ValueError(
-                f"this state is of the optimizers {sorted(steps)}; the probe has {sorted(names)}"
+                f"this state belongs to the optimizers {sorted(steps)}; "
+                f"the probe has {sorted(names)}"
             )
         self._recorder.go_on_from(steps)
         if self._recorder.live is not None:
-            self._recorder.live.forget_none(state.get("told", ()))
+            self._recorder.live.mark_told(state.get("told", ()))
 
     def __repr__(self) -> str:
         hooks = self._recorder.hooks
@@ -280,8 +284,8 @@ class Probe:
     def _memory(self) -> Memory:
         if self._recorder.memory is None:
             raise RuntimeError(
-                f"this is rank {self._recorder.rank} of the probe's process group, and rank 0 has "
-                "what was recorded: ask there (if rank == 0: ...), or lrprobe.read() what it writes"
+                f"this is rank {self._recorder.rank} of the probe's process group, and only rank 0 "
+                "has the records: ask there (if rank == 0: ...), or lrprobe.read() what it writes"
             )
         return self._recorder.memory
 
@@ -353,6 +357,6 @@ def _close(older: Mapping[Recorder, Sequence[str]]) -> None:
     for each, same in older.items():
         warn(
             f"another probe was recording to {listed(same)}: it is closed, and this "
-            "one takes its place. (For several optimizers attach once, with a list.)"
+            "one replaces it. (For several optimizers, attach once, with a list.)"
         )
         each.close()

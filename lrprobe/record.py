@@ -1,4 +1,4 @@
-"""What a sink gets: one recorded step as columns. Knows neither torch nor a backend."""
+"""What a sink receives: one recorded step as columns. Independent of torch and backends."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ class Record:
         optimizer: name of the optimizer.
         tables: per level the columns of ``frame_columns(level)``.
         edges: per row of the parameter table, the n + 1 ascending edges of a histogram of the
-            effective rate; empty where the row has no rate.
+            effective rate; empty if the row has no rate.
         counts: the n counts that belong to them.
-        elements: ``ELEMENT_COLUMNS`` of the tracked elements; no rows where nothing is tracked.
+        elements: ``ELEMENT_COLUMNS`` of the tracked elements; no rows if nothing is tracked.
         run: hyperparameters and versions, as plain JSON values; the same object for every record
             until a hyperparameter that is not scheduled changes.
     """
@@ -141,7 +141,7 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the figures (names are shared between records and not counted)."""
+        """Bytes of the arrays (names are shared between records and not counted)."""
         arrays = [a for t in self.tables.values() for a in t.values() if a.dtype != object]
         arrays += [a for a in self.elements.values() if a.dtype != object]
         return sum(a.nbytes for a in (*arrays, *self.edges, *self.counts))

@@ -216,8 +216,8 @@ def find(path: Path) -> list[Path]:
     alone = [each.name for each in logdirs if each.name not in there]
     if datasets and alone:
         warn(
-            f"{str(path)!r} has datasets, which are read, and beside them logdirs of other runs, "
-            f"which are not: {listed(alone)}. Name these to read them"
+            f"{str(path)!r} has datasets, which are read, and logdirs of other runs, which "
+            f"are not: {listed(alone)}. Pass their paths to read them"
         )
     return datasets or logdirs or [path]
 

@@ -1,4 +1,4 @@
-"""The oracle for rules: a rule against the steps that its optimizer really takes."""
+"""The oracle for rules: compares a rule with the optimizer's actual steps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def check_rule(
     steps: int = 10,
     tolerance: float = 1e-12,
 ) -> float:
-    """Prove an optimizer's rule against real steps, with a gradient spike in the middle.
+    """Verify an optimizer's rule against real steps, with a gradient spike in the middle.
 
-    After each step θ_before·(1 − decay) − effective_lr⊙direction, reconstructed from what is left
-    after the step, must be θ_after.
+    After each step, θ_before·(1 − decay) − effective_lr⊙direction, reconstructed from the state
+    after the step, must equal θ_after.
 
     Args:
-        make_optimizer: given parameters, the optimizer with the options to prove.
+        make_optimizer: given parameters, returns the optimizer with the options to verify.
         shapes: shapes of the parameters.
         dtype: their dtype.
         steps: how many steps to take.
@@ -41,8 +41,8 @@ def check_rule(
         The largest error seen.
 
     Raises:
-        AssertionError: if a step is not explained; it shows both numbers.
-        TypeError: if ``make_optimizer`` is no function, or makes no optimizer.
+        AssertionError: if the rule does not explain a step; the message shows both numbers.
+        TypeError: if ``make_optimizer`` is not a function, or does not return an optimizer.
         LookupError: if the optimizer's class has no rule.
     """
     generator = torch.Generator("cpu").manual_seed(0)
@@ -58,7 +58,7 @@ def check_rule(
     rule = find_rule(type(optimizer))
     if rule is None:
         raise LookupError(
-            f"{type(optimizer).__name__} has no rule: give it one with lrprobe.register_rule"
+            f"{type(optimizer).__name__} has no rule: register one with lrprobe.register_rule"
         )
     worst = 0.0
     for step in range(1, steps + 1):
@@ -86,7 +86,9 @@ def check_rule(
 
 def _made(make_optimizer: Callable[[list[Tensor]], Optimizer], params: list[Tensor]) -> Optimizer:
     if not callable(make_optimizer):
-        raise TypeError(f"check_rule takes a function of parameters; got {make_optimizer!r}")
+        raise TypeError(
+            f"check_rule takes a function that accepts parameters; got {make_optimizer!r}"
+        )
     made = make_optimizer(params)
     if not isinstance(made, Optimizer):
         raise TypeError(f"make_optimizer must return an Optimizer; got {made!r}")
@@ -118,5 +120,5 @@ def _explained(
     return error, (
         f"  largest at element {at}: before {start[at]:.17g}\n"
         f"  after, by the rule:      {predicted[at]:.17g}\n"
-        f"  after, really:           {s.param[at]:.17g}"
+        f"  after, actual:           {s.param[at]:.17g}"
     )

@@ -1,4 +1,4 @@
-"""What an issue needs to know about the machine: ``lrprobe.show_versions()``."""
+"""Versions for a bug report: ``lrprobe.show_versions()``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "tensorboard", "numba", "tri
 
 
 def versions() -> dict[str, str]:
-    """Name to version, of lrprobe, of what it stands on, and of the machine."""
+    """Name to version, of lrprobe, of its dependencies, and of the machine."""
     return {
         "lrprobe": _version("lrprobe"),
         "python": platform.python_version(),

@@ -63,7 +63,7 @@ def test_kills_at_the_default_interval(tmp_path: Path) -> None:
     assert max(lost) < 5.5  # half a second for the machine
 
 
-@pytest.mark.filterwarnings("ignore:lrprobe. the records in memory have reached their bound")
+@pytest.mark.filterwarnings("ignore:lrprobe. the records in memory have reached their limit")
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """Over 20,000 recorded steps, to all sinks, memory, objects, threads and handles stay flat."""
     torch.manual_seed(0)

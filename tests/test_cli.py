@@ -41,7 +41,7 @@ def test_diagnose_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixture[
     assert "No findings" in capsys.readouterr().out
     assert main(["diagnose", str(folder / "faulty.parquet")]) == 1
     printed = capsys.readouterr().out
-    assert "FINDING ε rules the denominator" in printed
+    assert "FINDING ε dominates the denominator" in printed
     assert "docs/findings.md#eps-rules" in printed
     assert main(["diagnose", str(folder / "logdir")]) == 0
 
@@ -293,7 +293,7 @@ def test_any_terminal_will_do(folder: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (1, "")
-    assert "FINDING ? rules the denominator" in done.stdout
+    assert "FINDING ? dominates the denominator" in done.stdout
 
 
 class _Escape(nn.Module):

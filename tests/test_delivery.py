@@ -160,7 +160,7 @@ def test_a_failing_sink_stops_nothing(sink, monkeypatch):
     sender.drain()
     sender.flush()
     (message,) = sender.problems()
-    assert message == "Kept() works again; what waited has been written"
+    assert message == "Kept() works again; the waiting records have been written"
     sender.close()
     assert sink.steps == [1, 2, 3, 4, 5, 6]
     assert sender.problems() == []
@@ -208,7 +208,7 @@ def test_what_is_lost_is_counted(sink, monkeypatch):
     sink.error = None
     sender.flush()
     assert sink.steps == [7, 8, 9, 10, 11]
-    assert sender.problems()[-1].endswith("what waited has been written, 7 were lost")
+    assert sender.problems()[-1].endswith("the waiting records have been written, 7 were lost")
     sink.error = OSError("disk gone")
     put(sender, 12, 13)
     sender.close()
@@ -244,7 +244,7 @@ def test_a_hanging_disk_fills_no_memory(sink, monkeypatch, bound, nbytes):
     assert sender.put(lambda: make_record(2))
     sender.close()
     first, last = sender.problems()
-    assert "records are lost until the sinks keep up" in first
+    assert "records are lost until the sinks catch up" in first
     assert last == "7 records were lost while too many waited for the sinks"
     assert sender.lost == 7
 
@@ -300,9 +300,11 @@ def test_a_record_that_cannot_be_made_is_told(sink):
     sender.drain()
     assert sink.steps == [1]
     (message,) = sender.problems()
-    assert message == "a record could not be made, and is lost: ZeroDivisionError: division by zero"
+    assert (
+        message == "a record could not be created, and is lost: ZeroDivisionError: division by zero"
+    )
     sender.close()
-    assert sender.problems() == ["3 records were lost since they could not be made"]
+    assert sender.problems() == ["3 records were lost because they could not be created"]
     assert sender.lost == 3
 
 

@@ -440,7 +440,7 @@ def test_what_cannot_be_looked_for_is_said(tmp_path: Path) -> None:
     assert result[0].parameter == "0.weight"
     assert result[0].steps.first == 12
     sentence, description = result.left_out
-    assert "Not looked for, since there is no decay, eps_fraction" in sentence
+    assert "because these columns are missing: decay, eps_fraction" in sentence
     assert "attrs['lrprobe']" in description
     assert "never-steps" in sentence
     assert sentence in repr(result)
@@ -711,7 +711,7 @@ def test_rows_in_any_order_and_with_gaps(faulty: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([1], TypeError, "takes a DataFrame.*got a list"),
+        ([1], TypeError, "must be a DataFrame.*got a list"),
         (pd.DataFrame({"a": [1]}), ValueError, "no column 'step'"),
     ],
 )

@@ -64,8 +64,8 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
 
 
 def test_every_column_has_its_section() -> None:
-    """A sentence, a formula where there is one, and when to look at it: docs/questions.md."""
-    page = (ROOT / "docs" / "questions.md").read_text()
+    """A sentence, a formula where there is one, and when to look at it: docs/columns.md."""
+    page = (ROOT / "docs" / "columns.md").read_text()
     heads = " ".join(re.findall(r"^### (.*)$", page, re.MULTILINE))
     quantiles = {f"effective_lr_p{q}" for q in ("05", "25", "75", "95")}  # p01 to p99
     columns = {name for level in LEVELS for name in frame_columns(level)} - quantiles - {"module"}

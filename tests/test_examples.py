@@ -107,3 +107,20 @@ def test_demo_is_short() -> None:
     """An example is a model of how to use lrprobe only while it fits on a page or two."""
     for script in (ROOT / "examples").glob("*.py"):
         assert len(script.read_text().splitlines()) <= 100, script.name
+
+
+def test_the_tutorial_quotes_its_run(tmp_path: Path) -> None:
+    """docs/tutorial.md quotes what its script prints, to the rounding of machines."""
+    number = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+    printed = run("examples/tutorial.py", "--out", "out", cwd=tmp_path)
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    said = {" ".join(number.sub("#", line).split()) for line in printed.splitlines()}
+    for block in re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        for line in filter(None, block.splitlines()):
+            quoted = " ".join(number.sub("#", line).split())
+            assert any(quoted in each for each in said), line
+    last = [float(each) for each in re.findall(r"([\d.]+) % *$", printed, re.MULTILINE)]
+    broken, higher, fixed = last
+    assert fixed <= higher < broken
+    for picture in ("tutorial_error.png", "tutorial_rates.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")

@@ -133,10 +133,10 @@ def test_rates_of_nothing_and_zero_are_no_error() -> None:
     ("frame", "options", "message"),
     [
         (frame_of(["weight"]).iloc[:0], {}, "no rows"),
-        (frame_of(["weight"]), {"parameters": "x"}, "no parameter matches 'x': there are 'weight'"),
+        (frame_of(["weight"]), {"parameters": "x"}, "no parameter matches 'x'; there are 'weight'"),
         (frame_of(["weight"]), {"parameters": ["x"]}, "no parameter matches 'x'"),
-        (frame_of(["weight"])[["step", "parameter"]], {}, "no figures 'effective_lr_p50'"),
-        (frame_of(["weight"]), {"axes": []}, "1 panels need as many axes; 0 were given"),
+        (frame_of(["weight"])[["step", "parameter"]], {}, "no numeric column 'effective_lr_p50'"),
+        (frame_of(["weight"]), {"axes": []}, "1 panels need as many axes; got 0"),
         (frame_of([str(i) for i in range(25)]), {}, "25 panels are too many"),
     ],
 )
@@ -294,7 +294,7 @@ def test_compare_has_a_line_for_each_run() -> None:
     frames[0]["update_grad_cosine"] = [1.0, 0.5, -0.5, -1.0]
     (ax,) = lrprobe.plot.compare(frames[0], "update_grad_cosine")
     assert ax.get_yscale() == "linear"
-    with pytest.raises(ValueError, match="no figures 'loss' in the frame: there are step"):
+    with pytest.raises(ValueError, match="no numeric column 'loss'; it has step"):
         lrprobe.plot.compare(frames[0], "loss")
 
 
@@ -327,7 +327,7 @@ def test_histograms_of_one_rate_or_of_zero_are_no_error() -> None:
     (ax,) = lrprobe.plot.histograms(table)
     ax.figure.canvas.draw()
     assert heat_of(ax)[0].sum(axis=0).filled(0)[0] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match=r"no 'edges'; one from Probe\.histograms"):
+    with pytest.raises(ValueError, match=r"no column 'edges'; a table from Probe\.histograms"):
         lrprobe.plot.histograms(frame_of(["w"]))
 
 

@@ -115,8 +115,8 @@ def test_what_is_lost_is_said_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("always")
         _, probe = training(10, to=sink)
         probe._recorder._delivery.drain()
-        (channel,) = delivery._courier_of(sink)._channels.values()
-        assert len(channel.backlog) == 4
+        (buffered,) = delivery._worker_of(sink)._buffered.values()
+        assert len(buffered.backlog) == 4
         probe.close()
     first, last = messages(caught)
     assert "Faulty failed: OSError" in first
@@ -478,7 +478,7 @@ def test_optimizers_of_one_name_in_one_sink_are_told_apart(tmp_path: Path) -> No
         param.grad = torch.ones(2)
     with lrprobe.attach(one, to=[memory, disk], every=1):
         lrprobe.attach(two, to=[memory, disk], every=1)
-        with pytest.warns(UserWarning, match="takes its place"):
+        with pytest.warns(UserWarning, match="replaces it"):
             again = lrprobe.attach(two, to=[memory, disk], every=1)
         one.step()
         two.step()

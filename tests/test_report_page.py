@@ -122,7 +122,7 @@ def test_without_scripts_there_are_findings_and_still_pictures(browser, folder: 
     try:
         browser.get(f"file://{folder / 'report.html'}")
         shown = browser.find_element("css selector", "#lrprobe").text
-        assert "needs a browser that runs scripts" in shown
+        assert "needs a browser with JavaScript" in shown
         assert browser.find_element("css selector", "article.finding").is_displayed()
         assert browser.find_element("css selector", "#pictures ~ figure img").is_displayed()
     finally:

@@ -275,7 +275,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
     """And left as it was."""
     path = tmp_path / "other.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"other\.jsonl.*no file of lrprobe's"):
+    with pytest.raises(ValueError, match=r"other\.jsonl.*not written by lrprobe"):
         sinks.JSONL(path)
     assert path.read_text() == content
     with pytest.raises(ValueError, match="by='layer'"):

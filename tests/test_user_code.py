@@ -173,7 +173,7 @@ def test_the_same_sink_for_the_same_optimizer_does_not_record_twice() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sink = lrprobe.sinks.Memory()
     lrprobe.attach(optimizer, model, every=1, to=sink)
-    with pytest.warns(UserWarning, match="takes its place"):
+    with pytest.warns(UserWarning, match="replaces it"):
         probe = lrprobe.attach(optimizer, model, every=1, to=sink)
     with probe:
         train(model, optimizer, 2)

@@ -24,7 +24,7 @@ PERSISTENT = 0.6
 ONGOING_ROWS = 8
 
 
-class _Law(NamedTuple):
+class _GrowthLaw(NamedTuple):
     """How the norms of sums grow.
 
     Attributes:
@@ -41,7 +41,7 @@ class _Law(NamedTuple):
 
 
 TERMS = 4
-LAWS = (_Law(0.9, TERMS, 1.5, 0.0), _Law(0.5, HORIZON, 2.0, 2 / 3))
+GROWTH_LAWS = (_GrowthLaw(0.9, TERMS, 1.5, 0.0), _GrowthLaw(0.5, HORIZON, 2.0, 2 / 3))
 """What one matrix follows closely, or most of them roughly."""
 
 
@@ -68,9 +68,9 @@ def gradients_accumulate(series: Series) -> Iterator[Hit]:
                 "growth": grown[last, column],
                 "along": cosine[column],
             }
-            evidence = "over its first {terms:,.0f} steps its norm grew {growth:.3g} times, as a "
-            evidence += "sum of gradients grows, and the cosine with that of the recorded step "
-            evidence += "before is {along:.2f} in the median"
+            evidence = "over the first {terms:,.0f} steps the gradient norm grew by a factor of "
+            evidence += "{growth:.3g}, as a sum of gradients does; the median cosine with the "
+            evidence += "gradient of the previous recorded step is {along:.2f}"
             steps = series.steps[start : start + last + 1]
             yield Hit(series.names[column], steps, evidence, values, values["growth"])
         if wrong.any():
@@ -91,7 +91,7 @@ def _sums(
     old, new = grown[:-1], grown[1:]
     added = np.sqrt(np.maximum(old**2 + new**2 - 2 * along[1:] * old * new, 0.0))
     large &= quantile(added[early[1:]], 0.5) >= NEW
-    for law in LAWS:
+    for law in GROWTH_LAWS:
         rows = _as_a_sum(law.growth, terms, grown, along)
         wrong = large & (rows >= _least_rows(law, terms))
         wrong &= (cosine >= PERSISTENT) & (usual >= law.lasting)
@@ -100,7 +100,7 @@ def _sums(
     return rows, np.zeros(len(large), dtype=bool)
 
 
-def _least_rows(law: _Law, terms: Floats) -> int:
+def _least_rows(law: _GrowthLaw, terms: Floats) -> int:
     """Rows that have to behave as a sum does: four, and more where they are far apart."""
     far = len(terms) > 2 and terms[2] > law.terms
     most = DISTANT if far else law.terms

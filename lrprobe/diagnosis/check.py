@@ -1,4 +1,4 @@
-"""What a row of the table of checks is."""
+"""A row of the table of checks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lrprobe.series import Series
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of the table: what is looked for, and what it means.
+    """One row of the table: what to look for, and what it means.
 
     Attributes:
-        severity: of what it finds, where a hit is not marked as a note.
-        code: what it is called.
-        find: looks for it in one series.
-        needs: columns without which it cannot be looked for.
-        title: what it is, in a few words.
+        severity: of its findings, unless a hit is marked as a note.
+        code: name of the finding.
+        find: searches one series.
+        needs: columns that the search requires.
+        title: the finding in a few words.
         meaning: what it usually means.
         advice: what to try.
-        asks: what of the run's description it needs: ``"groups"`` for hyperparameters.
+        asks: entries of the run's description that it needs: ``"groups"`` for hyperparameters.
     """
 
     severity: Severity
@@ -35,7 +35,7 @@ class Check:
     asks: tuple[str, ...] = ()
 
     def finding(self, series: Series, hit: Hit) -> Finding:
-        """The finding that a hit is."""
+        """Turn a hit into a finding."""
         numbers = {name: float(value) for name, value in hit.numbers.items()}
         seen = hit.steps if len(hit.steps) else series.steps
         steps = Steps(int(seen[0]), int(seen[-1]), len(seen)) if len(seen) else Steps(0, 0, 0)

@@ -1,4 +1,4 @@
-"""What a diagnosis gives: findings and notes, which print well."""
+"""The result of a diagnosis: findings and notes, with a readable ``repr``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Steps:
     count: int
 
     def __str__(self) -> str:
-        """As a sentence has it."""
+        """In the words of a sentence."""
         if self.first == self.last:
             return f"step {self.first:,}"
         return f"steps {self.first:,} to {self.last:,} ({self.count:,} recorded)"
@@ -38,18 +38,18 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that one parameter's figures say.
+    """One problem, or one noteworthy fact, about one parameter.
 
     Attributes:
-        severity: ``"finding"``, or ``"note"`` for what is no fault and good to know.
-        code: what it is called, and the name of its section in ``docs/findings.md``.
-        title: what it is, in a few words.
-        run: name of the run; empty where the frame has no column ``run``.
+        severity: ``"finding"``, or ``"note"`` for what is not a fault but good to know.
+        code: its name, which is also that of its section in ``docs/findings.md``.
+        title: the finding in a few words.
+        run: name of the run; empty if the frame has no column ``run``.
         optimizer: name of the optimizer.
-        parameter: name of the parameter; of the module or the group, where it is about those.
-        steps: where it was seen.
+        parameter: name of the parameter, or of the module or group that it concerns.
+        steps: the recorded steps in which it was seen.
         evidence: what was seen, in numbers.
-        numbers: the same by name.
+        numbers: the numbers in the evidence, by name.
         meaning: what it usually means.
         advice: what to try.
     """
@@ -68,7 +68,7 @@ class Finding:
 
     @property
     def link(self) -> str:
-        """The section of the documentation about it."""
+        """The section of the documentation that explains it."""
         return f"{PAGE}#{self.code}"
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Finding:
 
 
 class Findings(Sequence[Finding]):
-    """Findings, most severe first, then notes. A sequence that prints well."""
+    """Findings, most severe first, then notes: a sequence with a readable ``repr``."""
 
     def __init__(
         self, found: Sequence[Finding], looked_at: str = "", left_out: Sequence[str] = ()
@@ -91,22 +91,22 @@ class Findings(Sequence[Finding]):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Those that are no notes."""
+        """Probable faults, without the notes."""
         return tuple(each for each in self if each.severity == "finding")
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """What is no fault and good to know."""
+        """What is not a fault but good to know."""
         return tuple(each for each in self if each.severity == "note")
 
     @property
     def looked_at(self) -> str:
-        """What the findings are about, in words: how many steps of how many parameters."""
+        """The scope of the diagnosis: how many steps of how many parameters."""
         return self._looked_at
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What was not looked for, and why, a sentence each."""
+        """Which checks were skipped, and why: one sentence each."""
         return self._left_out
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class Findings(Sequence[Finding]):
         return self._found[index]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each, with the columns of :class:`Finding`; steps in three columns."""
+        """One row per finding, with the fields of :class:`Finding`; steps take three columns."""
         import pandas as pd
 
         kinds = dict.fromkeys(
@@ -137,12 +137,12 @@ class Findings(Sequence[Finding]):
         return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
 
     def grouped(self) -> Iterator[list[Finding]]:
-        """Those that say the same of several parameters, together."""
+        """Group findings that say the same of several parameters."""
         for _, same in groupby(self, lambda each: (each.code, each.run, each.optimizer)):
             yield list(same)
 
     def summary(self) -> str:
-        """How many there are, in a line."""
+        """Count the findings and notes, in one line."""
         groups = list(self.grouped())
         notes = sum(same[0].severity == "note" for same in groups)
         found = len(groups) - notes

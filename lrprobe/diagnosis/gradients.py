@@ -38,7 +38,7 @@ def skipped(series: Series) -> Iterator[Hit]:
         often = bad.sum(axis=0)
         column = int(often.argmax())
         values["nonfinite"] = often[column]
-        evidence += "; in {nonfinite:,.0f} of them its gradient was not finite"
+        evidence += "; in {nonfinite:,.0f} of them this parameter's gradient was not finite"
     else:
         column = 0
     yield Hit(series.names[column], series.steps[skipped], evidence, values, share)
@@ -60,8 +60,8 @@ def never_steps(series: Series) -> Iterator[Hit]:
     for column in np.flatnonzero(still):
         steps = series.steps[rated[:, column]]
         values = {"count": len(steps), "grad": float(np.nanmax(series["grad_norm"][:, column]))}
-        evidence = "its update is exactly 0 in all {count:,.0f} recorded steps; its gradient's "
-        evidence += "norm is at most {grad:.2g}"
+        evidence = "its update is exactly 0 in all {count:,.0f} recorded steps; its gradient norm "
+        evidence += "is at most {grad:.2g}"
         yield Hit(series.names[column], steps, evidence, values)
 
 
@@ -143,8 +143,8 @@ def _moves_without_stepping(series: Series) -> Iterator[Hit]:
     for column in np.flatnonzero(moved.sum(axis=0) >= max(FEW, LASTING * len(norm))):
         norms = norm[moved[:, column], column]
         values = {"count": len(norms), "from": norms[0], "to": norms[-1]}
-        evidence = "it has no gradient in {count:,.0f} recorded steps over which its norm changes, "
-        evidence += "from {from:.4g} to {to:.4g}"
+        evidence = "its norm changes in {count:,.0f} recorded steps without a gradient, from "
+        evidence += "{from:.4g} to {to:.4g}"
         yield Hit(series.names[column], series.steps[moved[:, column]], evidence, values)
 
 
@@ -165,9 +165,9 @@ def _rows_decay(series: Series) -> Iterator[Hit]:
     where = matrices(series) & enough & (share > ROWS_WITHOUT) & decays & ~whole & ~sparse
     for column in np.flatnonzero(where):
         values = {"share": share[column], "lost": lost[column], "decay": coupled[column]}
-        evidence = "{share:.0%} of its elements have no gradient in the median step, "
+        evidence = "in the median step, {share:.0%} of its elements have no gradient, "
         if decay[:, column].max() > 0:
-            evidence += "and weight decay has taken {lost:.2%} of what is not trained"
+            evidence += "and weight decay has shrunk them by {lost:.2%}"
         else:
             evidence += "and weight_decay={decay:.3g} gives them one"
         yield Hit(
@@ -263,10 +263,10 @@ def _clipped(series: Series, name: str, norm: Floats, usable: Bools, own: Floats
     if invariant:
         meaning = (
             "The clip value is below the norm of every gradient. This optimizer divides by the "
-            "size of past gradients, so that a constant factor cancels: what is left of the clip "
-            "is that all steps weigh the same in its averages. It matters much less than for SGD."
+            "size of past gradients, so a constant factor cancels. Clipping only makes all steps "
+            "count equally in its averages, which matters much less than for SGD."
         )
-        advice = "Nothing, if it trains well; a larger value clips what is unusual only."
+        advice = "Nothing, if it trains well; a larger value clips only outliers."
     return Hit(
         name, series.steps[same], evidence, values, note=invariant, meaning=meaning, advice=advice
     )

@@ -49,7 +49,7 @@ happen at each resume, the step."""
 
 
 @dataclass(slots=True)
-class _Kept:
+class _KeptRecord:
     """What checks ask for of one record.
 
     Attributes:
@@ -70,12 +70,12 @@ class _Kept:
 
 
 class Live:
-    """Tells of each finding once, while records come; a sink with a thread of its own.
+    """Reports each finding once while records arrive; a sink with its own thread.
 
     Args:
         tell: called with each new finding.
-        history: what an earlier attempt recorded in the dataset that is continued: its findings
-            are taken as told.
+        history: returns what earlier attempts recorded in the dataset being continued; findings
+            from them count as reported.
     """
 
     flush_secs = 10.0
@@ -87,7 +87,7 @@ class Live:
     ) -> None:
         self._tell = tell
         self._history = history
-        self._kept: dict[str, list[_Kept]] = {}
+        self._kept: dict[str, list[_KeptRecord]] = {}
         self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}
         self._count = 0
         self._looked_at = 0
@@ -106,20 +106,20 @@ class Live:
 
     @property
     def told(self) -> list[Key]:
-        """What was told so far."""
+        """Findings reported so far."""
         return sorted(self._told)
 
-    def forget_none(self, told: Iterable[Iterable[Any]]) -> None:
-        """What another one has told is not told again."""
+    def mark_told(self, told: Iterable[Iterable[Any]]) -> None:
+        """Do not report these again: another instance has."""
         for code, optimizer, parameter, step in told:
             self._told.add((str(code), str(optimizer), str(parameter), int(step)))
 
     def describe(self, run: Mapping[str, Any]) -> None:
-        """Take what describes the run, for the time before there is a record."""
+        """Set the run's description, for the time before the first record."""
         self._about = run
 
     def write(self, record: Record) -> None:
-        """Take one record, and look where it is time to."""
+        """Take one record, and run the checks when they are due."""
         if self._history is not None:
             history, self._history = self._history, None
             with contextlib.suppress(OSError, ValueError):  # without it, less is known
@@ -142,16 +142,16 @@ class Live:
             self._look(ongoing=True)
 
     def flush(self) -> None:
-        """Look at what has come since the last look."""
+        """Check what has arrived since the last time."""
         if self._count > self._looked_at:
             self._look(ongoing=True)
 
     def close(self) -> None:
-        """Look at the whole run."""
+        """Check the whole run."""
         self._look(ongoing=False)
 
     def problems(self) -> list[str]:
-        """What the user should be warned of."""
+        """Messages to warn the user with."""
         problems, self._problems = self._problems, []
         return problems
 
@@ -164,14 +164,14 @@ class Live:
             others[each] = np.array(numbers, dtype=np.int32)
         figures = np.array([columns[each] for each in names], dtype=np.float64)
         kept = self._kept.setdefault(name, [])
-        kept.append(_Kept(figures, names, others))
+        kept.append(_KeptRecord(figures, names, others))
         most = max(NEWEST // 4, min(MOST, MOST_BYTES // max(figures.nbytes, 1)))
         if len(kept) > most:  # every second of the older ones, but for the first
             older = max(2, len(kept) - min(NEWEST, most // 2))
             kept[:older] = kept[:older:2]
 
     def _is_urgent(self, name: str, columns: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether a record has what must be told at once, for the first time."""
+        """Whether a record has, for the first time, what must be reported at once."""
         with np.errstate(invalid="ignore"):
             signs = {
                 (name, "nonfinite"): bool((columns["nonfinite"] > 0).any()),
@@ -182,7 +182,7 @@ class Live:
         return bool(new)
 
     def _frame(self) -> pd.DataFrame:
-        """What is kept, as a frame."""
+        """The kept records as a frame."""
         import pandas as pd
 
         records = [each for kept in self._kept.values() for each in kept]
@@ -227,13 +227,13 @@ class Live:
         except BaseException as error:  # noqa: BLE001 - a callback may raise what it likes
             if not self._raised:
                 self._problems.append(
-                    f"{self!r} raised {type(error).__name__}: {error}. It is called with further "
-                    "findings all the same, and no more is said of what it raises"
+                    f"{self!r} raised {type(error).__name__}: {error}. It is still called with "
+                    "further findings; later errors are not reported"
                 )
             self._raised = True
 
     def _begin_after(self, history: pd.DataFrame | None) -> None:
-        """Take what an earlier attempt recorded for the beginning of this run."""
+        """Treat what an earlier attempt recorded as the beginning of this run."""
         if history is None or not len(history):
             return
         self._before = description(history)

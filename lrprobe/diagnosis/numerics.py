@@ -39,26 +39,27 @@ def nonfinite(series: Series) -> Iterator[Hit]:
     else:
         evidence = "the norm of its update is NaN or infinite"
     if beside:
-        evidence += ", and {beside:,.0f} other of {parameters:,.0f} parameters have such at this "
-        evidence += "recorded step, too: which came first is not known"
+        evidence += ". {beside:,.0f} of the other parameters (of {parameters:,.0f} in all) have "
+        evidence += "such values at this recorded step too, so which came first is unknown"
     else:
-        evidence += "; it is the first of {parameters:,.0f}"
-    evidence += "; in the end {all:,.0f} have"
+        evidence += "; it is the first of {parameters:,.0f} parameters"
+    evidence += "; by the end {all:,.0f} have them"
     meaning = advice = ""
     if "grad_norm" in series and "nonfinite" in series:
         values["gradient"] = series["grad_norm"][row, column]
         finite = np.isfinite(values["gradient"])
         if finite:
-            evidence += ". The gradient was finite, with a norm of {gradient:.3g}: the step made it"
+            evidence += ". The gradient was finite, with a norm of {gradient:.3g}, so the step "
+            evidence += "itself produced them"
         if finite or any(eps_underflows(series)):
             meaning = (
-                "The gradient was finite and the step made the NaN: a division by 0, where ε is 0 "
-                "in the parameter's dtype or left out, a state that overflowed, or a rate that is "
-                "no number."
+                "The gradient was finite, and the step itself produced the NaN: a division by 0 "
+                "because ε is missing or is 0 in the parameter's dtype, a state that overflowed, "
+                "or a rate that is NaN."
             )
             advice = (
                 "Look at eps, lr and the optimizer's state in this step. In float16, eps=1e-8 is "
-                "0: take 1e-4, or keep parameters and state in float32. A GradScaler does not help."
+                "0: use 1e-4, or keep parameters and state in float32. A GradScaler does not help."
             )
     steps = series.steps[bad.any(axis=1)]
     yield Hit(series.names[column], steps, evidence, values, meaning=meaning, advice=advice)
@@ -75,9 +76,9 @@ def unexplained(series: Series) -> Iterator[Hit]:
     for column in np.flatnonzero((turned & ~(most < TURNED)) | (large.sum(axis=0) >= 2)):
         wrong = large[:, column] if large[:, column].any() else measured[:, column]
         worst = float(most[column])
-        evidence = "the rule's step and the one taken differ by up to {error:.2g} of the step"
+        evidence = "the reconstructed and the actual step differ by up to {error:.2g} of the step"
         if turned[column]:
-            evidence += "; its rate is measured since"
+            evidence += "; its rate has been measured since"
         yield Hit(series.names[column], series.steps[wrong], evidence, {"error": worst}, worst)
 
 
@@ -95,8 +96,8 @@ def lost(series: Series) -> Iterator[Hit]:
         if not early[column]:
             continue
         seen = lost[:, column] > LOST_SHARE
-        evidence = "of the elements with a gradient, {share:.0%} did not change by one bit, in the "
-        evidence += "median step"
+        evidence = "in the median step, {share:.0%} of the elements with a gradient did not change "
+        evidence += "by a single bit"
         meaning = advice = ""
         if dtypes[column] and dtypes[column] <= {"float32", "float64", "complex64"}:
             evidence += f"; the parameters are {' and '.join(sorted(dtypes[column]))}"
@@ -104,7 +105,7 @@ def lost(series: Series) -> Iterator[Hit]:
                 "The update is smaller than half a unit in the last place of the parameter, in "
                 "float32 below 6e-8 of it: lr is far too small, or the weights are far too large."
             )
-            advice = "Raise lr; see that no scheduler, decay or division has made it vanish."
+            advice = "Raise lr; check that no scheduler, decay or division has made it vanish."
         yield Hit(
             series.names[column],
             series.steps[seen],
@@ -133,8 +134,8 @@ def eps_underflows(series: Series) -> Iterator[Hit]:
             if eps <= HALF_SMALLEST[dtype]:
                 told.add(group)
                 values = {"eps": eps, "smallest": 2 * HALF_SMALLEST[dtype]}
-                evidence = f"ε = {{eps:.2g}} is 0 in {dtype}, whose smallest number is "
-                evidence += "{smallest:.2g}"
+                evidence = f"ε = {{eps:.2g}} rounds to 0 in {dtype}, whose smallest positive "
+                evidence += "number is {smallest:.2g}"
                 yield Hit(series.names[column], series.steps, evidence, values)
 
 
@@ -144,7 +145,7 @@ def state_unexplained(series: Series) -> Iterator[Hit]:
     large = error > STATE_UNEXPLAINED
     for column in np.flatnonzero(large.sum(axis=0) >= 2):
         worst = float(np.nanmax(error[:, column]))
-        evidence = "the state after the step and what the optimizer's equation makes of the "
-        evidence += "gradient differ by up to {error:.2g} of the change, in {count:,.0f} steps"
+        evidence = "the actual state and the one that the optimizer's equations give differ by up "
+        evidence += "to {error:.2g} of the change, in {count:,.0f} steps"
         values = {"error": worst, "count": large[:, column].sum()}
         yield Hit(series.names[column], series.steps[large[:, column]], evidence, values, worst)

@@ -32,8 +32,8 @@ def adam_scale(series: Series) -> Iterator[Hit]:
     for column in np.flatnonzero(high.sum(axis=0) >= 2):
         row = int(np.where(high[:, column], own[:, column], -np.inf).argmax())
         values = {"scale": own[row, column], "most": most[row, column]}
-        evidence = "update_norm/(lr·√numel) reaches {scale:.2g}; with these betas Adam's is "
-        evidence += "{most:.2g} at most"
+        evidence = "update_norm/(lr·√numel) reaches {scale:.2g}; with these betas "
+        evidence += "Adam cannot exceed {most:.2g}"
         steps = series.steps[high[:, column]]
         yield Hit(series.names[column], steps, evidence, values, values["scale"])
     if "zero_grad_fraction" not in series:
@@ -103,8 +103,8 @@ def eps_rules(series: Series) -> Iterator[Hit]:
             yield Hit(
                 series.names[column],
                 series.steps[live[:, column] > EPS_SHARE],
-                "ε outweighs the statistic it is added to in {share:.0%} of the elements with a "
-                "gradient, in the median step",
+                "in the median step, ε is at least as large as the statistic it is added to in "
+                "{share:.0%} of the elements with a gradient",
                 {"share": share},
                 share,
             )
@@ -144,8 +144,8 @@ def _rate_changes(series: Series, sign: int) -> Iterator[Hit]:
         yield Hit(
             series.names[column],
             series.steps[wrong[:, column]],
-            "the median rate over lr " + ("rose" if sign > 0 else "fell") + " {factor:,.3g} times "
-            "from its level of steps {start:,.0f} to {end:,.0f}, to {rate:.2g}",
+            f"the median rate, relative to lr, {'rose' if sign > 0 else 'fell'} by a factor of "
+            "{factor:,.3g} from its level in steps {start:,.0f} to {end:,.0f}, to {rate:.2g}",
             {
                 "factor": factor,
                 "start": series.steps[settled],
@@ -180,7 +180,7 @@ def update_ratio(series: Series) -> Iterator[Hit]:
             series.names[column],
             series.steps[seen],
             "its update is {ratio:.2g} of its norm in the median step near the peak of lr; about "
-            "1e-3 is usual",
+            "1e-3 is typical",
             {"ratio": middle},
             abs(float(np.log10(max(middle, 1e-30) / 1e-3))),
         )
@@ -195,7 +195,7 @@ def adagrad_decay(series: Series) -> Iterator[Hit]:
     for column in np.flatnonzero(~np.isnan(rate).all(axis=0)):
         share = float(10 ** (last(rate) - first(rate))[column])
         if share < ADAGRAD_DECAY:
-            evidence = "the median rate over lr is {share:.1%} of what it was"
+            evidence = "the median rate, relative to lr, is {share:.1%} of its first value"
             values = {"share": share}
             yield Hit(series.names[column], series.steps, evidence, values, 1 / share)
 
@@ -205,6 +205,6 @@ def adadelta_eps(series: Series) -> Iterator[Hit]:
     where = series.ruled_by("adadelta") & matrices(series) & series.near_peak
     share = np.where(where, series["eps_fraction"], np.nan)
     for column, median in medians(share, above=EPS_SHARE):
-        evidence = "ε outweighs E[g²] in {share:.0%} of the elements, in the median step"
+        evidence = "in the median step, ε is at least E[g²] in {share:.0%} of the elements"
         steps = series.steps[share[:, column] > EPS_SHARE]
         yield Hit(series.names[column], steps, evidence, {"share": median}, median)

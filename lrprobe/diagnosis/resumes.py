@@ -52,8 +52,8 @@ def _restarted(series: Series) -> Iterator[Hit]:
         yield Hit(
             series.names[column],
             series.steps[:1],
-            "the run went on from step {reached:,.0f}, with the norm {after:.4g} (when it was new "
-            "{fresh:.4g}), but the optimizer counts from step {step:,.0f} again",
+            "the run resumed after step {reached:,.0f} with a parameter norm of {after:.4g} (it "
+            "was {fresh:.4g} at the start), but the optimizer counts from step {step:,.0f} again",
             {
                 "reached": before.steps[-1],
                 "after": start[column],
@@ -76,7 +76,7 @@ def _fresh_adadelta(series: Series) -> Iterator[Hit]:
         yield Hit(
             series.names[column],
             steps,
-            "the mean size of past updates, {before:.2g} before, is 0 again",
+            "the mean size of past updates was {before:.2g} and is 0 again",
             {"before": before},
             before,
         )
@@ -100,8 +100,8 @@ def _fresh_moments(series: Series) -> Iterator[Hit]:
             evidence += "as only a first step does"
             yield Hit(series.names[column], series.steps[row : row + 1], evidence, {})
         else:
-            evidence = "between two recorded steps, over the resume, the second moment's rates "
-            evidence += "changed {jump:.3g} times as much as before"
+            evidence = "across the resume, the effective rates changed {jump:.3g} times as much as "
+            evidence += "between any two of the recorded steps before"
             values = {"jump": float(np.nanmax(jumps))}
             yield Hit(series.names[column], series.steps[row : row + 1], evidence, values)
 
@@ -165,16 +165,20 @@ def lr_jumps(series: Series) -> Iterator[Hit]:
             if expected is not None:
                 if expected == expected:  # noqa: PLR0124 - NaN: it is where it was
                     values["expected"] = expected
-                    evidence = "lr is {after:.4g} at step {step:,.0f}, where the run had "
-                    evidence += "{expected:.4g} before it was resumed"
+                    evidence = "lr is {after:.4g} at step {step:,.0f}; before the resume it was "
+                    evidence += "{expected:.4g} there"
                     yield Hit(name, series.steps[row : row + 1], evidence, values)
             elif _off(series, lr, resume, bases[:, column]):
-                evidence = "lr goes from {before:.4g} to {after:.4g} over the resume, which the "
-                evidence += "schedule before does not explain"
+                evidence = (
+                    "lr goes from {before:.4g} to {after:.4g} across the resume, which does not "
+                )
+                evidence += "fit the schedule so far"
                 yield Hit(name, series.steps[row : row + 1], evidence, values)
             elif _new_base(series, lr, resume, bases[:, column]):
                 values |= {"base": bases[before, column], "new": bases[row, column]}
-                evidence = "the schedule goes on from the base {new:.4g} in the place of {base:.4g}"
+                evidence = (
+                    "the schedule continues from the base rate {new:.4g} instead of {base:.4g}"
+                )
                 yield Hit(name, series.steps[row : row + 1], evidence, values)
 
 
@@ -285,8 +289,10 @@ def schedule_stalled(series: Series) -> Iterator[Hit]:
             finished = abs(after[0]) <= 1e-3 * abs(lr[before]).max()
             if waited < STEADY * usual and span >= STALLED * usual and not finished:
                 values = {"lr": after[0], "usual": usual, "span": span}
-                evidence = "lr stays {lr:.4g} for {span:,.0f} steps after the resume; before, it "
-                evidence += "changed at least every {usual:,.0f}"
+                evidence = (
+                    "lr stays at {lr:.4g} for {span:,.0f} steps after the resume; before, it "
+                )
+                evidence += "changed at least every {usual:,.0f} steps"
                 yield Hit(name, series.steps[resume.after], evidence, values)
 
 

@@ -27,26 +27,27 @@ def diagnose(
     hyperparameters: Mapping[str, Mapping[str, Any]] | None = None,
     ongoing: bool = False,
 ) -> Findings:
-    """Say what a frame's figures point to.
+    """Find out what is wrong with a run, from its frame.
 
-    A check that needs what the frame does not have is left out, and :attr:`Findings.left_out` says
-    so: a TensorBoard logdir has few columns, and a frame that was put together by hand may lack
-    ``attrs["lrprobe"]``, which has the hyperparameters.
+    A check is skipped if the frame lacks what it needs, and :attr:`Findings.left_out` lists the
+    skipped checks. A TensorBoard logdir has few columns, and a frame assembled by hand may lack
+    ``attrs["lrprobe"]``, which holds the hyperparameters.
 
     Args:
-        frame: from ``Probe.frame`` or ``lrprobe.read``, of one run or of several (a column
-            ``run``). By parameter it tells most. With ``attempts="all"`` it tells most of a run
-            that was resumed, since what was recorded twice can be compared.
-        hyperparameters: per optimizer what torch calls its groups' options, as in
-            ``{"Adam": {"betas": (0.9, 0.95)}}``, where the frame does not carry them.
-        ongoing: the run still goes on: nothing is said of it that its end may change.
+        frame: from ``Probe.frame`` or ``lrprobe.read``, of one run or of several (with a column
+            ``run``). A frame by parameter allows the most checks. For a resumed run, pass a frame
+            read with ``attempts="all"``: steps that were recorded twice can then be compared.
+        hyperparameters: options of each optimizer's groups, as torch names them, if the frame
+            does not carry them: ``{"Adam": {"betas": (0.9, 0.95)}}``.
+        ongoing: whether the run is still in progress. If it is, findings that the rest of the run
+            may refute are withheld.
 
     Returns:
-        Findings, most severe first, then notes: a sequence that prints well.
+        Findings, most severe first, then notes: a sequence with a readable ``repr``.
 
     Raises:
-        TypeError: ``frame`` is no DataFrame.
-        ValueError: it has no column ``step``.
+        TypeError: if ``frame`` is not a DataFrame.
+        ValueError: if it has no column ``step``.
 
     Example:
         >>> import torch, lrprobe
@@ -65,11 +66,11 @@ def diagnose(
 
     if not isinstance(frame, pd.DataFrame):
         raise TypeError(
-            f"diagnose takes a DataFrame, as Probe.frame() or lrprobe.read(path) give; got a "
+            f"frame must be a DataFrame from Probe.frame() or lrprobe.read(path); got a "
             f"{type(frame).__name__}"
         )
     if "step" not in frame:
-        raise ValueError("this is no frame of lrprobe's: it has no column 'step'")
+        raise ValueError("this is not an lrprobe frame: it has no column 'step'")
     found: list[tuple[tuple[bool, int, str, str, float], Finding]] = []
     counts = []
     most = 0
@@ -94,7 +95,7 @@ def diagnose(
 
 
 def look(series: Series, checks: Sequence[Check] = CHECKS) -> list[Finding]:
-    """What some checks find in a series, most severe first, then notes."""
+    """Findings of the given checks in a series, most severe first, then notes."""
     return [finding for _, finding in sorted(_look(series, checks), key=lambda item: item[0])]
 
 
@@ -112,7 +113,7 @@ def _look(
 
 
 def _overlay(series: Series, hyperparameters: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add what the caller knows of hyperparameters to what the frame says of them."""
+    """Add the caller's hyperparameters to those in the frame."""
     given = hyperparameters.get(series.optimizer)
     if given:
         about = dict(series.optimizer_about)
@@ -125,7 +126,7 @@ def _overlay(series: Series, hyperparameters: Mapping[str, Mapping[str, Any]]) -
 def _without_steps(
     frame: pd.DataFrame, every: Sequence[Series]
 ) -> Iterator[tuple[tuple[bool, int, str, str, float], Finding]]:
-    """Optimizers that the frame is about and of which nothing was recorded."""
+    """Optimizers that the run describes and that have no recorded step."""
     runs = frame.attrs.get(KEY, {}).get("runs", {"": None})
     rank = next(at for at, check in enumerate(CHECKS) if check.find is no_steps)
     for run in runs:
@@ -139,7 +140,7 @@ def _without_steps(
 
 
 def _few_steps(most: int) -> Iterator[str]:
-    """What the most recorded steps of a run are too few for."""
+    """A sentence on what the recorded steps are too few for."""
     few = f"Only {counted(most, 'step')} recorded" if most else "Nothing was recorded"
     if most < FEW:
         yield f"{few}: most checks need {FEW} steps"
@@ -148,19 +149,19 @@ def _few_steps(most: int) -> Iterator[str]:
 
 
 def _without_columns(frame: pd.DataFrame) -> Iterator[str]:
-    """Checks for which columns are missing."""
+    """A sentence on the checks whose columns are missing."""
     missing = {check.code: [c for c in check.needs if c not in frame] for check in CHECKS}
     codes = [code for code, columns in missing.items() if columns]
     if codes:
         columns = sorted({column for each in missing.values() for column in each})
         yield (
-            f"Not looked for, since there is no {', '.join(columns)} (a logdir has few figures, a "
-            f"dataset or probe.frame() all): {', '.join(codes)}"
+            f"Not checked, because these columns are missing: {', '.join(columns)} (a dataset and "
+            f"probe.frame() have all columns, a logdir has few): {', '.join(codes)}"
         )
 
 
 def _without_description(every: Sequence[Series]) -> Iterator[str]:
-    """Checks for which the description of the run is missing, or a part of it."""
+    """A sentence on the checks that lack the run's description, or a part of it."""
     unknown: dict[str, None] = {}
     for series in every:
         for check in CHECKS:
@@ -168,9 +169,9 @@ def _without_description(every: Sequence[Series]) -> Iterator[str]:
                 unknown[check.code] = None
     if unknown:
         yield (
-            "Not looked for, or not in full, since what describes the run is not known (a frame of "
-            "Probe.frame() or lrprobe.read() has it in attrs['lrprobe'], names from the model "
-            f"given to attach): {', '.join(unknown)}"
+            "Not checked, or only in part, because the description of the run is missing (frames "
+            "from Probe.frame() and lrprobe.read() have it in attrs['lrprobe']; some checks need "
+            f"the model given to attach): {', '.join(unknown)}"
         )
 
 

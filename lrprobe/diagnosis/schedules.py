@@ -49,8 +49,8 @@ def group_off_schedule(series: Series) -> Iterator[Hit]:
             yield Hit(
                 names[column],
                 series.steps[known],
-                "lr stays {own:.3g} while that of {others:,.0f} other groups goes from {low:.3g} "
-                "to {high:.3g}",
+                "lr stays at {own:.3g}, while that of {others:,.0f} other groups varies between "
+                "{low:.3g} and {high:.3g}",
                 {"own": own[0], "others": varied.sum(), "low": low[other], "high": high[other]},
             )
 
@@ -76,9 +76,9 @@ def group_rate_overwritten(series: Series) -> Iterator[Hit]:
                 yield Hit(
                     names[column],
                     series.steps[np.flatnonzero(both)[same]],
-                    f"lr is that of {names[other]} in "
-                    "{count:,.0f} of {all:,.0f} recorded steps, {lr:.3g} in the last, although "
-                    "they began with {base:.3g} and {other:.3g}",
+                    f"lr equals that of {names[other]} in "
+                    "{count:,.0f} of {all:,.0f} recorded steps ({lr:.3g} in the last), although "
+                    "the groups started at {base:.3g} and {other:.3g}",
                     {
                         "count": same.sum(),
                         "all": both.sum(),
@@ -132,7 +132,7 @@ def schedule_ends_early(series: Series) -> Iterator[Hit]:
                 name,
                 steps[low],
                 "lr is below a thousandth of its peak {peak:.3g} in {share:.0%} of the run, "
-                "{lr:.2g} in the end",
+                "and {lr:.2g} at the end",
                 {"peak": lr[top], "share": share, "lr": lr[-1]},
                 share,
             )
@@ -156,7 +156,7 @@ def schedule_not_reached(series: Series) -> Iterator[Hit]:
         yield Hit(
             name,
             series.steps[known],
-            "lr is {lr:.3g} at most, {share:.2%} of the group's own rate {base:.3g}",
+            "lr is at most {lr:.3g}, which is {share:.2%} of the group's own rate, {base:.3g}",
             {"lr": lr.max(), "share": lr.max() / base, "base": base},
         )
 

@@ -11,10 +11,10 @@ from lrprobe.series import Series
 
 def not_in_optimizer(series: Series) -> Iterator[Hit]:
     """Parameters that had a gradient and that no optimizer with a probe has."""
-    if series.siblings[0] is not series:  # it is about the run, and told once
+    if series.siblings[0] is not series:  # it is about the run: report it once
         return
     for name in series.about.get(NOT_IN_OPTIMIZER) or ():
-        evidence = "it can be trained and has a gradient, and no optimizer with a probe has it"
+        evidence = "it is trainable and has a gradient, but no optimizer with a probe has it"
         yield Hit(name, series.steps, evidence, {})
 
 
@@ -33,8 +33,8 @@ def step_stuck(series: Series) -> Iterator[Hit]:
         return
     seen = series.steps[(series.steps >= wrong["step"]) & (series.steps <= wrong["last"])]
     values = {key: float(wrong[key]) for key in ("was", "is", "expected", "times")}
-    evidence = "the optimizer's own count goes from {was:,.0f} to {is:,.0f} where {expected:,.0f} "
-    evidence += "is right; seen in {times:,.0f} recorded steps at least"
+    evidence = "the optimizer's own step count goes from {was:,.0f} to {is:,.0f} instead of "
+    evidence += "{expected:,.0f}; seen in at least {times:,.0f} recorded steps"
     yield Hit(wrong["parameter"], seen, evidence, values, values["times"])
 
 

@@ -225,7 +225,7 @@ class Steps:
         self.stand_ins = [stand_in(optimizer) for optimizer in optimizers]
         self.number = 0
         """Of the step that is about to be taken."""
-        self._seats: list[_Seat] = []
+        self._tracked: list[_TrackedOptimizer] = []
 
     def watch(self, hooks: Sequence[Hooks]) -> None:
         """Let them see the steps, one for each of ``stand_ins``."""
@@ -233,7 +233,7 @@ class Steps:
             watched = {id(w.place()) for w in its.watched}
             at = [i for i, param in enumerate(one.shown) if id(param) in watched]
             tap = one.tap(at, self._calls, traced=self._traced)
-            self._seats.append(_Seat(one, its, at, tap))
+            self._tracked.append(_TrackedOptimizer(one, its, at, tap))
 
     def next(self) -> None:
         """Look at the next call of the model's ``train_function``, which is put back by it."""
@@ -253,53 +253,53 @@ class Steps:
     def _take(self, plain: Callable[[Any], Any], data: Any) -> Any:
         self._once = None
         with self._harmless():
-            for seat in self._seats:
-                self._begin(seat)
-        due = [seat for seat in self._seats if seat.due]
+            for tracked in self._tracked:
+                self._begin(tracked)
+        due = [tracked for tracked in self._tracked if tracked.due]
         with ExitStack() as looking:
             function = plain
             with self._harmless():
                 function = self._looked_at(plain) if due else plain
-                for seat in due:
-                    looking.enter_context(seat.tap.open())
+                for tracked in due:
+                    looking.enter_context(tracked.tap.open())
             result = function(data)
         with self._harmless():
-            for seat in self._seats:
-                self._end(seat)
+            for tracked in self._tracked:
+                self._end(tracked)
         return result
 
-    def _begin(self, seat: _Seat) -> None:
-        one, hooks = seat.stand_in, seat.hooks
-        seat.due = False
-        done = one.iterations if seat.done is None or not self._counts else seat.done
-        seat.until = done + self._calls
-        seat.step = one.steps(seat.until)
-        if seat.step == one.steps(seat.until - self._calls):  # a gradient is added to others
-            seat.step = 0
+    def _begin(self, tracked: _TrackedOptimizer) -> None:
+        one, hooks = tracked.stand_in, tracked.hooks
+        tracked.due = False
+        done = one.iterations if tracked.done is None or not self._counts else tracked.done
+        tracked.until = done + self._calls
+        tracked.step = one.steps(tracked.until)
+        if tracked.step == one.steps(tracked.until - self._calls):  # a gradient is added to others
+            tracked.step = 0
             return
-        self.number = seat.step
-        seat.due = bool(seat.at) and hooks.schedule.due(hooks.schedule.next())
-        if seat.due:
-            one.show_before(seat.at)
-        if self._calls == 1 or not seat.due:  # else they are told when it is over
+        self.number = tracked.step
+        tracked.due = bool(tracked.at) and hooks.schedule.due(hooks.schedule.next())
+        if tracked.due:
+            one.show_before(tracked.at)
+        if self._calls == 1 or not tracked.due:  # else they are told when it is over
             one.before()
 
-    def _end(self, seat: _Seat) -> None:
-        one, tap = seat.stand_in, seat.tap
-        seat.done = seat.until if self._counts and not seat.due else one.iterations
-        if not seat.step or seat.done != seat.until:  # skipped, for a gradient that is not finite
+    def _end(self, tracked: _TrackedOptimizer) -> None:
+        one, tap = tracked.stand_in, tracked.tap
+        tracked.done = tracked.until if self._counts and not tracked.due else one.iterations
+        if not tracked.step or tracked.done != tracked.until:  # skipped: a non-finite gradient
             return
-        if seat.due:
+        if tracked.due:
             tap.collect()
             if self._calls > 1:
-                self.number = seat.step
-                one.show_before(seat.at, tap.before)
+                self.number = tracked.step
+                one.show_before(tracked.at, tap.before)
                 one.before()
-            one.show_step(seat.at, tap, one.lr(-1), seat.step)
-        seat.hooks.passed(one.host.gradient_accumulation_steps or 1)
+            one.show_step(tracked.at, tap, one.lr(-1), tracked.step)
+        tracked.hooks.passed(one.host.gradient_accumulation_steps or 1)
         one.after()
-        if seat.due:
-            one.forget(seat.at)
+        if tracked.due:
+            one.forget(tracked.at)
             tap.clear()
 
     def _looked_at(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -322,22 +322,22 @@ class Steps:
         except Warning:  # the user wants warnings to be errors
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            for seat in self._seats:
-                seat.hooks.failed(error)
-                seat.step, seat.due, seat.done = 0, False, None
+            for tracked in self._tracked:
+                tracked.hooks.failed(error)
+                tracked.step, tracked.due, tracked.done = 0, False, None
 
 
 @dataclass(slots=True)
-class _Seat:
-    """One optimizer, who looks at it, and what it is about to do.
+class _TrackedOptimizer:
+    """One recorded Keras optimizer, and what its next call will do.
 
     Attributes:
-        stand_in, hooks: of the same optimizer.
-        at: positions of the parameters that are looked at.
-        tap: on its gradients.
-        done, until: its calls so far, and when this one is over.
-        step: number of its step in this call; 0 for none.
-        due: whether that is recorded.
+        stand_in, hooks: of this optimizer.
+        at: positions of the recorded parameters.
+        tap: captures its gradients.
+        done, until: its iterations so far, and after this call.
+        step: number of its step in this call; 0 if it takes none.
+        due: whether that step is recorded.
     """
 
     stand_in: KerasOptimizer

@@ -1,4 +1,4 @@
-"""Stands in for an optimizer of another framework: what hooks need of one of torch's."""
+"""A stand-in for an optimizer of another framework, with what the hooks need from torch's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Parameter:
     """One parameter of another framework.
 
     Attributes:
-        name: what the frame calls it.
-        value: it as it is now, which need not be kept.
-        group: hyperparameters that it shares with others; equal ones make a group.
+        name: its name in the frame.
+        value: its current value, which need not be kept.
+        group: hyperparameters that it shares with others; equal ones form a group.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Parameter:
 
 
 class StandIn(Optimizer):
-    """Has groups and state like one of torch's, and takes no step: others do.
+    """Has groups and state like a torch optimizer, but takes no steps; the other framework does.
 
-    Around each of theirs, ``show`` what is there, then ``before``; ``show`` again, then ``after``.
-    In between it holds nothing. A step that was none in the end has no ``after``.
+    Around each step, call ``show`` with the current values, then ``before``; ``show`` again, then
+    ``after``. In between it holds nothing. If no step was taken in the end, do not call ``after``.
     """
 
     def __init__(self, parameters: Sequence[Parameter], lr: float) -> None:
-        """In groups, in order of appearance; ``lr`` is that of the first step."""
+        """Form groups, in order of appearance; ``lr`` is that of the first step."""
         groups: list[dict[str, Any]] = []
         self.shown: list[nn.Parameter] = []
         for each in parameters:
@@ -56,28 +56,28 @@ class StandIn(Optimizer):
         grad: Tensor | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """What the parameter at this position is now; nothing is copied."""
+        """Set the current values of the parameter at this position; nothing is copied."""
         param = self.shown[at]
         param.data = value
         param.grad = None if grad is None else grad.to(param.dtype)
         self.state[param] = state or {}
 
     def before(self) -> None:
-        """A step is about to be taken."""
+        """Run the hooks before a step."""
         for hook in list(self._optimizer_step_pre_hooks.values()):
             hook(self, (self,), {})
 
     def after(self) -> None:
-        """It was taken."""
+        """Run the hooks after a step."""
         for hook in list(self._optimizer_step_post_hooks.values()):
             hook(self, (self,), {})
 
     def forget(self, positions: Iterable[int]) -> None:
-        """Keep nothing alive of what was shown."""
+        """Drop all references to what was shown."""
         for at in positions:
             self.show(at, _blank(self.shown[at]))
 
 
 def _blank(like: Tensor) -> Tensor:
-    """Of its shape, without its memory."""
+    """Return a tensor of this shape that takes no memory."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)

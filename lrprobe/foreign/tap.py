@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class Tap(ABC):
-    """What one step of one optimizer was given. Keys are its indices of variables.
+    """Captures the inputs of one step of one optimizer, by its variable indices.
 
     Attributes:
-        grads: those that it used.
-        before: parameters as they were, where the call took more than this step.
-        after: parameters right after the step, where something else followed it: a constraint, or
-            the average of ``ema_overwrite_frequency``.
+        grads: the gradients that it used.
+        before: parameters before the step, if the call took more than this step.
+        after: parameters right after the step, if something else followed it: a constraint, or the
+            average of ``ema_overwrite_frequency``.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -29,19 +29,19 @@ class Tap(ABC):
 
     @abstractmethod
     def open(self) -> AbstractContextManager[None]:
-        """Look on while a step is taken, or traced."""
+        """Capture while a step is taken, or traced."""
 
     def collect(self) -> None:
-        """Read what there was.
+        """Read what was captured.
 
         Raises:
-            Exception: what went wrong while looking on.
+            Exception: whatever went wrong while capturing.
         """
         if self._error is not None:
             raise self._error
 
     def clear(self) -> None:
-        """Keep nothing alive of a step."""
+        """Drop all references to a step."""
         self.grads: dict[int, Tensor] = {}
         self.before: dict[int, Tensor] = {}
         self.after: dict[int, Tensor] = {}
@@ -54,7 +54,7 @@ class Tap(ABC):
 
 
 class EagerTap(Tap):
-    """Where every step runs in Python: the gradients are there, and are not copied."""
+    """For steps that run in Python: the gradients exist, and are not copied."""
 
     def __init__(self, optimizer: Any, followed: Collection[int]) -> None:
         super().__init__(optimizer)
@@ -62,7 +62,7 @@ class EagerTap(Tap):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Look on at the update itself, which is given the gradients as it uses them."""
+        """Intercept the update itself, which receives the gradients as it uses them."""
         self._error = None
         update = self._optimizer._backend_update_step  # noqa: SLF001 - Keras has no hook there
 

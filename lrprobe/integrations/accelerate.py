@@ -12,20 +12,20 @@ from lrprobe.sinks.tags import TagStyle
 def trackers(accelerator: Any, *, prefix: str = "", tag_style: TagStyle = "lrprobe") -> list[Sink]:
     """The trackers of an ``Accelerator``, for ``lrprobe.attach(..., to=trackers(accelerator))``.
 
-    TensorBoard, Weights & Biases, MLflow, Trackio and Comet get what lrprobe's own sinks write;
-    any other tracker gets the scalars, through its ``log``, in a background thread. Close the
+    TensorBoard, Weights & Biases, MLflow, Trackio and Comet receive what lrprobe's own sinks write.
+    Any other tracker receives the scalars, through its ``log``, in a background thread. Close the
     probe before ``accelerator.end_training()``.
 
     Args:
         accelerator: after its ``init_trackers``.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: ``"lrprobe"``, ``"composer"`` or ``"olmo"``.
 
     Returns:
         A sink for each tracker; none in a process that is not the main one.
 
     Raises:
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
     if not accelerator.is_main_process:
         return []

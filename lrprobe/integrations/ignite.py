@@ -17,17 +17,17 @@ with extra("ignite"):
 def attach(engine: Engine, optimizer: Any, model: nn.Module | None = None, **options: Any) -> Probe:
     """Record the optimizer that an engine's process function steps.
 
-    All that was recorded is written when a run of the engine ends or is interrupted; where an
-    exception ends it, a few seconds later. The probe stays open for the next run of the engine; who
-    attached it closes it. It counts steps of the optimizer; with
-    ``step=lambda: engine.state.iteration`` iterations of the engine instead. It can be among the
-    objects of an ``ignite.handlers.Checkpoint``.
+    Records are written when a run of the engine ends or is interrupted; if an exception ends it, a
+    few seconds later. The probe stays open for the next run of the engine; close it yourself. It
+    counts steps of the optimizer, or iterations of the engine with
+    ``step=lambda: engine.state.iteration``. It can be one of the objects of an
+    ``ignite.handlers.Checkpoint``.
 
     Args:
         engine: the trainer.
         optimizer: as for ``lrprobe.attach``.
         model: as for ``lrprobe.attach``.
-        options: more arguments of ``lrprobe.attach``.
+        options: further arguments of ``lrprobe.attach``.
 
     Raises:
         TypeError: as ``lrprobe.attach`` does.

@@ -19,26 +19,27 @@ with extra("keras"):
 class LRProbeCallback(keras.callbacks.Callback):
     """Records the optimizer of a training: ``model.fit(..., callbacks=[LRProbeCallback()])``.
 
-    Steps are counted as ``optimizer.iterations`` counts them, parameters are called what Keras
-    calls them (``variable.path``). The frame is in ``callback.probe.frame()``, also after the
-    training.
+    Steps are counted like ``optimizer.iterations``, and parameters have Keras's names
+    (``variable.path``). ``callback.probe.frame()`` returns the frame, also after the training.
 
     Args:
         to: as for ``lrprobe.attach``.
-        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
+        options: further arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
 
     Raises:
-        NotImplementedError: Keras runs on another backend than torch or TensorFlow.
+        NotImplementedError: Keras runs on a backend other than torch or TensorFlow.
     """
 
     probe: Probe | None = None
-    """Of the training that goes on, or of the last one."""
+    """The probe of the current training, or of the last one."""
 
     def __init__(self, to: Any = None, **options: Any) -> None:
         super().__init__()
         backend = keras.backend.backend()
         if backend not in ("tensorflow", "torch"):
-            raise NotImplementedError(f"Keras runs on {backend!r}; 'tensorflow' or 'torch' can do")
+            raise NotImplementedError(
+                f"Keras runs on {backend!r}; supported are 'tensorflow' and 'torch'"
+            )
         every = options.get("every")
         if callable(every):  # asked twice of a step, it is called once
             options["every"] = lru_cache(maxsize=1)(every)
@@ -74,7 +75,7 @@ class LRProbeCallback(keras.callbacks.Callback):
             steps = Steps(self.model)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             self._waits = False
-            warn(f"nothing is recorded of this training: {type(error).__name__}: {error}")
+            warn(f"this training is not recorded: {type(error).__name__}: {error}")
             return
         self._waits = False
         options = {"step": lambda: steps.number, **self._options}

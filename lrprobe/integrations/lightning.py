@@ -21,20 +21,20 @@ except ImportError:  # the same under its older name
 class LRProbeCallback(Callback):
     """Records the optimizers of a ``Trainer``: ``Trainer(callbacks=[LRProbeCallback()])``.
 
-    The frame is in ``callback.probe.frame()``, also after the training. A checkpoint of the
-    trainer's has the counts of steps, and a resumed training goes on from them, as a second
-    ``fit`` of one trainer does.
+    ``callback.probe.frame()`` returns the frame, also after the training. The trainer's checkpoint
+    contains the step counts. A resumed training continues from them, and so does a second ``fit``
+    of the same trainer.
 
     Args:
-        to: as for ``lrprobe.attach``; None takes the trainer's own loggers: TensorBoard,
-            Weights & Biases, MLflow and Comet as they are; beside another logger that has a
-            directory (CSV) the dataset ``lrprobe.parquet`` in it; any other gets the scalars.
+        to: as for ``lrprobe.attach``; None uses the trainer's own loggers. TensorBoard, Weights &
+            Biases, MLflow and Comet are used directly. For another logger with a directory (CSV),
+            the dataset ``lrprobe.parquet`` is written there; any other receives the scalars.
         tag_style: of the tags in the trainer's loggers.
-        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
+        options: further arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None
-    """Of the training that goes on, or of the last one."""
+    """The probe of the current training, or of the last one."""
 
     def __init__(self, to: Any = None, *, tag_style: TagStyle = "lrprobe", **options: Any) -> None:
         self._to = to
@@ -58,7 +58,7 @@ class LRProbeCallback(Callback):
             try:
                 self.probe.load_state_dict(state)
             except ValueError as error:  # which is no reason not to train
-                warn(f"steps are not counted on from where they were: {error}")
+                warn(f"the step count of the checkpoint is not restored: {error}")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach."""

@@ -20,21 +20,20 @@ with extra("transformers"):
 class LRProbeCallback(TrainerCallback):
     """Records the optimizer of a ``Trainer``: ``Trainer(..., callbacks=[LRProbeCallback()])``.
 
-    Steps have the numbers of ``state.global_step``, also where a training is resumed. The frame is
-    in ``callback.probe.frame()``, also after the training.
+    Steps have the numbers of ``state.global_step``, also in a resumed training.
+    ``callback.probe.frame()`` returns the frame, also after the training.
 
     Args:
-        to: as for ``lrprobe.attach``; None takes what ``report_to`` names: for ``"tensorboard"``
-            the logdir ``runs/lrprobe`` in ``output_dir`` (``lrprobe`` in
-            ``$TENSORBOARD_LOGGING_DIR`` where that is set), for ``"wandb"``, ``"mlflow"``,
-            ``"trackio"``, ``"comet_ml"`` and ``"clearml"`` the run that is active, if one is.
-            Others that it names get nothing.
-        tag_style: of the tags in what ``report_to`` names.
-        options: more arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
+        to: as for ``lrprobe.attach``; None follows ``report_to``: for ``"tensorboard"`` the logdir
+            ``runs/lrprobe`` in ``output_dir`` (``lrprobe`` in ``$TENSORBOARD_LOGGING_DIR`` if that
+            is set), for ``"wandb"``, ``"mlflow"``, ``"trackio"``, ``"comet_ml"`` and ``"clearml"``
+            the active run, if there is one. Other values receive nothing.
+        tag_style: of the tags in the trackers of ``report_to``.
+        options: further arguments of ``lrprobe.attach``: ``every``, ``on_finding`` and others.
     """
 
     probe: Probe | None = None
-    """Of the training that goes on, or of the last one."""
+    """The probe of the current training, or of the last one."""
 
     def __init__(self, to: Any = None, *, tag_style: TagStyle = "lrprobe", **options: Any) -> None:
         self._to = to

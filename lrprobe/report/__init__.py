@@ -1,6 +1,6 @@
 """One self-contained HTML page about one run or several: findings, the view, pictures, table.
 
-The view is that of TensorBoard's tab, with its figures inside. Needs Matplotlib and Plotly:
+The view is that of TensorBoard's tab, with its data embedded. Needs Matplotlib and Plotly:
 ``pip install 'lrprobe[plot]'``.
 """
 
@@ -37,14 +37,14 @@ _STEPS = 400
 
 
 def write(to: str | os.PathLike[str], *paths: str | os.PathLike[str]) -> Findings:
-    """Write the report about some runs.
+    """Write a report about one run or several.
 
     Args:
         to: the HTML file.
-        paths: Parquet datasets, TensorBoard logdirs, or folders that hold some.
+        paths: Parquet datasets, TensorBoard logdirs, or folders that contain some.
 
     Returns:
-        What it says is wrong.
+        The findings in the report.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -65,7 +65,7 @@ def write(to: str | os.PathLike[str], *paths: str | os.PathLike[str]) -> Finding
 
 
 def render(runs: Runs, notes: Sequence[str] = ()) -> tuple[str, Findings]:
-    """The page, and what it says is wrong.
+    """Return the page and its findings.
 
     Args:
         runs: what was read.
@@ -73,8 +73,8 @@ def render(runs: Runs, notes: Sequence[str] = ()) -> tuple[str, Findings]:
     """
     if not len(runs.frame):
         raise ValueError(
-            f"{', '.join(runs.names)}: no step was recorded yet; attach records step 1 and every "
-            "tenth"
+            f"{', '.join(runs.names)}: no step was recorded yet; by default, attach records the "
+            "first step and every tenth"
         )
     found = diagnose(runs.frame)
     frame = latest(runs.frame)
@@ -140,7 +140,7 @@ _PAGE = """<!doctype html>
 <h2 id="findings">Findings</h2>
 {findings}
 <h2 id="view">Layers over the steps</h2>
-<div id="lrprobe"><p class="still">This part needs a browser that runs scripts; below are still
+<div id="lrprobe"><p class="still">This part needs a browser with JavaScript; below are static
 pictures.</p></div>
 <section class="still">
 <h2 id="pictures">Pictures</h2>
@@ -148,6 +148,6 @@ pictures.</p></div>
 </section>
 <h2 id="table">The last recorded step</h2>
 {table}
-<p><small>Made by lrprobe, {made}. Every column is explained in docs/definitions.md.</small></p>
+<p><small>Made by lrprobe, {made}. Every column is explained in docs/columns.md.</small></p>
 {live}</body></html>
 """

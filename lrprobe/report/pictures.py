@@ -40,20 +40,20 @@ def pictures(frame: pd.DataFrame, found: Findings) -> Iterator[tuple[str, str, b
         some = f" {len(layers)} of {total:,}." if len(layers) < total else ""
         yield (
             "Effective learning rate",
-            f"What each layer got per unit of its direction: median and p05–p95 band.{some}",
+            f"The step of each layer per unit of direction: median and p05–p95 band.{some}",
             _png(lambda: draw.rate(part, layers)[0].figure),
         )
     if "update_ratio" in frame and frame["update_ratio"].notna().any():
         chosen = layers if "run" in frame else None
         yield (
             "Update ratio",
-            "How much of its norm a parameter moves in a step. About 1e-3 is usual for matrices.",
+            "Length of a step relative to the parameter's norm. About 1e-3 is usual for matrices.",
             _png(lambda: draw.update_ratio(frame, chosen).figure),
         )
     if "lr" in frame and frame["lr"].notna().any():
         yield (
             "Learning rate of the groups",
-            "As it stood during each step.",
+            "The rate during each step.",
             _png(lambda: _lr(frame)),
         )
     if "effective_lr_p50" in frame:

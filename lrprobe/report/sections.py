@@ -80,10 +80,7 @@ def findings_list(found: Findings, title: Callable[[Finding], str]) -> str:
     parts = [f"<p class=summary>{html.escape(found.summary())}</p>"]
     parts += [f"<p>{html.escape(sentence)}.</p>" for sentence in found.left_out]
     if not found.findings:
-        parts.append(
-            "<p>Nothing of what was looked for is wrong in these runs, as far as their figures "
-            "tell.</p>"
-        )
+        parts.append("<p>No check found anything wrong in these runs.</p>")
     parts += [_card(same, title) for same in found.grouped()]
     return "".join(parts)
 

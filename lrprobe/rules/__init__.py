@@ -34,7 +34,7 @@ if hasattr(optim, "Muon"):  # from torch 2.9
 def find_rule(cls: type) -> Rule | None:
     """The rule of a class, or of the nearest parent that has one.
 
-    Whether it holds for the child, the check against the real step tells.
+    The check against the real step shows whether it holds for the child class.
     """
     found = (_RULES.get(c) or external_rule(c) for c in cls.__mro__)
     return next((rule for rule in found if rule is not None), None)

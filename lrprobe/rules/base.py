@@ -1,4 +1,4 @@
-"""What a rule is given and what it gives back."""
+"""What a rule receives and what it returns."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ one of these as it was before the step."""
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a rule says of one step, element by element.
+    """One step according to a rule, element by element.
 
     θ_after = θ_before · (1 − decay) − effective_lr ⊙ direction
 
     Attributes:
-        effective_lr: the factor of the direction; a scalar where all elements share it.
-        direction: what it multiplies, shaped like ``Slice.param``.
+        effective_lr: the factor of the direction; a scalar if all elements share it.
+        direction: what the rate multiplies, shaped like ``Slice.param``.
         decay: the decoupled decay of this step, a scalar.
-        rms_grad: root of the second-moment estimate, bias-corrected where the rule corrects it,
-            without ε; None where the rule has none.
+        rms_grad: root of the second-moment estimate, bias-corrected if the rule corrects it,
+            without ε; None if the rule has none.
         rms_update: the same of past updates (Adadelta's √E[Δx²] before this step).
         eps: the statistic to which ε is added, and ε, on the scale where it is added.
-        grad: the gradient, like ``Slice.grad``, where the optimizer leaves something else in
-            ``p.grad``; None where it does not.
+        grad: the gradient, like ``Slice.grad``, if the optimizer overwrites ``p.grad``; otherwise
+            None.
     """
 
     effective_lr: Scalar
@@ -47,7 +47,7 @@ class Update:
 
 
 class SparseRows:
-    """A gradient that is sparse in its first dimension, read densely where it is asked for."""
+    """A gradient that is sparse in its first dimension, read densely on demand."""
 
     def __init__(self, shape: torch.Size, rows: Tensor, values: Tensor) -> None:
         self.shape = shape
@@ -56,7 +56,7 @@ class SparseRows:
 
     @classmethod
     def of(cls, grad: Tensor) -> SparseRows:
-        """From a ``torch.sparse_coo`` gradient with one sparse dimension."""
+        """Create from a ``torch.sparse_coo`` gradient with one sparse dimension."""
         grad = grad.coalesce()
         return cls(grad.shape, grad.indices()[0], grad.values())
 
@@ -76,7 +76,7 @@ class SparseRows:
 
 
 class Coded:
-    """A state kept in few bits: blocks of codes with one scale each, decoded where it is read."""
+    """A low-bit state: blocks of codes with one scale each, decoded on reading."""
 
     def __init__(
         self,
@@ -124,9 +124,9 @@ class Entry:
 
     Attributes:
         param: the parameter after the step, real (a complex one seen as pairs).
-        grad: its gradient, real and of the same shape; a ``SparseRows`` where it is sparse.
-        state: the optimizer's own state of it, real, and what ``Rule.before`` and ``Rule.whole``
-            added.
+        grad: its gradient, real and of the same shape; a ``SparseRows`` if it is sparse.
+        state: the optimizer's state of the parameter, real, and what ``Rule.before`` and
+            ``Rule.whole`` added.
     """
 
     param: Tensor
@@ -134,7 +134,7 @@ class Entry:
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Add to the state as rules see it; the optimizer's own stays as it is."""
+        """Add to the state that rules see; the optimizer's own state is unchanged."""
         self.state = {**self.state, **values}
 
     def wide_state(self) -> dict[str, Tensor]:
@@ -199,13 +199,13 @@ class Slice:
 
     @cached_property
     def grad(self) -> Tensor:
-        """The gradient with the sign of ``maximize``, without weight decay."""
+        """The gradient, negated under ``maximize``, without weight decay."""
         grad = self._fetch("grad")
         return -grad if self.group.get("maximize", False) else grad
 
     @cached_property
     def touched(self) -> Scalar:
-        """1 at elements whose row a sparse gradient has, 0 elsewhere; 1 where it is dense."""
+        """1 in the rows of a sparse gradient, 0 elsewhere; 1 if the gradient is dense."""
         entry = self._entries[0]
         if isinstance(entry.grad, SparseRows) or "touched" in entry.state:
             return self._fetch("touched")
@@ -227,7 +227,7 @@ class Slice:
         return column(values, self._entries[0].param.device)
 
     def t(self, *float32_if: str) -> Tensor:
-        """The number of this step, from 1, in float64.
+        """The number of this step, counted from 1, in float64.
 
         Args:
             float32_if: flags of the group under which torch computes with its own float32 tensor,
@@ -240,7 +240,7 @@ class Slice:
         return cast("Tensor", self._memo[float32_if])
 
     def correction(self, beta: Scalar, *float32_if: str) -> Tensor:
-        """1 − βᵗ, the bias correction of a moment that started at 0: 0-dim, or one a row."""
+        """1 − βᵗ, the bias correction of a moment that starts at 0: 0-dim, or one per row."""
         which = id(beta) if isinstance(beta, Tensor) else beta
         key = ("correction", which, *float32_if)
         if key not in self._memo:  # with β, kept alive for its id
@@ -249,7 +249,7 @@ class Slice:
 
     @property
     def lr(self) -> Tensor:
-        """The group's rate during this step: 0-dim, float64 unless it is a tensor already."""
+        """The group's rate during this step: 0-dim, and float64 unless it already is a tensor."""
         if "lr" not in self._memo:
             lr = self.group["lr"]
             self._memo["lr"] = (
@@ -261,12 +261,12 @@ class Slice:
 
     @property
     def decay(self) -> Scalar:
-        """The decoupled decay of this step, lr·λ; 0 where the group's decay is coupled."""
+        """The decoupled decay of this step, lr·λ; 0 if the group's decay is coupled."""
         return 0.0 if self._is_coupled else self.lr * self.group["weight_decay"]
 
     @property
     def coupled(self) -> Scalar:
-        """The λ of θ_before in the gradient; 0 where the group's decay is decoupled."""
+        """The λ of θ_before in the gradient; 0 if the group's decay is decoupled."""
         return cast("Scalar", self.group.get("weight_decay", 0.0) if self._is_coupled else 0.0)
 
     @property
@@ -278,8 +278,8 @@ class Slice:
     ) -> Tensor:
         """Add a coupled weight decay to a direction: direction + share·λ·θ_before.
 
-        θ_before is gone after the step, but follows from θ_after, since the direction is affine
-        in it: θ_before = (θ_after + e·d₀) / (1 − decay − e·share·λ).
+        θ_before no longer exists after the step, but follows from θ_after, because the direction
+        is affine in it: θ_before = (θ_after + e·d₀) / (1 − decay − e·share·λ).
         """
         weight_decay = self.coupled
         if not isinstance(weight_decay, Tensor) and weight_decay == 0:
@@ -294,34 +294,34 @@ class Slice:
 
     @property
     def decayed_grad(self) -> Tensor:
-        """The gradient with a coupled weight decay of θ_before, which must have been kept."""
+        """The gradient with a coupled weight decay; requires that θ_before was kept."""
         if not isinstance(self.coupled, Tensor) and self.coupled == 0:
             return self.grad
         before = self.before
         if before is None:
-            raise RuntimeError("the parameter was not kept from before the step")
+            raise RuntimeError("the value of the parameter from before the step was not kept")
         return self.grad + self.coupled * before
 
     @property
     def before(self) -> Tensor | None:
-        """The parameter before the step, where it was kept (``inspect_step``, the check)."""
+        """The parameter before the step, if it was kept (``inspect_step``, the check)."""
         return self._fetch("old param") if "param" in self._kept else None
 
     def old(self, name: str, default: float = 0.0) -> Scalar:
-        """A state entry as it was before the step; ``default`` where there was none yet."""
+        """A state entry before the step; ``default`` if it did not exist yet."""
         if name not in self._kept:
             return default
         value = self._fetch(f"old {name}")  # 0 where there was none
         return value if default == 0 else value + default * (1 - self.had(name))
 
     def had(self, name: str) -> Scalar:
-        """1 where a state entry was there before the step, else 0."""
+        """1 if a state entry existed before the step, else 0."""
         if self._had is None or name not in self._kept:
             return float(name in self._kept)
         return self._had(name)
 
     def keeps(self, name: str) -> bool:
-        """Whether ``old`` can tell of it."""
+        """Whether ``old`` knows this entry."""
         return name in self._kept
 
     @property
@@ -330,13 +330,13 @@ class Slice:
         return [*self._entries[0].wide_state()]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a state entry is kept."""
+        """The dtype of a state entry."""
         value: Tensor = self._entries[0].state[name]
         return value.dtype
 
 
 class Whole:
-    """One whole parameter, for rules that need a figure of all of it (Adafactor, Muon)."""
+    """One whole parameter, for rules that need a statistic of all of it (Adafactor, Muon)."""
 
     def __init__(
         self, entry: Entry, group: Mapping[str, Any], slices: Callable[[], Iterable[Slice]]
@@ -351,7 +351,7 @@ class Whole:
         return self.entry.state
 
     def sum(self, function: Callable[[Slice], Tensor]) -> Tensor:
-        """Sum of an elementwise function over the whole parameter: 0-dim, float64."""
+        """Sum of an element-wise function over the whole parameter: 0-dim, float64."""
         parts = [function(piece).sum(dtype=torch.float64) for piece in self._slices()]
         if not parts:
             return torch.zeros((), dtype=torch.float64, device=self.entry.param.device)
@@ -367,22 +367,23 @@ class Rule:
     """How to reconstruct one optimizer's step.
 
     Attributes:
-        name: what the frame's column ``rule`` shows.
+        name: value of the frame's column ``rule``.
         update: the equation: a pure function of a ``Slice``.
-        before: scalars to keep from before the step, given (parameter, state, group): for rules
-            whose state after the step no longer tells them. They are read back with
-            ``Slice.scalar``.
-        whole: figures of the whole parameter, computed after the step; read back with
-            ``Slice.scalar``, or, where shaped like the parameter, with ``Slice[...]``.
-        advance: what the state becomes in this step, of what it was (``Slice.old``) and of the
-            gradient: name of a state entry to its elements. The check compares it with the state.
-        writes: given a group, how often torch writes the parameter in one step; each rounds it.
-        shared_rate: whether all elements of a parameter always have one rate.
+        before: given (parameter, state, group), returns scalars to keep from before the step, for
+            rules whose state no longer contains them afterwards. ``Slice.scalar`` reads them back.
+        whole: statistics of the whole parameter, computed after the step. ``Slice.scalar`` reads
+            them back, or ``Slice[...]`` if they are shaped like the parameter.
+        advance: computes the state after the step from the state before it (``Slice.old``) and the
+            gradient: a mapping of state entries to their elements. The check compares it with the
+            actual state.
+        writes: given a group, returns how often torch writes the parameter in one step; each write
+            rounds it.
+        shared_rate: whether all elements of a parameter always have the same rate.
         needs_grad: whether ``effective_lr`` itself depends on the gradient.
-        overwrites: whether, given a group, the optimizer leaves something else where the gradient
-            was; then ``update`` gives the gradient back, and its norm is taken before the step.
-        tolerance: largest error of a step that still counts as explained, for optimizers that
-            round their state after they have used it; 0 for what the parameter's dtype allows.
+        overwrites: whether, given a group, the optimizer overwrites the gradient. If it does,
+            ``update`` returns the gradient, and its norm is computed before the step.
+        tolerance: largest error at which a step still counts as explained, for optimizers that
+            round their state after using it; 0 for the rounding of the parameter's dtype alone.
     """
 
     name: str
@@ -398,7 +399,7 @@ class Rule:
 
 
 def writes_of(rule: Rule, group: Mapping[str, Any]) -> int:
-    """How often a step writes the parameter: once, and once for a decoupled decay, unless told."""
+    """How often a step writes the parameter: by default once, plus once for a decoupled decay."""
     if rule.writes is not None:
         return rule.writes(group)
     decoupled = group.get("decoupled_weight_decay", True) and group.get("weight_decay", 0.0)
@@ -424,20 +425,20 @@ def power(base: Scalar, exponent: Tensor) -> Tensor:
 
 
 def nonzero(value: Any) -> Tensor:
-    """What can be divided by: 1 instead of 0."""
+    """Replace 0 by 1, so that it can be a divisor."""
     value = torch.as_tensor(value)
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
 def there(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for it."""
+    """Copy a host tensor to a device, without waiting."""
     if device.type in ("cpu", "mps"):
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
 
 
 def brought(number: Tensor, device: torch.device) -> Tensor:
-    """A tensor from anywhere, in float64, without waiting for a device."""
+    """Copy a tensor from any device, in float64, without waiting."""
     if number.device.type == "cpu":
         return there(number.double(), device)
     return number.to(device, torch.float64, non_blocking=True)

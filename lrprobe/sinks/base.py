@@ -1,4 +1,4 @@
-"""What a sink is."""
+"""The interface of a sink."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lrprobe.record import Record
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes records: called by one thread at a time, in order; closes only what it opened.
+    """Receives records: called by one thread at a time, in order; closes only what it opened.
 
-    A few more things are used where a sink has them:
+    lrprobe also uses these, if a sink has them:
 
-    - ``flush()`` makes all that was written durable and visible to readers. It is called within
-      ``flush_secs`` (an attribute; 1 second where there is none) after a ``write``, by
-      ``Probe.flush``, and before ``close``. One that raises keeps what it could not write, for the
+    - ``flush()`` makes everything written durable and visible to readers. It is called within
+      ``flush_secs`` (an attribute; 1 second if there is none) after a ``write``, by
+      ``Probe.flush``, and before ``close``. If it raises, it keeps what it could not write for the
       next call.
-    - ``attempt``: how often the destination was continued before.
+    - ``attempt``: how often the destination had been continued.
     - ``destination``: a string that is the same for two sinks that write to the same place.
-    - ``problems()``: messages since the last call that the user should be warned of. A sink must
-      not warn itself: it is called in a background thread.
+    - ``problems()``: messages since the last call, which lrprobe turns into warnings. A sink must
+      not warn by itself, because it runs in a background thread.
     """
 
     def write(self, record: Record) -> None:
-        """Take one record; if it raises, the record was not taken, and is offered again later."""
+        """Write one record; if this raises, lrprobe offers the record again later."""
 
     def close(self) -> None:
         """Finish; called once, after the last ``write``."""

@@ -10,21 +10,21 @@ from lrprobe.sinks.tags import Tags, TagStyle, clean
 
 
 class ClearML:
-    """Reports the scalars of each record to a ClearML task, which stays its owner's.
+    """Reports the scalars of each record to a ClearML task, which it does not close.
 
-    A figure is a plot, and each parameter a series in it: ``effective_lr/0.weight`` is the series
-    ``0.weight`` of the plot ``effective_lr``. A ``/`` in a parameter's name becomes a ``.``. Close
-    the probe before ``task.close()``.
+    Each metric is a plot, and each parameter a series in it: ``effective_lr/0.weight`` is the
+    series ``0.weight`` of the plot ``effective_lr``. A ``/`` in a parameter's name becomes a ``.``.
+    Close the probe before ``task.close()``.
 
     Args:
-        task: what ``Task.init`` returned; None takes the task of this process.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        task: what ``Task.init`` returned; None uses the task of this process.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: as in ``Scalars``.
 
     Raises:
         ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[clearml]'``).
         RuntimeError: this process has no task.
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ClearML:
 
     @property
     def destination(self) -> str:
-        """The task, and the prefix where there is one."""
+        """The task, and the prefix if there is one."""
         return f"clearml:{self._task.id}:{self._tags.prefix}"
 
     def write(self, record: Record) -> None:
@@ -54,7 +54,7 @@ class ClearML:
             self._logger.report_scalar(plot or series, series, value, record.step)
 
     def close(self) -> None:
-        """Do nothing: the task is its owner's."""
+        """Do nothing: the task belongs to its owner."""
 
 
 def _name(name: str) -> str:

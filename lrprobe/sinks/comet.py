@@ -10,22 +10,22 @@ from lrprobe.sinks.tags import Tags, TagStyle
 
 
 class Comet:
-    """Logs the scalars of each record to a Comet experiment, which stays its owner's.
+    """Logs the scalars of each record to a Comet experiment, which it does not close.
 
-    They have the optimizer's step. Comet gives what is logged without a step the last one that it
-    has seen: give your own metrics a step (``experiment.log_metric(name, value, step=...)``). Close
-    the probe before ``experiment.end()``.
+    They have the optimizer's step. Comet assigns metrics without a step the last step that it has
+    seen, so pass a step with your own (``experiment.log_metric(name, value, step=...)``). Close the
+    probe before ``experiment.end()``.
 
     Args:
         experiment: an ``Experiment``, ``OfflineExperiment`` or what ``comet_ml.start`` returned;
-            None takes the one that is running.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+            None uses the running one.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: as in ``Scalars``.
 
     Raises:
         ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[comet]'``).
         RuntimeError: no experiment is running.
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Comet:
 
     @property
     def destination(self) -> str:
-        """The experiment, and the prefix where there is one."""
+        """The experiment, and the prefix if there is one."""
         return f"comet:{self._experiment.get_key()}:{self._tags.prefix}"
 
     def write(self, record: Record) -> None:
@@ -54,4 +54,4 @@ class Comet:
         self._experiment.log_metrics(self._tags.values(record), step=record.step)
 
     def close(self) -> None:
-        """Do nothing: the experiment is its owner's."""
+        """Do nothing: the experiment belongs to its owner."""

@@ -21,7 +21,7 @@ class Function:
 
     def __init__(self, fn: Callable[[Record], Any]) -> None:
         if not callable(fn):
-            raise TypeError(f"fn takes a function of a record; got {fn!r}")
+            raise TypeError(f"fn must be a function that accepts a record; got {fn!r}")
         self._fn = fn
 
     def __repr__(self) -> str:

@@ -14,17 +14,17 @@ from lrprobe.record import LEVELS, Level, Record, frame_columns
 class JSONL:
     """Appends a line of JSON for each row of the frame.
 
-    ``pandas.read_json(path, lines=True, precise_float=True)`` gives the figures back. JSON has no
-    NaN and no infinity: both are ``null``, and ``nonfinite`` tells where elements were so.
+    ``pandas.read_json(path, lines=True, precise_float=True)`` reads it. JSON has no NaN and no
+    infinity: both are ``null``, and ``nonfinite`` shows where elements were not finite.
 
     Args:
-        path: of the file, which is made where it is missing, and continued where it is not; half
-            a line that a killed process has left at its end is removed.
+        path: the file, which is created if missing, and otherwise continued. A partial line that a
+            killed process left at its end is removed.
         by: which rows: ``"parameter"``, or ``"module"``, ``"group"``, ``"model"`` for merged ones.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: another ``by``; the file holds something else, which stays as it is.
+        ValueError: for another ``by``; or the file has other contents, which are not touched.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, by: Level = "parameter") -> None:
@@ -89,7 +89,7 @@ class JSONL:
         self._file = self._where.open("a+b", buffering=0)
         attempt, self._size = self.attempt, self._continue()
         self.attempt = attempt
-        raise FileNotFoundError(f"the file {self._path!r} was removed; it is made anew")
+        raise FileNotFoundError(f"the file {self._path!r} was removed; it is created again")
 
     def _continue(self) -> int:
         """Go on where another run of this file ended; the file's size in bytes."""
@@ -100,7 +100,7 @@ class JSONL:
             row = None if torn else self._row(line)
             if not (_BEGIN.startswith(line[: len(_BEGIN)]) if torn else row):
                 raise ValueError(
-                    f"{self._path!r} exists and is no file of lrprobe's with by={self._by!r}: "
+                    f"{self._path!r} exists and was not written by lrprobe with by={self._by!r}: "
                     f"{line[:60]!r}"
                 )
             if row is None:

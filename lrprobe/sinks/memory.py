@@ -177,15 +177,15 @@ _ARRAY = sys.getsizeof(np.empty(0)) + 16  # the object around an array, and a pl
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A record with the number of its arrival."""
+class _NumberedRecord:
+    """A record with its position in the order of arrival."""
 
     arrival: int
     record: Record
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _CompressedRecords:
     """Some records, compressed."""
 
     arrivals: NDArray[np.int64]
@@ -194,7 +194,7 @@ class _Block:
     nbytes: int
 
     @classmethod
-    def of(cls, kept: Sequence[_Kept]) -> _Block:
+    def of(cls, kept: Sequence[_NumberedRecord]) -> _CompressedRecords:
         records = [one.record for one in kept]
         arrivals = np.array([one.arrival for one in kept])
         rows = {name: np.array([_rows(record, name) for record in records]) for name in TABLES}
@@ -219,12 +219,12 @@ def _rows(record: Record, name: TableName) -> int:
 
 
 @dataclass(slots=True)
-class _Tier:
-    """Records that are dropped together: compressed blocks, and the latest, not yet compressed."""
+class _ResolutionTier:
+    """Records that are dropped together: compressed blocks, and the newest, not yet compressed."""
 
-    blocks: list[_Block] = field(default_factory=list)
+    blocks: list[_CompressedRecords] = field(default_factory=list)
     block_bytes: int = 0
-    open: list[_Kept] = field(default_factory=list)
+    open: list[_NumberedRecord] = field(default_factory=list)
     open_bytes: int = 0
     names: set[int] = field(default_factory=set)
 
@@ -236,14 +236,14 @@ class Memory:
     """Keeps records in memory, for ``Probe.frame()``.
 
     Older records are compressed (zstd). When ``max_bytes`` is reached, every second kept record is
-    dropped and from then on only every second one is kept, then every fourth, and so on: the
-    resolution in time halves over the whole run. Each optimizer is counted for itself, and its
-    first and its newest record are always kept, even where these alone are above the bound.
+    dropped, and from then on only every second one is kept, then every fourth, and so on: the
+    resolution in time halves over the whole run. Each optimizer is counted separately, and its
+    first and its newest record are always kept, even if they alone exceed the limit.
 
-    Any thread may ask for a frame while another one writes.
+    Any thread may request a frame while another one writes.
 
     Args:
-        max_bytes: bound of what is kept, in bytes; 0 keeps nothing.
+        max_bytes: limit in bytes; 0 keeps nothing.
 
     Raises:
         ValueError: ``max_bytes`` is negative.
@@ -259,10 +259,10 @@ class Memory:
         # A record's tier is the number of times its index (per optimizer) can be halved. The
         # lowest tier that is left is therefore every second kept record, and halving the
         # resolution is dropping one tier: no block needs to be opened for that.
-        self._tiers: dict[int, _Tier] = {}
+        self._tiers: dict[int, _ResolutionTier] = {}
         self._lowest = 0
         self._written: dict[str, int] = {}
-        self._newest: dict[str, tuple[int, _Kept]] = {}
+        self._newest: dict[str, tuple[int, _NumberedRecord]] = {}
         self._spare: dict[str, int] = {}  # bytes of the newest records that are in no tier
         self._arrivals = 0
         self._problems: list[str] = []
@@ -289,7 +289,7 @@ class Memory:
         name = record.optimizer
         index = self._written.get(name, 0)
         tier = (index & -index).bit_length() - 1 if index else _TOP
-        kept = _Kept(self._arrivals, record)
+        kept = _NumberedRecord(self._arrivals, record)
         with self._lock:
             self._arrivals += 1
             if self._runs.get(name) is not record.run:
@@ -301,7 +301,7 @@ class Memory:
                 self._spare[name] = footprint(record)
             else:
                 self._spare.pop(name, None)
-                target = self._tiers.setdefault(tier, _Tier())
+                target = self._tiers.setdefault(tier, _ResolutionTier())
                 target.open_bytes += footprint(record, target.names)
                 target.open.append(kept)
         if tier in self._tiers and self._tiers[tier].open_bytes > self.max_bytes // 48:
@@ -310,14 +310,14 @@ class Memory:
             pass
 
     def describe(self, run: Mapping[str, Any]) -> None:
-        """Take what describes the run, for the time before there is a record."""
+        """Set the run's description, for the time before the first record."""
         self._about = run
 
     def close(self) -> None:
-        """Do nothing: what was written stays available."""
+        """Do nothing: the records remain available."""
 
     def problems(self) -> list[str]:
-        """What happened since the last call that the user should be warned of."""
+        """Messages since the last call, for warnings."""
         with self._lock:
             problems, self._problems = self._problems, []
         return problems
@@ -330,7 +330,7 @@ class Memory:
 
         Raises:
             ValueError: ``by`` is none of these.
-            RuntimeError: nothing is kept, since ``max_bytes`` is 0.
+            RuntimeError: nothing is kept, because ``max_bytes`` is 0.
         """
         return self._frame(check_level(by))
 
@@ -338,7 +338,7 @@ class Memory:
         """One row per kept record and tracked element, in order of arrival.
 
         Raises:
-            RuntimeError: nothing is kept, since ``max_bytes`` is 0.
+            RuntimeError: nothing is kept, because ``max_bytes`` is 0.
         """
         return self._frame("elements")
 
@@ -346,12 +346,12 @@ class Memory:
         """One row per kept record and parameter that has a rate: n + 1 edges and n counts.
 
         Raises:
-            RuntimeError: nothing is kept, since ``max_bytes`` is 0.
+            RuntimeError: nothing is kept, because ``max_bytes`` is 0.
         """
         return self._frame("histograms")
 
-    def _compress(self, tier: _Tier) -> None:
-        block = _Block.of(tier.open)
+    def _compress(self, tier: _ResolutionTier) -> None:
+        block = _CompressedRecords.of(tier.open)
         with self._lock:
             tier.blocks.append(block)
             tier.block_bytes += block.nbytes
@@ -367,11 +367,11 @@ class Memory:
             del self._tiers[lowest]
             if self._lowest == 0:
                 self._problems.append(
-                    f"the records in memory have reached their bound of "
+                    f"the records in memory have reached their limit of "
                     f"{self.max_bytes:,} bytes (sinks.Memory(max_bytes={self.max_bytes})). To stay "
-                    "within it, every second record is dropped, and again each time it is "
-                    "reached; the first and the newest are kept. For all records, "
-                    'attach(..., to="some/path.parquet"), or give sinks.Memory a larger bound.'
+                    "within it, every second record is dropped now, and again each time it is "
+                    "reached; the first and the newest are kept. To keep all records, use "
+                    'attach(..., to="some/path.parquet"), or give sinks.Memory a larger limit.'
                 )
             self._lowest = lowest + 1
             for name, (tier, kept) in self._newest.items():
@@ -382,7 +382,7 @@ class Memory:
     def _frame(self, name: TableName) -> pd.DataFrame:
         if self.max_bytes == 0:
             raise RuntimeError(
-                "max_bytes=0 was asked for, so no record is kept in memory; use "
+                "max_bytes=0 turns memory off, so it keeps no record; use "
                 "sinks.Memory(max_bytes=...) above 0, or record to a Parquet dataset and "
                 "lrprobe.read() it"
             )

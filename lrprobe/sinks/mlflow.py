@@ -13,15 +13,15 @@ _BATCH = 1000  # metrics that MLflow takes at once
 
 
 class MLflow:
-    """Logs the scalars of each record as metrics of an MLflow run, which stays its owner's.
+    """Logs the scalars of each record as metrics of an MLflow run, which it does not close.
 
-    A metric has the record's step and time. A ``/`` in a parameter's name becomes a ``.``, since
-    MLflow takes it for a folder's.
+    A metric has the record's step and time. A ``/`` in a parameter's name becomes a ``.``, because
+    MLflow treats it as a folder separator.
 
     Args:
-        run_id: of the run; None takes the run that is active in this thread.
-        client: an ``MlflowClient``; None makes one for the present tracking URI.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        run_id: of the run; None uses the active run of this thread.
+        client: an ``MlflowClient``; None creates one for the current tracking URI.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: as in ``Scalars``.
 
     Raises:
@@ -45,12 +45,12 @@ class MLflow:
         self._tags = Tags(prefix, tag_style, _name)
         if posixpath.normpath(f"_/{prefix}_") != f"_/{prefix}_" or prefix.startswith(".."):
             raise ValueError(
-                f"prefix={prefix!r}: MLflow takes a metric's name for a path in a folder"
+                f"prefix={prefix!r}: MLflow treats the name of a metric as a path in a folder"
             )
         if run_id is None:
             run = mlflow.active_run()
             if run is None:
-                raise RuntimeError("no run of MLflow is active; call mlflow.start_run() first")
+                raise RuntimeError("no MLflow run is active; call mlflow.start_run() first")
             run_id = run.info.run_id
         self._run_id = run_id
         # Not mlflow.log_metrics, which would begin another run in the background thread.
@@ -61,7 +61,7 @@ class MLflow:
 
     @property
     def destination(self) -> str:
-        """The run, and the prefix where there is one."""
+        """The run, and the prefix if there is one."""
         return f"mlflow:{self._run_id}:{self._tags.prefix}"
 
     def write(self, record: Record) -> None:
@@ -75,7 +75,7 @@ class MLflow:
             self._client.log_batch(self._run_id, metrics=metrics[at : at + _BATCH])
 
     def close(self) -> None:
-        """Do nothing: the run is its owner's."""
+        """Do nothing: the run belongs to its owner."""
 
 
 def _name(name: str) -> str:

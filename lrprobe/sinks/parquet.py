@@ -42,29 +42,29 @@ _KEY = "lrprobe."
 class Parquet:
     """Writes a Parquet dataset: a folder of part files that grow, each with its metadata.
 
-    The folder itself holds the parameter-level frame, so that ``pandas.read_parquet(path)`` gives
-    it with no help; the other tables lie in ``_module``, ``_group``, ``_model``, ``_elements`` and
-    ``_histograms`` below. A part is written under a temporary name and then renamed, the frame's
-    last, so that a reader never sees half a part, a row twice, or a record without its other
-    tables. Every part's schema metadata has ``lrprobe.schema_version``, ``lrprobe.versions`` (of
-    lrprobe, torch, Python), ``lrprobe.run`` (hyperparameters), ``lrprobe.attempt``, all JSON.
+    The folder itself holds the parameter-level frame, so ``pandas.read_parquet(path)`` reads it
+    directly. The other tables are in ``_module``, ``_group``, ``_model``, ``_elements`` and
+    ``_histograms`` below it. A part is written under a temporary name and then renamed, the frame's
+    last, so a reader never sees a partial file, a row twice, or a record without its other tables.
+    Every part's schema metadata has ``lrprobe.schema_version``, ``lrprobe.versions`` (of lrprobe,
+    torch, Python), ``lrprobe.run`` (hyperparameters), ``lrprobe.attempt``, all JSON.
 
-    A folder that already is such a dataset is continued: nothing in it is rewritten, and
-    ``attempt`` is one more than the highest there.
+    An existing dataset is continued: nothing in it is rewritten, and ``attempt`` is one more than
+    the highest in it.
 
     Args:
-        path: the folder; made where it is missing.
-        flush_secs: after how many seconds at the latest a record can be read, given that somebody
-            calls ``write`` or ``flush`` then (``Probe`` does).
+        path: the folder, which is created if missing.
+        flush_secs: a record becomes readable after at most this many seconds, provided that
+            something calls ``write`` or ``flush`` then (``Probe`` does).
 
     Attributes:
-        attempt: how often the dataset was continued before: 0 for a fresh one.
+        attempt: how often the dataset had been continued: 0 for a fresh one.
         flush_secs: as given.
 
     Raises:
-        OSError: the folder cannot be made or written (``PermissionError``, ``FileExistsError``,
+        OSError: the folder cannot be created or written (``PermissionError``, ``FileExistsError``,
             ``NotADirectoryError``, ...).
-        ValueError: the folder holds something else than a dataset of lrprobe's, or ``flush_secs``
+        ValueError: the folder contains something other than an lrprobe dataset, or ``flush_secs``
             is not a positive number.
     """
 
@@ -109,10 +109,10 @@ class Parquet:
         return str(self._folder)
 
     def write(self, record: Record) -> None:
-        """Take one record; it can be read after the next ``flush``.
+        """Accept one record; it becomes readable after the next ``flush``.
 
         Raises:
-            OSError: what waits could not be written and is kept; this record was not taken.
+            OSError: waiting records could not be written and are kept; this one is not accepted.
             ValueError: the sink is closed.
         """
         if self._closed:
@@ -130,7 +130,7 @@ class Parquet:
         self._pending_bytes += record.nbytes
 
     def describe(self, run: Mapping[str, Any]) -> None:
-        """Take what describes the run, for the time before there is a record: once, at first."""
+        """Set the run's description, for the time before the first record; only once."""
         if self._about is None and not self._runs:
             self._about = run
             with contextlib.suppress(OSError):  # the next write says so
@@ -140,7 +140,7 @@ class Parquet:
         """Make everything written so far durable and visible to readers.
 
         Raises:
-            OSError: it could not be written; it is kept, and the next ``flush`` tries again.
+            OSError: the write failed; the records are kept, and the next ``flush`` tries again.
         """
         if not self._pending:
             return
@@ -148,8 +148,8 @@ class Parquet:
             if not self._gone:  # say so once, then make it anew: nothing is lost without a word
                 self._gone = True
                 raise FileNotFoundError(
-                    f"the dataset folder {self._path!r} was removed; it will be made anew, with "
-                    "what is still in memory"
+                    f"the dataset folder {self._path!r} was removed; it will be created again, "
+                    "with what is still in memory"
                 )
             self._folder.mkdir(parents=True, exist_ok=True)
         latest = arrow_tables(self._pending)
@@ -168,7 +168,7 @@ class Parquet:
         """Flush and finish; idempotent.
 
         Raises:
-            OSError: the rest could not be written; it is kept, and ``close`` may be tried again.
+            OSError: the write failed; the records are kept, and ``close`` may be called again.
         """
         if self._closed:
             return

@@ -17,12 +17,12 @@ class Scalars:
 
     Args:
         log: called as ``log({tag: value, ...}, step)``, in a background thread.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: whose names the tags have: ``"lrprobe"``, or ``"composer"`` or ``"olmo"`` for
             those figures that have a name there.
 
     Raises:
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
 
     def __init__(

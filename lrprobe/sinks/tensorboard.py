@@ -42,8 +42,8 @@ _HISTOGRAM = "effective_lr_log10_hist"
 _BUCKETS = 32  # TensorBoard draws 30
 
 _OVERVIEW = {
-    "update ratio of all (usual: about 0.001)": "update_ratio",
-    "log10 of the effective lr of all (median)": "effective_lr_p50",
+    "update ratio of all parameters (usual: about 0.001)": "update_ratio",
+    "log10 of the effective lr of all parameters (median)": "effective_lr_p50",
     "lr of the groups": "lr",
 }
 """Title of a chart with many lines to the column that they show."""
@@ -57,50 +57,49 @@ _MEANINGS = {
     "update_grad_cosine": "cosine of the step and the gradient: 1 follows the gradient",
     "grad_norm": "norm of the gradient as the optimizer used it",
     "param_norm": "norm of the parameter after the step",
-    "lr": "the group's `lr` as it stood during the step",
+    "lr": "the group's `lr` during the step",
 }
 
 _CARD = """\
 ### lrprobe: the effective learning rate
 
-The *effective learning rate* is the factor that an optimizer multiplies the direction of its step
-with, for each element of a parameter: `lr / (sqrt(v) + eps)` in Adam. The tags below are per
-{level}; what stands after the first `/` is its name.
+The *effective learning rate* is the factor by which an optimizer multiplies the direction of its
+step, for each element of a parameter: `lr / (sqrt(v) + eps)` in Adam. The tags below are per
+{level}; its name follows the first `/`.
 
 | tag | meaning |
 |---|---|
-{rows}| `{prefix}effective_lr_log10_p50/...` (`p05`, `p95`) | its logarithm: -3 stands for 0.001 |
-| `{prefix}effective_lr_log10_hist/...` | the histogram of that |
-| `{prefix}reconstruction_error/..._max` | how far the reconstruction is from the real step |
+{rows}| `{prefix}effective_lr_log10_p50/...` (`p05`, `p95`) | its logarithm: -3 means 0.001 |
+| `{prefix}effective_lr_log10_hist/...` | the histogram of that logarithm |
+| `{prefix}reconstruction_error/..._max` | how far the reconstruction is from the actual step |
 
-**Which layer is too fast, which too slow?** The LRPROBE tab has all in one picture, and what is
-wrong. The Custom Scalars tab has for each the logarithm of its median rate in the band from the
-5th to the 95th percentile, and then the update ratios of all in one chart: an update of about 0.001
-of the parameter is usual, far more is fast, far less is slow. All figures, for each parameter:
-`probe.frame()`, or a Parquet dataset.
+**Which layer is too fast, which too slow?** The LRPROBE tab shows all of them in one picture, with
+what is wrong. The Custom Scalars tab has the update ratios of all in one chart: an update of about
+0.001 of the parameter is usual, far more is fast, far less is slow. It also has the logarithm of
+each median rate, with the band from the 5th to the 95th percentile. `probe.frame()` and Parquet
+datasets have all columns, for each parameter.
 """
 
 
 class TensorBoard:
-    """Writes each record as one event of TensorBoard's.
+    """Writes each record as one TensorBoard event.
 
-    Beside scalars and histograms there is one tensor a record with the figures of every parameter,
-    for the tab LRPROBE. Above ``MAX_NAMES`` parameters the tags of scalars are per module, at the
-    greatest depth that has at most as many modules; their quantiles are merged from the parameters'
-    histograms. The wall time and the step of an event are the record's.
+    Besides scalars and histograms, each event has a tensor with all columns of every parameter, for
+    the tab LRPROBE. Above ``MAX_NAMES`` parameters, the tags of scalars are per module, at the
+    greatest depth with at most that many modules; their quantiles are merged from the parameters'
+    histograms. The wall time and the step of an event are those of the record.
 
     Args:
-        writer_or_dir: a logdir, made where it is missing, or a
-            ``torch.utils.tensorboard.SummaryWriter``, which stays its owner's: it is flushed and
-            not closed.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
-        tag_style: whose names the tags have: ``"lrprobe"``, or ``"composer"`` or ``"olmo"`` for
-            those figures that have a name there.
+        writer_or_dir: a logdir, which is created if missing, or a
+            ``torch.utils.tensorboard.SummaryWriter``, which is flushed but not closed.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
+        tag_style: the naming of the tags: ``"lrprobe"``, or ``"composer"`` or ``"olmo"`` for the
+            columns that have a name there.
 
     Raises:
-        OSError: the logdir cannot be made or written.
-        TypeError: ``writer_or_dir`` is neither a path nor such a writer.
-        ValueError: ``prefix`` has other characters; there is no such style.
+        OSError: the logdir cannot be created or written.
+        TypeError: ``writer_or_dir`` is neither a path nor a writer.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
 
     def __init__(
@@ -133,7 +132,7 @@ class TensorBoard:
 
     @property
     def destination(self) -> str:
-        """The logdir's real, absolute path, and the prefix where there is one."""
+        """The logdir's real, absolute path, and the prefix if there is one."""
         folder = os.path.realpath(self._target.folder)
         return f"{folder}:{self.prefix}" if self.prefix else folder
 
@@ -327,8 +326,8 @@ class _EventFile:
         if not self._gone:  # say so once, then begin another one
             self._gone = True
             raise FileNotFoundError(
-                f"the event file {self._file.name!r} was removed, with what it held; another one "
-                "will be begun"
+                f"the event file {self._file.name!r} was removed, with its contents; a new one "
+                "will be created"
             )
         self._file.close()
         self._open()
@@ -387,8 +386,8 @@ class _Writer:
         if not self._told:  # say so once; then it opens another file, as for add_scalar
             self._told = True
             raise OSError(
-                f"the SummaryWriter of {self.folder!r} was closed before the probe; what comes "
-                "after goes to another file in its logdir"
+                f"the SummaryWriter of {self.folder!r} was closed before the probe; later "
+                "records go to another file in its logdir"
             )
         self._reopened = True
         return True

@@ -10,21 +10,21 @@ from lrprobe.sinks.tags import Tags, TagStyle
 
 
 class Trackio:
-    """Logs the scalars of each record to a Trackio run, which stays its owner's.
+    """Logs the scalars of each record to a Trackio run, which it does not close.
 
-    They have the optimizer's step. Trackio numbers what is logged without a step from the highest
-    step that it has seen: give your own metrics a step (``trackio.log(metrics, step=...)``). Close
-    the probe before ``trackio.finish()``.
+    They have the optimizer's step. Trackio numbers metrics without a step from the highest step
+    that it has seen, so pass a step with your own (``trackio.log(metrics, step=...)``). Close the
+    probe before ``trackio.finish()``.
 
     Args:
-        run: what ``trackio.init`` returned; None takes the run that is active in this thread.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        run: what ``trackio.init`` returned; None uses the active run of this thread.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: as in ``Scalars``.
 
     Raises:
         ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[trackio]'``).
         RuntimeError: no run is active.
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Trackio:
 
     @property
     def destination(self) -> str:
-        """The run, and the prefix where there is one."""
+        """The run, and the prefix if there is one."""
         return f"trackio:{self._run.project}/{self._run.name}:{self._tags.prefix}"
 
     def write(self, record: Record) -> None:
@@ -51,4 +51,4 @@ class Trackio:
         self._run.log(self._tags.values(record), step=record.step)
 
     def close(self) -> None:
-        """Do nothing: the run is its owner's."""
+        """Do nothing: the run belongs to its owner."""

@@ -10,22 +10,22 @@ from lrprobe.sinks.tags import Tags, TagStyle
 
 
 class WandB:
-    """Logs the scalars of each record to a run of Weights & Biases, which stays its owner's.
+    """Logs the scalars of each record to a run of Weights & Biases, which it does not close.
 
-    They are charted over ``step_metric``, which is logged beside them: so it does not matter what
-    else the run logs when, and no value is dropped for coming late. Close the probe before
-    ``run.finish()``.
+    The charts use ``step_metric`` as the x-axis, which is logged with the scalars. It therefore
+    does not matter what else the run logs and when, and no value is dropped for arriving late.
+    Close the probe before ``run.finish()``.
 
     Args:
-        run: what ``wandb.init`` returned; None takes the run that is active.
+        run: what ``wandb.init`` returned; None uses the active run.
         step_metric: the metric that has the optimizer step; charts of others may share it.
-        prefix: put before each tag, as it is; of ``A-Za-z0-9_./-``.
+        prefix: prepended to each tag; may contain ``A-Za-z0-9_./-``.
         tag_style: as in ``Scalars``.
 
     Raises:
         ModuleNotFoundError: the package is not installed (``pip install 'lrprobe[wandb]'``).
         RuntimeError: no run is active.
-        ValueError: ``prefix`` has other characters; there is no such style.
+        ValueError: ``prefix`` has other characters, or the style does not exist.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class WandB:
         self._step_metric = step_metric
         self._run: Any = wandb.run if run is None else run
         if self._run is None:
-            raise RuntimeError("no run of Weights & Biases is active; call wandb.init() first")
+            raise RuntimeError("no Weights & Biases run is active; call wandb.init() first")
         self._defined: set[str] = set()
 
     def __repr__(self) -> str:
@@ -51,7 +51,7 @@ class WandB:
 
     @property
     def destination(self) -> str:
-        """The run, and the prefix where there is one."""
+        """The run, and the prefix if there is one."""
         return f"wandb:{self._run.id}:{self._tags.prefix}"
 
     def write(self, record: Record) -> None:
@@ -63,4 +63,4 @@ class WandB:
         self._run.log({self._step_metric: record.step, **values})
 
     def close(self) -> None:
-        """Do nothing: the run is its owner's."""
+        """Do nothing: the run belongs to its owner."""

@@ -35,10 +35,10 @@ _LOOK = 0.2
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 
 _NOTHING = (
-    "No run in this logdir has figures for this tab. A probe writes them: "
+    "No run in this logdir has data for this tab. A probe writes it: "
     'lrprobe.attach(optimizer, model, to="<logdir>/<run>").'
 )
-_NO_PLOTLY = "The tab draws with Plotly, which is not installed: pip install 'lrprobe[plot]'"
+_NO_PLOTLY = "The tab needs Plotly, which is not installed: pip install 'lrprobe[plot]'"
 
 
 class Plugin(TBPlugin):  # type: ignore[misc]
@@ -185,7 +185,7 @@ def _number(request: Request, name: str, default: float) -> float:
     try:
         return float(request.args.get(name) or default)
     except ValueError as error:
-        raise errors.InvalidArgumentError(f"{name} is no number") from error
+        raise errors.InvalidArgumentError(f"{name} is not a number") from error
 
 
 def _range(request: Request) -> tuple[float, float]:

@@ -35,7 +35,7 @@ def plotly_gzipped() -> bytes:
         ImportError: the package is not installed.
     """
     if find_spec("plotly") is None:
-        raise ImportError("the view draws with Plotly: pip install 'lrprobe[plot]'")
+        raise ImportError("the view needs Plotly: pip install 'lrprobe[plot]'")
     path = Path(str(files("plotly"))) / "package_data" / "plotly.min.js"
     return gzip.compress(path.read_bytes(), compresslevel=6, mtime=0)
 
@@ -85,6 +85,6 @@ POLICY = (
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{policy}<title>lrprobe</title>
-<style>{style}</style></head><body><main id="lrprobe">This view needs a browser that runs scripts.
+<style>{style}</style></head><body><main id="lrprobe">This view needs a browser with JavaScript.
 </main>{live}</body></html>
 """

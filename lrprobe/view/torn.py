@@ -22,8 +22,8 @@ def torn(folder: Path) -> Iterator[str]:
             if not whole(path, about.st_size):
                 run = path.parent.relative_to(folder).as_posix()
                 yield (
-                    f"Run {run}: the event file {path.name} is truncated, it ends in the middle of "
-                    "a record. What comes before that is shown"
+                    f"Run {run}: the event file {path.name} is truncated: it ends in the middle of "
+                    "a record. Everything before that is shown"
                 )
         except OSError:  # removed, or not ours to read
             continue

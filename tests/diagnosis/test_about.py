@@ -64,11 +64,11 @@ def test_a_check_that_lacks_it_says_so_and_assumes_nothing() -> None:
     bare = frame.copy()
     bare.attrs.clear()
     result = lrprobe.diagnose(bare)
-    (sentence,) = [each for each in result.left_out if "what describes the run" in each]
+    (sentence,) = [each for each in result.left_out if "the description of the run" in each]
     for code in ("adam-scale", "short-warmup", "step-stuck", "not-in-optimizer", "eps-underflows"):
         assert code in sentence
     assert not [each for each in result if each.code in ("adam-scale", "short-warmup")]
-    assert not [s for s in lrprobe.diagnose(frame).left_out if "what describes the run" in s]
+    assert not [s for s in lrprobe.diagnose(frame).left_out if "the description of the run" in s]
 
 
 def test_without_a_model_it_is_said_what_cannot_be_known() -> None:

@@ -245,7 +245,7 @@ def test_the_cost_of_a_record_does_not_grow() -> None:
 @pytest.mark.parametrize("given", [1, "warn", []])
 def test_what_cannot_be_called_is_refused(given: Any) -> None:
     """With what came and what may."""
-    with pytest.raises(TypeError, match="on_finding= takes a function of a Finding"):
+    with pytest.raises(TypeError, match="on_finding= takes a function that accepts a Finding"):
         lrprobe.attach(optim.SGD(net().parameters()), on_finding=given)
 
 

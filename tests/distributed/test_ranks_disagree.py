@@ -82,7 +82,7 @@ def test_only_rank_0_has_the_frame(told: dict[str, list[Any]]) -> None:
     """The others say so; the counts, which go into checkpoints, are the same on all."""
     first, other = told["elsewhere"]
     assert first == "28 rows, {'steps': {'AdamW': 4}}"
-    assert other.startswith("this is rank 1 of the probe's process group, and rank 0 has")
+    assert other.startswith("this is rank 1 of the probe's process group, and only rank 0")
     assert other.endswith("{'steps': {'AdamW': 4}}")
 
 

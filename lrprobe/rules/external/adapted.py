@@ -45,7 +45,7 @@ def _prodigy(s: Slice) -> Update:
     that in d·ε is the new one. ``rms_grad`` is √v/d.
     """
     if s.group["eps"] is None:
-        raise NotImplementedError("the rule does not know eps=None")
+        raise NotImplementedError("the rule does not support eps=None")
     known: Any = s.scalar("d_before")
     d = torch.as_tensor(known, dtype=torch.float64)
     correction1, correction2 = _corrections(s)

@@ -16,7 +16,7 @@ def refuse(s: Slice, *options: str) -> None:
     """
     for option in options:
         if s.group.get(option):
-            raise NotImplementedError(f"the rule does not know its option {option!r}")
+            raise NotImplementedError(f"the rule does not support the option {option!r}")
 
 
 def decoupled(s: Slice, lr: Scalar | None = None) -> Scalar:

@@ -145,7 +145,7 @@ def _bnb_lion(s: Slice) -> Update:
 def _bnb_lion_whole(whole: Whole) -> dict[str, Any]:
     moments = _bnb_whole(whole)
     if isinstance(moments["moment1"], Coded):
-        raise NotImplementedError("8 bits of momentum do not tell the sign of the mix")
+        raise NotImplementedError("8 bits of momentum do not determine the sign of the step")
     return moments
 
 
