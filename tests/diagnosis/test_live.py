@@ -224,7 +224,7 @@ def test_the_cost_of_a_record_does_not_grow() -> None:
             model(torch.randn(8, 4)).square().sum().backward()
             optimizer.step()
         probe.flush()
-    watcher = live.Live(lambda _: None)
+    watcher = live.LiveDiagnosis(lambda _: None)
     spent = []
     for step in range(1, 801):
         record = records[step % 4]
