@@ -281,7 +281,7 @@ def test_the_ready_made_callbacks(
     level = types.SimpleNamespace(WARN="warn", INFO="info")
     monkeypatch.setattr(wandb, "AlertLevel", level, raising=False)
     monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
-    with pytest.raises(RuntimeError, match="no run"):
+    with pytest.raises(RuntimeError, match="no Weights"):
         alerts.WandB()
     send = alerts.WandB(run, notes=True)
     for each in (one, same, note):
