@@ -25,7 +25,7 @@ nitpick_ignore_regex = [("py:class", ".*")]
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["math.css"]
+html_css_files = ["pages.css"]
 html_title = f"lrprobe {release}"
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]

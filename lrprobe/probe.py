@@ -19,7 +19,7 @@ from lrprobe.about import KEY, description, joined
 from lrprobe.arguments import Every, Filter, Options, Step, check_callback, check_counts
 from lrprobe.delivery import Delivery
 from lrprobe.diagnosis import Finding, Findings, diagnose
-from lrprobe.diagnosis.live import Live
+from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import join, world
 from lrprobe.engine import ways
 from lrprobe.hooks import Hooks
@@ -148,7 +148,7 @@ def _attached(
         attempt = max((getattr(sink, "attempt", 0) for sink in sinks), default=0)
         history = _history(sinks, attempt)
         if on_finding is not None:
-            live = Live(on_finding, history)
+            live = LiveDiagnosis(on_finding, history)
             sinks, owned = [*sinks, live], [*owned, live]
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
         recorder.history = history

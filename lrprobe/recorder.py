@@ -20,7 +20,7 @@ import torch
 from lrprobe.about import IN_TWO_OPTIMIZERS, NOT_IN_OPTIMIZER
 from lrprobe.census import Membership
 from lrprobe.delivery import Delivery
-from lrprobe.diagnosis.live import Live
+from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import finish
 from lrprobe.engine.flight import StepInFlight
 from lrprobe.hooks import Hooks
@@ -130,9 +130,10 @@ class Recorder:
             self._begin_attempt()
 
     @property
-    def live(self) -> Live | None:
-        """What tells of findings while the run goes on."""
-        return next((sink for sink in self._delivery.sinks if isinstance(sink, Live)), None)
+    def live(self) -> LiveDiagnosis | None:
+        """What reports findings while the run is in progress."""
+        sinks = self._delivery.sinks
+        return next((sink for sink in sinks if isinstance(sink, LiveDiagnosis)), None)
 
     @property
     def waiting(self) -> bool:
@@ -152,7 +153,7 @@ class Recorder:
             IN_TWO_OPTIMIZERS: self._membership.twice,
         }
         for sink in self._delivery.sinks:
-            if isinstance(sink, Memory | Parquet | Live):
+            if isinstance(sink, Memory | Parquet | LiveDiagnosis):
                 sink.describe(self.run)
 
     def look(self, hooks: Hooks) -> None:

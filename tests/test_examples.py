@@ -115,7 +115,9 @@ def test_the_tutorial_quotes_its_run(tmp_path: Path) -> None:
     printed = run("examples/tutorial.py", "--out", "out", cwd=tmp_path)
     page = (ROOT / "docs" / "tutorial.md").read_text()
     said = {" ".join(number.sub("#", line).split()) for line in printed.splitlines()}
-    for block in re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^```[^\n]*text\n(?::class: wrap\n)?(.*?)^```", page, re.DOTALL | re.MULTILINE
+    ):
         for line in filter(None, block.splitlines()):
             quoted = " ".join(number.sub("#", line).split())
             assert any(quoted in each for each in said), line

@@ -164,10 +164,10 @@ def test_check_rule_fails_a_wrong_rule(mistake: dict[str, float]) -> None:
     assert len(numbers) >= 2, message
     assert "wrong" in message, f"the rule's name is not in: {message}"
     by_rule = re.search(r"by the rule:\s+(\S+)", message)
-    really = re.search(r"really:\s+(\S+)", message)
+    actual = re.search(r"actual:\s+(\S+)", message)
     assert by_rule, message
-    assert really, message
-    assert by_rule[1] != really[1], message
+    assert actual, message
+    assert by_rule[1] != actual[1], message
 
 
 def test_check_rule_fails_a_nan() -> None:

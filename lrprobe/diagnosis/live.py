@@ -69,7 +69,7 @@ class _KeptRecord:
         return self.figures[[self.names.index(name) for name in names]]
 
 
-class Live:
+class LiveDiagnosis:
     """Reports each finding once while records arrive; a sink with its own thread.
 
     Args:

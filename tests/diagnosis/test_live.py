@@ -224,7 +224,7 @@ def test_the_cost_of_a_record_does_not_grow() -> None:
             model(torch.randn(8, 4)).square().sum().backward()
             optimizer.step()
         probe.flush()
-    watcher = live.Live(lambda _: None)
+    watcher = live.LiveDiagnosis(lambda _: None)
     spent = []
     for step in range(1, 801):
         record = records[step % 4]
@@ -281,7 +281,7 @@ def test_the_ready_made_callbacks(
     level = types.SimpleNamespace(WARN="warn", INFO="info")
     monkeypatch.setattr(wandb, "AlertLevel", level, raising=False)
     monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
-    with pytest.raises(RuntimeError, match="no run"):
+    with pytest.raises(RuntimeError, match="no Weights"):
         alerts.WandB()
     send = alerts.WandB(run, notes=True)
     for each in (one, same, note):
