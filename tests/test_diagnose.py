@@ -550,7 +550,7 @@ def test_eps_rules_the_denominator(healthy: pd.DataFrame) -> None:
     finding = only("eps-rules", train(adam(eps=0.1)))
     assert finding.numbers["share"] > 0.9
     assert "eps-rules" not in found(healthy)
-    assert healthy["eps_fraction"].max() > 0.1  # the pixels that are always black
+    assert healthy["idle_fraction"].max() > 0.1  # the pixels that are always black
 
 
 def test_a_rate_that_collapses(healthy: pd.DataFrame) -> None:

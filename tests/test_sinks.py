@@ -734,7 +734,8 @@ def test_a_prefix_is_put_before_all_tags(tmp_path):
 def test_groups_have_the_names_that_the_user_gave_them(tmp_path):
     """In the characters of tags, each once, whatever style of names the figures have."""
     record = make_record(1)
-    record.tables["group"]["group_name"] = np.array(["head & tail", "head ? tail"], dtype=object)
+    table = record.tables["parameter"]
+    table["group_name"] = np.array(["head & tail", "head ? tail"], dtype=object)[table["group"]]
     sink = TensorBoard(tmp_path)
     sink.write(record)
     sink.close()

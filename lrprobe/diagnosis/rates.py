@@ -93,10 +93,8 @@ def _sum(scale: Floats, ratio: float, steps: Ints) -> Floats:
 
 def eps_rules(series: Series) -> Iterator[Hit]:
     """Matrices in most of whose elements ε is larger than what it is added to."""
-    zero = series["zero_grad_fraction"]
-    live = (series["eps_fraction"] - zero) / (1 - zero)
     where = series.near_peak & matrices(series) & ~series.ruled_by("adadelta")
-    live = np.where(where, live, np.nan)
+    live = np.where(where, series["eps_fraction"], np.nan)  # of the elements that move
     early = quantile(live[: (len(live) + 1) // 2], 0.5) > EPS_SHARE
     for column, share in medians(live, above=EPS_SHARE):
         if early[column]:

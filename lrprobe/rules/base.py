@@ -154,6 +154,10 @@ class Entry:
         }
 
 
+_LEAST_LEFT = 1e-3
+"""Of a share that is the same for all elements: less, and rounding makes up θ_before."""
+
+
 class Slice:
     """Some elements of one step: (n,) of one parameter, or (rows, n) of several.
 
@@ -286,9 +290,11 @@ class Slice:
             return direction
         before = self.before
         if before is None:
-            before = (self.param + effective_lr * direction) / (
-                1.0 - decay - effective_lr * (share * weight_decay)
-            )
+            left = torch.as_tensor(1.0 - decay - effective_lr * (share * weight_decay))
+            # What is left of θ_before in θ_after: where it is nothing, nobody can tell θ_before.
+            least = 0.0 if left.dim() and left.shape[-1] != 1 else _LEAST_LEFT
+            left = torch.where(left.abs() <= least, torch.nan, left)
+            before = (self.param + effective_lr * direction) / left
         total: Tensor = direction + (share * weight_decay) * before
         return total
 
