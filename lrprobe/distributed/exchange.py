@@ -36,6 +36,8 @@ class Exchange:
         self._previous: StepInFlight | None = None
         self._still = False
         self._error = ""
+        self._buffers: Buffers | None = None
+        self._failure: Exception | None = None
         self._take(merged)
 
     def _take(self, merged: Union) -> None:
@@ -78,41 +80,54 @@ class Exchange:
             self._held.append(w)
             self._row_of.append(at)
 
-    def before(
-        self,
-        watched: list[WatchedParameter],
-        optimizer: torch.optim.Optimizer,
-        *,
-        closure: bool = False,
-    ) -> PreStep:
-        """In the pre-hook of a recorded step: what the last one told, and what to keep."""
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun that was not sent."""
+        return self._buffers is not None
+
+    def before(self, optimizer: Any, *, closure: bool = False) -> PreStep:
+        """In the pre-hook of a recorded step: what to keep."""
         if self._error:
             raise RuntimeError(self._error)
+        return self._hooks.engine.before(self._held, optimizer, closure=closure)
+
+    def catch_up(self) -> None:
+        """Before a recorded step: with what the last one told, and what parameters are there.
+
+        Raises:
+            Exception: if that cannot be known, now and from now on.
+        """
+        if self._error:
+            raise RuntimeError(self._error)
+        watched = self._hooks.watched
         try:
             self._settle(watched)
         except Exception as error:
             self._error = f"recording over ranks has ended: {error}"
             raise
         self._follow(watched)
-        return self._hooks.engine.before(self._held, optimizer, closure=closure)
 
-    def after(
-        self, optimizer: torch.optim.Optimizer, kept: PreStep, info: StepInfo, *, still: bool
-    ) -> StepInFlight | None:
-        """In the post-hook: start the collectives. All that this rank has may be nothing.
+    def add(self, optimizer: Any, kept: PreStep) -> None:
+        """In the post-hook: the figures of what was stepped. All that this rank has may be none."""
+        if self._error:
+            return
+        if self._buffers is None:
+            self._buffers, self._failure = self._blank(), None
+        try:
+            figures = self._hooks.engine.after(self._held, optimizer, kept, self._partial())
+            fill(self._buffers, figures, self._row_of, self._slots, folds=True)
+        except Exception as error:  # noqa: BLE001 - the other ranks must not wait
+            self._buffers, self._failure = self._blank(), error
+
+    def send(self, info: StepInfo, *, still: bool = False) -> StepInFlight | None:
+        """At the end of the step: start the collectives.
 
         ``still`` tells whether every rate and gradient here was 0.
         """
-        if self._error:
+        buffers, self._buffers = self._buffers, None
+        if self._error or buffers is None:
             return None
-        failure = None
         rows = self._union.rows
-        buffers = self._blank()
-        try:
-            figures = self._hooks.engine.after(self._held, optimizer, kept, self._partial())
-            fill(buffers, figures, self._row_of, self._slots, folds=True)
-        except Exception as error:  # noqa: BLE001 - the other ranks must not wait
-            buffers, failure = self._blank(), error
         buffers.maxima[-1, CHANGED] = float(self._changed)
         buffers.maxima[-1, MOVED] = float(not still)
         works = [
@@ -125,8 +140,8 @@ class Exchange:
             works.append(self._reduce(folded, torch.distributed.ReduceOp.SUM))
         step = StepInFlight(rows, buffers, info, works, reads_rates=self.leads)
         self._previous, self._still = step, still
-        if failure is not None:
-            raise failure
+        if self._failure is not None:
+            raise self._failure
         return step if self.leads else None
 
     def _blank(self) -> Buffers:

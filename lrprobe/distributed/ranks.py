@@ -293,7 +293,7 @@ def holdings_of(
         param = w.place()
         if param is None:
             continue
-        layout = layouts.of(param, flat)
+        layout = layouts.of(param, flat) if w.layout is None else w.layout
         rule = w.rule
         if rule is None or (layout.sharded and rule.whole is not None):
             name = "measured"  # a part does not tell what such a rule asks of the whole
@@ -408,7 +408,7 @@ def join(
     flat = list({id(h): h.flat_param for h, _ in layouts.flat_shards().values()}.values())
     for each in hooks:
         merged = union(each.name, kinds, found.ranks, each.options.track)
-        each.join(size, flat, silent=merged.alone and found.rank > 0)
+        each.join(size if each.parts is None else each.parts.ranks, flat, silent=merged.alone and found.rank > 0)
         if not merged.alone:
             from lrprobe.distributed.exchange import Exchange
 

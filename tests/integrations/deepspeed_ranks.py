@@ -1,0 +1,135 @@
+"""What the ranks of the DeepSpeed tests do, run by torchrun.
+
+python -m torch.distributed.run --nproc-per-node 2 deepspeed_ranks.py FOLDER CASE...
+
+A case is written stage-optimizer-option-...: ``2-adamw-clip-groups``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed_net import BATCH, STEPS, data, frames, groups_of, learner, make, net
+from torch import nn
+
+import lrprobe
+
+
+def started() -> Any:
+    """DeepSpeed with its process group, and without an extension that it would have compiled."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo", verbose=False)
+    return deepspeed
+
+
+def config(stage: int, options: set[str]) -> dict[str, Any]:
+    """As a user writes it."""
+    zero: dict[str, Any] = {"stage": stage}
+    if "offload" in options:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if "small" in options:  # several sub-groups
+        zero |= {"sub_group_size": 2000, "stage3_param_persistence_threshold": 100}
+    if "robin" in options:
+        zero["round_robin_gradients"] = True
+    accumulate = 2 if "accumulate" in options else 1
+    ranks = torch.distributed.get_world_size()
+    result = {
+        "train_micro_batch_size_per_gpu": BATCH // ranks // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 0.05 if "clip" in options else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    if "bf16" in options:
+        result["bf16"] = {"enabled": True}
+    if "fp16" in options:
+        result["fp16"] = {
+            "enabled": True, "initial_scale_power": 25, "hysteresis": 1, "loss_scale_window": 3,
+        }  # fmt: skip
+    return result
+
+
+def engine_of(case: str) -> tuple[Any, nn.Module, set[str]]:
+    """A new engine."""
+    import deepspeed
+
+    stage, kind, *rest = case.split("-")
+    options = set(rest)
+    model = net()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make(kind, groups_of(model, options)),
+        config=config(int(stage), options),
+    )
+    return engine, model, options
+
+
+def passes(engine: Any, step: int, options: set[str], dtype: torch.dtype) -> Any:
+    """The parts of a batch that are this rank's, one for each backward pass."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    x, y = (t.chunk(ranks)[rank].to(dtype) for t in data(step))
+    count = 2 if "accumulate" in options else 1
+    return zip(x.chunk(count), y.chunk(count), strict=True)
+
+
+def dtype_of(options: set[str]) -> torch.dtype:
+    """That of the model's parameters."""
+    if "bf16" in options:
+        return torch.bfloat16
+    return torch.float16 if "fp16" in options else torch.float32
+
+
+def train(
+    engine: Any, options: set[str], steps: int = STEPS, before: Callable[[], object] | None = None
+) -> None:
+    """Steps of a training."""
+    for step in range(steps):
+        for x, y in passes(engine, step, options, dtype_of(options)):
+            loss = (engine(x).float() - y.float()).square().mean()
+            engine.backward(loss)
+            if before is not None and engine.is_gradient_accumulation_boundary():
+                before()
+            engine.step()
+
+
+def plain(case: str) -> Any:
+    """The frames of the engine's training."""
+    engine, model, options = engine_of(case)
+    count = 2 if "accumulate" in options else 1
+    batch = BATCH // torch.distributed.get_world_size() // count
+    given: Any = engine if "engine" in options else learner(engine, options)
+    with lrprobe.attach(given, model, every=2, track=3, batch_size=batch) as probe:
+        train(engine, options)
+        result = frames(probe) if torch.distributed.get_rank() == 0 else None
+    return result
+
+
+def main(folder: Path, names: list[str]) -> None:
+    started()
+    for name in names:
+        try:
+            result: Any = plain(name)
+        except Exception:  # noqa: BLE001 - the test tells
+            result = traceback.format_exc(limit=-6)
+        rank = torch.distributed.get_rank()
+        (folder / f"{name}.{rank}.pkl").write_bytes(pickle.dumps(result))
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", message="lrprobe:")
+    main(Path(sys.argv[1]), sys.argv[2:])
