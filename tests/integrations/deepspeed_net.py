@@ -54,7 +54,7 @@ def groups_of(model: nn.Module, options: set[str]) -> list[Any]:
 
 def make(kind: str, groups: list[Any]) -> optim.Optimizer:
     if kind == "adamw":
-        return optim.AdamW(groups, lr=1e-2, weight_decay=0.1, eps=1e-4)
+        return optim.AdamW(groups, lr=1e-2, weight_decay=0.1, eps=1e-2)
     if kind == "sgd":
         return optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
     return optim.Adadelta(groups, lr=1.0)
