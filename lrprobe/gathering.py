@@ -1,4 +1,4 @@
-"""What one process gathers of a step: figures of each call of ``optimizer.step()`` that it takes."""
+"""What one process gathers of a step, which may be several calls of ``optimizer.step()``."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,21 +18,20 @@ from torch.optim import Optimizer
 from lrprobe import compiled
 from lrprobe.arguments import Options
 from lrprobe.census import StepCount
-from lrprobe.distributed import deepspeed
-from lrprobe.distributed.parts import Parts, Watchable, numel_of
-from lrprobe.engine import Engine, PreStep, copied
+from lrprobe.distributed.parts import Parts
+from lrprobe.engine import Engine, PreStep
 from lrprobe.engine.columns import Row, StepInfo, judged
 from lrprobe.engine.flight import StepInFlight
-from lrprobe.engine.pieces import WatchedParameter, draw
+from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.gathering import Local, nothing_kept, unrecorded
 from lrprobe.hyperparameters import hyperparameters
-from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
 from lrprobe.resting import at_rest, moves
 from lrprobe.rules import find_rule
-from lrprobe.rules.base import has_closure, tolerance
+from lrprobe.rules.base import has_closure
 from lrprobe.schedule import Schedule
 from lrprobe.text import listed, warn
+from lrprobe.watching import Watching
 
 if TYPE_CHECKING:
     from lrprobe.distributed import Exchange
@@ -69,8 +68,7 @@ class Hooks:
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
         self.count = StepCount()
-        self.watched: list[WatchedParameter] = []
-        self.rows: list[Row] = []
+        self.watching = Watching(optimizer, options)
         self.engine = Engine(options.way)
         self._owner = owner
         self.options = options
@@ -82,8 +80,6 @@ class Hooks:
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
         """Where the parameters are spread over ranks."""
-        self.parts: Parts | None = deepspeed.parts_of(optimizer, options.names)
-        """Where the optimizer has flat tensors, stepped one after another."""
         self._local = Local(self)
         self.reasons: dict[str, str] = {}
         """Name of a parameter to what its rule raised in the last recorded step."""
@@ -92,20 +88,15 @@ class Hooks:
         self._number = self.schedule.step
         self._due = False
         self._kept: PreStep | None = None
-        self._seen: list[list[tuple[int, int]]] = []
-        """By group, id and elements of its parameters."""
-        self._given: dict[int, str] = {}
-        """id of each parameter to its name, which stays."""
         self._fixed: list[dict[str, Any]] = []
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
-        self._class = type(optimizer)
         self._samples = math.nan
         self._refresh(optimizer)
         if self._passes is not None and self.parts is not None:
             self._passes.count_all(self.parts.leaves, self.parts.ranks)
-        if find_rule(self._class) is None and owner.rank == 0:
+        if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
                 "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
@@ -139,6 +130,21 @@ class Hooks:
             self._passes.tell(passes)
 
     @property
+    def parts(self) -> Parts | None:
+        """Where the optimizer has flat tensors, stepped one after another."""
+        return self.watching.parts
+
+    @property
+    def watched(self) -> list[WatchedParameter]:
+        """The parameters that are watched."""
+        return self.watching.watched
+
+    @property
+    def rows(self) -> list[Row]:
+        """What the frame shows of them, where they are whole here."""
+        return self.watching.rows
+
+    @property
     def optimizer(self) -> Optimizer | None:
         """The optimizer, while it lives."""
         return self._optimizer()
@@ -153,14 +159,14 @@ class Hooks:
 
     def _release(self) -> None:
         """The optimizer is gone: nothing is recorded any more, and no cycle is left."""
-        self.watched, self.rows = [], []
+        self.watching.forget()
         del self._owner
 
     def describe(self) -> dict[str, Any]:
         """Class and hyperparameters of the optimizer, as plain JSON values."""
         optimizer = self._optimizer()
         cls = type(optimizer)
-        groups = [] if optimizer is None else self._seen_as(optimizer).param_groups
+        groups = [] if optimizer is None else self.watching.all_of(optimizer).param_groups
         return {
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "groups": [hyperparameters(group) for group in groups],
@@ -170,18 +176,8 @@ class Hooks:
     def parameters(self) -> list[Tensor]:
         """Those that the optimizer has now."""
         optimizer = self._optimizer()
-        groups = [] if optimizer is None else self._seen_as(optimizer).param_groups
+        groups = [] if optimizer is None else self.watching.all_of(optimizer).param_groups
         return [param for group in groups for param in group["params"]]
-
-    def knows(self, names: Collection[int]) -> bool:
-        """Whether some parameter is one of these, by id, or known to be some model's."""
-        if self.parts is not None and not self.parts.unknown:
-            return True
-        return any(id(param) in names for param in self.parameters())
-
-    def _seen_as(self, optimizer: Optimizer) -> Any:
-        """The optimizer, or one that has all its tensors also while it steps some of them."""
-        return optimizer if self.parts is None else self.parts
 
     @property
     def kind(self) -> str:
@@ -190,7 +186,7 @@ class Hooks:
 
     def name_of(self, param: Tensor) -> str:
         """What a parameter is called."""
-        return self._given.get(id(param), "")
+        return self.watching.names.get(id(param), "")
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         compiled.call(self._before_step, optimizer, args, kwargs)
@@ -212,7 +208,7 @@ class Hooks:
                 self._owner.collect()
             begins = self.parts is None or self.parts.begin(optimizer)
             if begins:
-                self._begin_step(optimizer)
+                self._begin_step()
         except Warning:
             raise
         except Exception as error:  # noqa: BLE001 - as in `_harmless`
@@ -226,22 +222,22 @@ class Hooks:
         with self._harmless(), _undisturbed():
             self._keep(optimizer, begins, args, kwargs)
 
-    def _begin_step(self, optimizer: Optimizer) -> None:
+    def _begin_step(self) -> None:
         """What its number is, and whether it is recorded."""
         self._due = False
         self.settle()
         if self.parts is not None:
             self._finish()  # what was begun, if its last call never came
-            self._tell_skipped(self.parts, optimizer)
+            self._tell_skipped(self.parts)
         self._number = self.schedule.next()
         self._due = self.schedule.due(self._number)
 
     def _keep(self, optimizer: Optimizer, begins: bool, args: Any, kwargs: Any) -> None:
         """Keep what the step that is about to be taken will erase."""
-        seen = self._seen_as(optimizer)
+        seen = self.watching.all_of(optimizer)
         if begins:
             self._refresh(optimizer)
-            self.count.before(seen, self._number, self._given)
+            self.count.before(seen, self._number, self.watching.names)
         # What runs after this may still change the gradients, or make them.
         closure = has_closure(args, kwargs) or not self._is_last(optimizer)
         gathering = self._gathering
@@ -271,7 +267,7 @@ class Hooks:
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         if kept is not None:
             with self._harmless(), _undisturbed():
-                self._gathering.add(self._seen_as(optimizer), kept)
+                self._gathering.add(self.watching.all_of(optimizer), kept)
         del kept  # torch lets other threads go on while it frees memory
         if self.parts is None or self.parts.end():
             self._end_step(optimizer)
@@ -292,7 +288,7 @@ class Hooks:
             return
         with self._harmless():
             if recorded:
-                self.count.after(self._seen_as(optimizer), self._number, self._given)
+                self.count.after(self.watching.all_of(optimizer), self._number, self.watching.names)
                 self._owner.look(self)
             still = self.exchange is not None and self._still(optimizer)
             if recorded:
@@ -327,7 +323,7 @@ class Hooks:
         if step is not None:  # last: a thread begins that holds up this one
             self._owner.add(self, step)
 
-    def _tell_skipped(self, parts: Parts, optimizer: Optimizer) -> None:
+    def _tell_skipped(self, parts: Parts) -> None:
         """Rows of the steps that were skipped since the last one, which no hook told of."""
         for number in self.schedule.skipped(parts.skips()):
             self.count.taken += 1
@@ -335,7 +331,6 @@ class Hooks:
                 continue
             self._number, self._samples = number, math.nan
             with _undisturbed():
-                self._refresh(optimizer)
                 self._gathering.catch_up()
                 self._gathering.add(parts, nothing_kept())
             self._finish()
@@ -395,73 +390,10 @@ class Hooks:
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Follow added groups and exchanged parameters."""
-        optimizer = self._seen_as(optimizer)
-        groups = [group["params"] for group in optimizer.param_groups]
-        seen = [[(id(param), numel_of(param)) for param in params] for params in groups]
-        self._refresh_hyperparameters(optimizer)
-        if seen == self._seen:
-            return
-        self._seen = seen
-        known = {_key(w): w for w in self.watched}
-        rule = find_rule(self._class)
-        self.watched = []
-        found = self._watchable(optimizer)
-        self.options.chosen.see(each.name for each in found)
-        for each in found:
-            if each.numel < 0 or not self.options.chosen.takes(each.name):
-                continue
-            watched = known.get(_key(each))
-            if watched is None:
-                watched = WatchedParameter(
-                    name=each.name,
-                    group=each.group,
-                    place=each.place,
-                    # The optimizer asks of the flat tensor what such a rule asks of the parameter.
-                    rule=None if rule and rule.whole and each.span else rule,
-                    tracked=draw(each.name, each.numel, self.options.track),
-                    numel=each.numel,
-                    initial_lr=_initial_lr(optimizer.param_groups[each.group]),
-                    span=each.span,
-                    layout=each.layout,
-                )
-            watched.group, watched.place = each.group, each.place
-            watched.group_name = group_name(optimizer, each.group)
-            self.watched.append(watched)
-        self.rows = [self._row(watched) for watched in self.watched]
-        if self._passes is not None and self.parts is None:
-            self._passes.watch([each.place for each in found])
-
-    def _watchable(self, optimizer: Any) -> list[Watchable]:
-        """All parameters there are, with their names."""
-        if self.parts is not None:
-            return self.parts.watchable()
-        gone = self._given.keys() - {at for params in self._seen for at, _ in params}
-        self.options.names.forget(gone)
-        given = {at: name for at, name in self._given.items() if at not in gone}
-        named = list(name_parameters(optimizer, self.options.names.now(given)))
-        self._given = {id(param): name for _, name, param in named}
-        found = places(optimizer)
-        return [
-            Watchable(name, group, place, numel_of(param))
-            for (group, name, param), place in zip(named, found, strict=True)
-        ]
-
-    def _row(self, watched: WatchedParameter) -> Row:
-        """What the frame shows of a parameter that this process holds whole."""
-        param = watched.place()
-        known = next((row for row in self.rows if row.name == watched.name), None)
-        measured = watched.rule is None or param is None
-        return Row(
-            name=watched.name,
-            group=watched.group,
-            group_name=watched.group_name,
-            shared_rate=watched.rule is not None and watched.rule.shared_rate,
-            shape=(watched.numel,),
-            rule="measured" if watched.rule is None else watched.rule.name,
-            tolerance=0.0 if measured else tolerance(param.dtype, watched.rule),  # type: ignore[union-attr,arg-type]
-            tracked=watched.tracked,
-            bad_steps=0 if known is None else known.bad_steps,
-        )
+        self._refresh_hyperparameters(self.watching.all_of(optimizer))
+        found = self.watching.refresh(optimizer)
+        if self._passes is not None and self.parts is None and found is not None:
+            self._passes.watch(found)
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Describe the run anew where one has changed that nothing moves from step to step."""
@@ -506,12 +438,6 @@ def _pre_hooks(optimizer: Optimizer) -> Any:
     return hooks
 
 
-def group_name(optimizer: Optimizer, group: int) -> str:
-    """The group's own name, else its number."""
-    given = optimizer.param_groups[group].get("name")
-    return f"group{group}" if given is None else str(given)
-
-
 def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
     """The hyperparameters but for those that move, as far as they can be compared at once."""
     return {
@@ -519,17 +445,6 @@ def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
         for key, value in group.items()
         if key not in moved and isinstance(value, bool | int | float | str | None)
     }
-
-
-def _key(each: WatchedParameter | Watchable) -> tuple[Any, ...]:
-    """The same for what is the same parameter."""
-    return each.name, each.place.id, each.span and (each.span.start, each.span.stop), each.numel
-
-
-def _initial_lr(group: Mapping[str, Any]) -> Any:
-    rate = group.get("initial_lr", group.get("lr"))
-    rate = math.nan if rate is None else rate  # Transformers' Adafactor finds its own
-    return copied(rate)
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

@@ -228,7 +228,7 @@ def _unwrap(given: Any) -> Optimizer:
 
 
 def _inside(thing: Any, seen: list[Any]) -> Optimizer | None:
-    """The optimizer inside of all wrappers; a wrapper may subclass ``Optimizer`` and run no hook."""
+    """The optimizer in all wrappers; one may subclass ``Optimizer`` and run no hook."""
     if any(thing is each for each in seen):
         return None
     seen.append(thing)

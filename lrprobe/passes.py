@@ -102,7 +102,9 @@ class _Counter:
         self._version = 0
         after: Any = param.register_post_accumulate_grad_hook
         before: Any = param.register_hook
-        self._handles = [before(self._begins)] if every else [before(self._begins), after(self._passed)]
+        self._handles = (
+            [before(self._begins)] if every else [before(self._begins), after(self._passed)]
+        )
 
     def take(self) -> int:
         """The passes so far; from here on they are of the next step."""

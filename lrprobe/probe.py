@@ -147,7 +147,7 @@ def _attached(
     for name, each in _apart(optimizers, shared, options).items():
         recorder.hooks.append(Hooks(name, each, options, recorder))
     now = options.names.now()
-    if now and not any(hooks.knows(now) for hooks in recorder.hooks):
+    if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
         warn("the model has none of the optimizer's parameters, so that it names none of them")
     _remember_names(recorder.hooks, shared)
     recorder.describe()

@@ -2,8 +2,8 @@
 
 All that lrprobe knows of DeepSpeed is here. Its wrappers give a torch optimizer other tensors than
 the model's: the fp32 master weights of a parameter group, flat, and under ZeRO only this rank's
-part of them. Attributes are those of DeepSpeed 0.19; where they are not there, or do not lead to the
-parameter's own values, nothing is guessed.
+part of them. Attributes are those of DeepSpeed 0.19; where they are not there, or do not lead to
+the parameter's own values, nothing is guessed.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def _holder(inner: Any, module: str, name: str) -> Any:
 
 
 class _Skips:
-    """Counts the steps that the engine skipped, for non-finite gradients: the optimizer's hooks do
-    not run then.
-    """
+    """Counts the steps that the engine skipped for gradients that are not finite: no hook tells."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = None if engine is None else weakref.ref(engine)
@@ -103,7 +101,9 @@ def _flats(wrapper: Any, names: Mapping[int, str]) -> Iterator[Flat]:
 
     if _is(wrapper, "zero.stage_1_and_2", "DeepSpeedZeroOptimizer"):
         master = wrapper.single_partition_of_fp32_groups
-        return _partitions(wrapper, master, wrapper.bit16_groups, wrapper.bit16_groups_flat, name_of)
+        return _partitions(
+            wrapper, master, wrapper.bit16_groups, wrapper.bit16_groups_flat, name_of
+        )
     if _is(wrapper, "bf16_optimizer", "BF16_Optimizer"):
         master = wrapper.fp32_groups_flat_partition
         return _partitions(wrapper, master, wrapper.bf16_groups, wrapper.bf16_groups_flat, name_of)
@@ -240,5 +240,3 @@ def _expert(param: Any) -> str:
     """Whose expert it is: its name within a rank is not its own."""
     ranks = ranks_of(getattr(param, "ds_process_group", None) or param._dp_group)  # noqa: SLF001 - DeepSpeed's own mark
     return f"rank{ranks[0]}"
-
-

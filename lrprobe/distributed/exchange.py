@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrprobe.distributed.layouts import Layouts
-from lrprobe.distributed.ranks import Spec, Union, World, holdings_of, union
+from lrprobe.distributed.ranks import Spec, Union, World, apart, holdings_of, union
 from lrprobe.engine import PreStep
 from lrprobe.engine.buffers import Buffers, blank, fill
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
@@ -238,6 +238,7 @@ class Exchange:
         name = self._hooks.name
         told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
         kinds = self._world.kinds(Spec(((name, told),)), self._device)
+        kinds = apart(self._hooks, kinds, self._world)
         known = {row.name: row for row in self._union.rows}
         merged = union(name, kinds, self._world.ranks, self._hooks.options.track)
         for row in merged.rows:

@@ -1,8 +1,8 @@
-"""Optimizers whose tensors are flat: each holds ranges of many parameters, as far as a rank has them.
+"""Optimizers of flat tensors, each of which has ranges of many parameters.
 
-ZeRO keeps its master weights so, and gives them to the optimizer one after another: one step of the
-training is then several calls of ``optimizer.step()``. Which range is whose is known to the library
-that made them; see ``deepspeed.py``.
+ZeRO keeps its master weights so, this rank's share of them, and gives them to the optimizer one
+after another: one step of the training is then several calls of ``optimizer.step()``. Which range
+is whose is known to the library that made them; see ``deepspeed.py``.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def part_of(shape: Sequence[int], start: int, stop: int, ranks: Sequence[int]) -
 
     Args:
         shape: of the whole parameter.
-        start, stop: which of its elements this rank has.
+        start: first of its elements that this rank has.
+        stop: end of these.
         ranks: global ranks that have the parts of one copy, in order.
     """
     if len(ranks) == 1:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lrprobe.distributed import meeting
 from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, ranks_of
+from lrprobe.distributed.strangers import named_apart, told
 from lrprobe.engine.columns import Row
 from lrprobe.engine.pieces import WatchedParameter, draw, local
 from lrprobe.rules.base import tolerance
@@ -38,6 +39,7 @@ class Holding:
     group_name: str = ""
     tolerance: float = 0.0
     shared_rate: bool = False
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +314,7 @@ def holdings_of(
             group_name=w.group_name,
             tolerance=0.0 if rule is None else tolerance(param.dtype, rule),
             shared_rate=rule is not None and rule.shared_rate,
+            content=w.content,
         )
         found.append((holding, w, layout))
     return found
@@ -407,12 +410,26 @@ def join(
     device = _buffers_on({kind.spec.device for kind in kinds}, device)
     flat = list({id(h): h.flat_param for h, _ in layouts.flat_shards().values()}.values())
     for each in hooks:
-        merged = union(each.name, kinds, found.ranks, each.options.track)
-        each.join(size if each.parts is None else each.parts.ranks, flat, silent=merged.alone and found.rank > 0)
+        merged = union(each.name, apart(each, kinds, found), found.ranks, each.options.track)
+        if each.parts is not None:
+            size = each.parts.ranks
+        each.join(size, flat, silent=merged.alone and found.rank > 0)
         if not merged.alone:
             from lrprobe.distributed.exchange import Exchange
 
             each.exchange = Exchange(each, layouts, found, merged, device)
+
+
+def apart(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
+    """Have tensors that are not the same on all ranks named by rank, here as on the others."""
+    kinds, renamed = named_apart(kinds, hooks.name, found.ranks)
+    own = next(new for kind, new in zip(kinds, renamed, strict=True) if found.rank in kind.ranks)
+    if own:
+        if found.rank == 0:
+            warn(told(own, "" if hooks.parts is None else hooks.parts.unknown))
+        if hooks.optimizer is not None:
+            hooks.watching.rename(own, hooks.optimizer)
+    return kinds
 
 
 def _buffers_on(types: set[str], own: torch.device) -> torch.device:

@@ -45,6 +45,7 @@ class WatchedParameter:
         initial_lr: what the frame shows; None until first seen.
         span: the range of a flat buffer that it is; None for a tensor of its own.
         layout: over the ranks, of a flat buffer, which does not tell itself.
+        content: tells tensors that ranks have in common from others; empty where that is known.
         previous: where the check sample of the gradient of the last recorded step is kept, and
             its number there.
     """
@@ -59,6 +60,7 @@ class WatchedParameter:
     initial_lr: Scalar | None = None
     span: slice | None = None
     layout: Any = None
+    content: str = ""
     previous: tuple[Any, int] | None = None
 
 

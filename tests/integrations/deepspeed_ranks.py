@@ -121,8 +121,7 @@ def plain(case: str) -> Any:
     given: Any = engine if "engine" in options else learner(engine, options)
     with lrprobe.attach(given, model, every=2, track=3, batch_size=batch) as probe:
         train(engine, options)
-        result = frames(probe) if torch.distributed.get_rank() == 0 else None
-    return result
+        return frames(probe) if torch.distributed.get_rank() == 0 else None
 
 
 def beside(case: str) -> Any:
@@ -140,7 +139,9 @@ def beside(case: str) -> Any:
         optimizer.step()
         at["step"] = 1
     rank = torch.distributed.get_rank()
-    own = [torch.distributed.new_group([each]) for each in range(torch.distributed.get_world_size())]
+    own = [
+        torch.distributed.new_group([each]) for each in range(torch.distributed.get_world_size())
+    ]
     norms: dict[int, dict[str, float]] = {}
     kept = {"every": 1, "track": 3}
     probe = lrprobe.attach(engine, model, **kept)
