@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lrprobe.engine import PreStep
+from lrprobe.engine import PreStep, nothing_kept
 from lrprobe.engine.buffers import Buffers, blank, fill
-from lrprobe.engine.check import Samples
 from lrprobe.engine.columns import StepInfo, slots_of
 from lrprobe.engine.flight import MOVED, StepInFlight
 from lrprobe.resting import device_of, moved
 
 if TYPE_CHECKING:
     from lrprobe.hooks import Hooks
-
-
-def nothing_kept() -> PreStep:
-    """Of a step before which nothing was kept: its parameters take none."""
-    return PreStep(Samples({}))
 
 
 class Local:
@@ -59,6 +53,11 @@ class Local:
         else:
             buffers.note(MOVED, 1.0)
         self._buffers, self._broken = buffers, False
+
+    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:  # noqa: ARG002 - all is known here
+        """A step that was skipped after the last one; its parameters are as they were."""
+        self.add(optimizer, nothing_kept())
+        return self.send(info)
 
     def send(self, info: StepInfo, *, still: bool = False) -> StepInFlight | None:  # noqa: ARG002 - the device tells
         """At the end of the step: what was added is on its way."""

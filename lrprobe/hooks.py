@@ -19,11 +19,11 @@ from lrprobe import compiled
 from lrprobe.arguments import Options
 from lrprobe.census import StepCount
 from lrprobe.distributed.parts import Parts
-from lrprobe.engine import Engine, PreStep
+from lrprobe.engine import Engine, PreStep, nothing_kept
 from lrprobe.engine.columns import Row, StepInfo, judged
 from lrprobe.engine.flight import StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.gathering import Local, nothing_kept, unrecorded
+from lrprobe.gathering import Local, unrecorded
 from lrprobe.hyperparameters import hyperparameters
 from lrprobe.passes import Passes
 from lrprobe.resting import at_rest, moves
@@ -334,6 +334,19 @@ class Hooks:
                 self._gathering.catch_up()
                 self._gathering.add(parts, nothing_kept())
             self._finish()
+
+    def end(self) -> None:
+        """Nothing more is to come; of steps that were skipped at last, nothing has told yet."""
+        if self.parts is None or self._silent:
+            return
+        with self._harmless(), _undisturbed():
+            since = self._number
+            for number in self.schedule.skipped(self.parts.skips()):
+                if self.schedule.due(number):
+                    self._number, self._samples = number, math.nan
+                    step = self._gathering.skipped(self.parts, self._info(), since)
+                    if step is not None:
+                        self._owner.add(self, step)
 
     def settle(self) -> None:
         """Over ranks, take a recorded step back that was none: all do, before the next one."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lrprobe.distributed.layouts import Layouts
 from lrprobe.distributed.ranks import Spec, Union, World, apart, holdings_of, union
-from lrprobe.engine import PreStep
-from lrprobe.engine.buffers import Buffers, blank, fill
+from lrprobe.engine import PreStep, nothing_kept
+from lrprobe.engine.buffers import SUMS, Buffers, blank, fill
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
 from lrprobe.engine.flight import CHANGED, MOVED, PATIENCE, StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
@@ -143,6 +143,25 @@ class Exchange:
         if self._failure is not None:
             raise self._failure
         return step if self.leads else None
+
+    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:
+        """A step that was skipped after the last one, at the end, when nobody sends any more.
+
+        Parameters are as that step, number ``since``, left them; their norms are known if it was
+        recorded.
+        """
+        if not self.leads or self._error:
+            return None
+        self._follow(self._hooks.watched)
+        buffers, last = self._blank(), self._previous
+        figures = self._hooks.engine.after(self._held, optimizer, nothing_kept(), {})
+        fill(buffers, figures, self._row_of, {}, folds=True)
+        buffers.note(MOVED, 1.0)
+        square = SUMS.index("param_square")
+        buffers.sums[:, square] = torch.nan
+        if last is not None and last.info.step == since and last.wait():
+            buffers.sums[:, square] = torch.from_numpy(last.arrived().sums[:, square])
+        return StepInFlight(self._union.rows, buffers, info)
 
     def _blank(self) -> Buffers:
         rows = self._union.rows

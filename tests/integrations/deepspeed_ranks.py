@@ -58,8 +58,11 @@ def config(stage: int, options: set[str]) -> dict[str, Any]:
         result["bf16"] = {"enabled": True}
     if "fp16" in options:
         result["fp16"] = {
-            "enabled": True, "initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 3,
-        }  # fmt: skip
+            "enabled": True,
+            "initial_scale_power": 25 if "overflow" in options else 18,
+            "hysteresis": 1,
+            "loss_scale_window": 3,
+        }
     return result
 
 
