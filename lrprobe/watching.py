@@ -48,10 +48,10 @@ class Watching:
         return optimizer if self.parts is None else self.parts
 
     def knows(self, names: Collection[int]) -> bool:
-        """Whether some parameter is one of these, by id, or known to be some model's."""
-        if self.parts is not None and not self.parts.unknown:
-            return True
-        return any(at in names for params in self._seen for at, _ in params)
+        """Whether some parameter is one of these, by id; of flat tensors it is said elsewhere."""
+        return self.parts is not None or any(
+            at in names for params in self._seen for at, _ in params
+        )
 
     def forget(self) -> None:
         """The optimizer is gone."""

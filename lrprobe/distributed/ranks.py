@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -376,6 +376,15 @@ def join(
         error = RuntimeError(torn)
     if isinstance(found, Alone):
         _stay_alone(found, chosen, error)
+        for each in hooks:
+            _name_by_rank(
+                each,
+                {
+                    w.name: f"rank{torch.distributed.get_rank()}.{w.name}"
+                    for w in each.watched
+                    if w.content
+                },
+            )
         return
     if error is not None:  # which may be the model's
         what = f"{type(error).__name__}: {error}"
@@ -424,12 +433,16 @@ def apart(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
     """Have tensors that are not the same on all ranks named by rank, here as on the others."""
     kinds, renamed = named_apart(kinds, hooks.name, found.ranks)
     own = next(new for kind, new in zip(kinds, renamed, strict=True) if found.rank in kind.ranks)
-    if own:
-        if found.rank == 0:
-            warn(told(own, "" if hooks.parts is None else hooks.parts.unknown))
-        if hooks.optimizer is not None:
-            hooks.watching.rename(own, hooks.optimizer)
+    _name_by_rank(hooks, own, quiet=found.rank > 0)
     return kinds
+
+
+def _name_by_rank(hooks: Hooks, names: Mapping[str, str], *, quiet: bool = False) -> None:
+    """Rename what is not known to be the same elsewhere, and say so."""
+    if names and not quiet:
+        warn(told(names, "" if hooks.parts is None else hooks.parts.unknown))
+    if names and hooks.optimizer is not None:
+        hooks.watching.rename(names, hooks.optimizer)
 
 
 def _buffers_on(types: set[str], own: torch.device) -> torch.device:

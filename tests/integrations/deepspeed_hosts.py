@@ -42,7 +42,7 @@ def both(batches: list[Any]) -> list[Any]:
     return [[torch.cat(each) for each in zip(*pair, strict=True)] for pair in pairs]
 
 
-def accelerate(folder: Path) -> tuple[Any, Any]:  # noqa: ARG001 - others leave files there
+def accelerate(folder: Path) -> tuple[Any, Any]:
     """Stage 2, through the plugin; ``accelerator.backward`` takes the steps."""
     from accelerate import Accelerator, DeepSpeedPlugin
 
@@ -85,9 +85,7 @@ def transformers(folder: Path) -> tuple[Any, Any]:
     }
     callback = LRProbeCallback(every=1, batch_size=2)
     plain = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
-    host = trainer(
-        folder, callback, deepspeed=config, per_device_train_batch_size=2, **plain
-    )
+    host = trainer(folder, callback, deepspeed=config, per_device_train_batch_size=2, **plain)
     host.train()
     return callback.probe.frame() if host.is_world_process_zero() else None, None
 

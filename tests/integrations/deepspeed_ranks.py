@@ -2,7 +2,8 @@
 
 python -m torch.distributed.run --nproc-per-node 2 deepspeed_ranks.py FOLDER CASE...
 
-A case is written stage-optimizer-option-...: ``2-adamw-clip-groups``.
+A case is written stage-optimizer-option-...: ``2-adamw-clip-groups``; before it may stand what is
+looked at: ``counted:2-adamw``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def config(stage: int, options: set[str]) -> dict[str, Any]:
     if "offload" in options:
         zero["offload_optimizer"] = {"device": "cpu"}
     if "small" in options:  # several sub-groups
-        zero |= {"sub_group_size": 2000, "stage3_param_persistence_threshold": 100}
+        zero |= {"sub_group_size": 500, "stage3_param_persistence_threshold": 100}
     if "robin" in options:
         zero["round_robin_gradients"] = True
     accumulate = 2 if "accumulate" in options else 1
@@ -177,12 +178,96 @@ def beside(case: str) -> Any:
     return (frames(probe), frames(single), norms) if rank == 0 else None
 
 
+def counted(case: str) -> Any:
+    """Collectives of lrprobe's own in each step, and in ``close()``: their bytes."""
+    dist = torch.distributed
+    engine, model, options = engine_of(case)
+    probe = lrprobe.attach(engine, model, every=2, track=3)
+    calls: list[int] = []
+    steps: list[list[int]] = []
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"].startswith("lrprobe"):
+                tensors = [a for a in args if isinstance(a, torch.Tensor)]
+                calls.append(sum(t.numel() * t.element_size() for t in tensors))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    def ended() -> None:
+        steps.append(list(calls))
+        calls.clear()
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    train(engine, options, after=ended)
+    probe.close()
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return {"steps": steps, "close": list(calls)}
+
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast",
+    "broadcast_object_list", "reduce", "reduce_scatter_tensor", "barrier", "send", "recv",
+)  # fmt: skip
+
+
+def untouched(case: str) -> bool:
+    """Whether the master weights are the same bits with and without a probe."""
+    results = []
+    for probed in (False, True):
+        engine, model, options = engine_of(case)
+        if probed:
+            lrprobe.attach(engine, model, every=1, track=2, batch_size=4)
+        train(engine, options, 2 * STEPS)
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        # Between the parameters there is padding, which is not initialised under stage 3.
+        results.append([safe_get_full_fp32_param(param).clone() for param in model.parameters()])
+    return len(results[0]) > 0 and all(map(torch.equal, *results))
+
+
+def unknown(case: str) -> Any:
+    """What is recorded, and said, where it is not known whose the master weights are."""
+    engine, model, options = engine_of(case)
+    wrapper = engine.optimizer
+    if "subclass" in options:
+        wrapper.__class__ = type("OwnOptimizer", (type(wrapper),), {})
+    if "nvme" in options:
+        wrapper.swap_optimizer = True
+    if "shuffled" in options:
+        wrapper.bit16_groups_flat.reverse()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = lrprobe.attach(engine, model, every=1)
+    if "nvme" in options:
+        wrapper.swap_optimizer = False
+    if "shuffled" in options:
+        wrapper.bit16_groups_flat.reverse()
+    train(engine, options)
+    said = [str(each.message) for each in caught if str(each.message).startswith("lrprobe")]
+    flats = getattr(wrapper, "fp32_partitioned_groups_flat", None)
+    flats = wrapper.single_partition_of_fp32_groups if flats is None else flats
+    norms = [float(flat.detach().double().norm()) for flat in flats]
+    frame = probe.frame() if torch.distributed.get_rank() == 0 else None
+    probe.close()
+    return frame, said, norms
+
+
+OTHERS = {"counted": counted, "untouched": untouched, "unknown": unknown}
+
+
 def main(folder: Path, names: list[str]) -> None:
     started()
     for name in names:
         try:
+            how, _, case = name.partition(":")
             small = dtype_of(set(name.split("-"))) is not torch.float32
-            result: Any = beside(name) if small else plain(name)
+            run = OTHERS.get(how, beside if small else plain)
+            result: Any = run(case or name)
         except Exception:  # noqa: BLE001 - the test tells
             result = traceback.format_exc(limit=-6)
         rank = torch.distributed.get_rank()
