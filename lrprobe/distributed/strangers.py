@@ -72,7 +72,7 @@ def told(names: Mapping[str, str], why: str) -> str:
     """A warning that speaks of them."""
     new = next(iter(names.values()))
     return (
-        "the optimizer steps what is no parameter of the model, and what each rank may have another "
-        f"part of: {listed(list(names))}{f' ({why})' if why else ''}. It is not merged: a row has "
+        "the optimizer steps what is no parameter of the model, and each rank may have another "
+        f"part of it: {listed(list(names))}{f' ({why})' if why else ''}. It is not merged: a row has "
         f"what one rank has, and is named by group and rank, as in {new}"
     )

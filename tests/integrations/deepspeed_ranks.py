@@ -8,6 +8,7 @@ looked at: ``counted:2-adamw``.
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import traceback
@@ -123,6 +124,7 @@ def plain(case: str) -> Any:
     count = 2 if "accumulate" in options else 1
     batch = BATCH // torch.distributed.get_world_size() // count
     given: Any = engine if "engine" in options else learner(engine, options)
+    os.environ["LRPROBE_ENGINE"] = "auto" if "generated" in options else "eager"
     with lrprobe.attach(given, model, every=2, track=3, batch_size=batch) as probe:
         train(engine, options)
         return frames(probe) if torch.distributed.get_rank() == 0 else None

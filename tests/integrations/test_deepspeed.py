@@ -1,4 +1,4 @@
-"""DeepSpeed: one frame of whole parameters, with the figures of the same training in one process."""
+"""DeepSpeed: one frame of whole parameters, with the figures of one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import deepspeed_net
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -23,29 +25,37 @@ CANCELLING = {"update_grad_cosine", "update", "grad"}
 """Sums and elements that may be nearly 0, to 1e-6 of what they are made of."""
 
 
-def launch(count: int, script: str, *arguments: str, engine: str = "eager") -> None:
+def launch(count: int, script: str, *arguments: str) -> None:
     """Run a script of this folder on that many processes."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
         [sys.executable, *command, str(Path(__file__).with_name(script)), *arguments],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
         env={
-            **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LRPROBE_ENGINE": engine,
+            **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LRPROBE_ENGINE": "eager"
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def told(count: int, folder: Path, *cases: str, engine: str = "eager") -> dict[str, list[Any]]:
+def told(count: int, folder: Path, *cases: str) -> dict[str, list[Any]]:
     """Case to what each rank returned."""
-    launch(count, "deepspeed_ranks.py", str(folder), *cases, engine=engine)
+    if not (folder / "done").exists():
+        launch(count, "deepspeed_ranks.py", str(folder), *cases)
+        (folder / "done").touch()
     result = {}
     for case in cases:
         files = [folder / f"{case}.{rank}.pkl" for rank in range(count)]
         result[case] = [pickle.loads(file.read_bytes()) for file in files]  # noqa: S301 - our own
-        failed = [each for each in result[case] if isinstance(each, str)]
-        assert not failed, f"{case}: {failed[0]}"
     return result
+
+
+def of(found: dict[str, list[Any]], *cases: str) -> Iterator[tuple[str, list[Any]]]:
+    """Those cases, all of which have to have come to their end."""
+    for case in cases:
+        failed = [each for each in found[case] if isinstance(each, str)]
+        assert not failed, f"{case}: {failed[0]}"
+        yield case, found[case]
 
 
 def wrong(want: pd.DataFrame, got: pd.DataFrame, limit: float) -> list[str]:
@@ -85,38 +95,60 @@ SINGLE = (
 )  # fmt: skip
 """Stage, optimizer and options, in fp32."""
 
-
-def test_two_processes_have_the_frame_of_one(tmp_path: Path) -> None:
-    """Stages 0 to 3 in fp32: accumulation, clipping, groups, sub-groups, and CPU offload."""
-    for case, (first, second) in told(2, tmp_path, *SINGLE).items():
-        check(case, deepspeed_net.alone(case), first)
-        assert second is None
-
-
-def test_four_processes_have_the_frame_of_one(tmp_path: Path) -> None:
-    """Parameters that are cut over three ranks, and ranks that have nothing of most."""
-    cases = ("1-adamw-groups", "2-sgd-clip", "3-adadelta-small-groups")
-    for case, each in told(4, tmp_path, *cases).items():
-        check(case, deepspeed_net.alone(case), each[0])
-        assert each[1:] == [None] * 3
-
-
-def test_generated_code_has_the_frame_of_one(tmp_path: Path) -> None:
-    """Where the loops over ranges of flat tensors are compiled, too."""
-    (each,) = told(2, tmp_path, "3-adamw-small-groups", engine="auto").values()
-    check("generated", deepspeed_net.alone("3-adamw-small-groups"), each[0])
-
-
 HALF = (
     "0-adamw-bf16", "1-adamw-bf16-accumulate", "2-sgd-bf16-groups-clip", "3-adadelta-bf16-small",
     "0-adamw-fp16", "1-adamw-fp16", "2-sgd-fp16-groups-clip", "3-adadelta-fp16-small",
     "3-adamw-fp16-offload-clip",
 )  # fmt: skip
 
+SENT = {
+    "counted:0-adamw": [],
+    "counted:2-adamw-groups": [384, 2576, 258_048],
+    "counted:3-sgd-small": [384, 2576],
+}
+"""Bytes of the messages of a recorded step, by the formulas in docs/distributed.md."""
 
-def test_sixteen_bits_have_the_figures_of_the_master_weights(tmp_path: Path) -> None:
-    """Against a twin in fp32 that gets the gradients which DeepSpeed tells of; skipped steps too."""
-    for case, (first, _) in told(2, tmp_path, *HALF).items():
+SAME = (
+    "untouched:1-sgd-groups", "untouched:2-adamw-groups", "untouched:3-adadelta-small",
+    "untouched:3-adamw-fp16-small",
+)  # fmt: skip
+
+UNKNOWN = {
+    "unknown:2-adamw-subclass-groups": "how it keeps its master weights is not known",
+    "unknown:3-sgd-nvme-small": "its master weights are on NVMe",
+    "unknown:1-adamw-groups-shuffled": "its parameters are not where it flattened them",
+}
+"""What ``attach`` says."""
+
+ELSE = ("3-adamw-small-groups-generated", "3-adamw-fp16-overflow")
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, list[Any]]:
+    """What two processes tell: started once, by whichever worker comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "two"
+    folder.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        return told(2, folder, *SINGLE, *HALF, *SENT, *SAME, *UNKNOWN, *ELSE)
+
+
+def test_two_processes_have_the_frame_of_one(two: dict[str, list[Any]]) -> None:
+    """Stages 0 to 3 in fp32: accumulation, clipping, groups, sub-groups, and CPU offload."""
+    for case, (first, second) in of(two, *SINGLE):
+        check(case, deepspeed_net.alone(case), first)
+        assert second is None
+
+
+def test_generated_code_has_the_frame_of_one(two: dict[str, list[Any]]) -> None:
+    """Where the loops over ranges of flat tensors are compiled, too."""
+    for case, (first, _) in of(two, ELSE[0]):
+        check(case, deepspeed_net.alone(case), first)
+
+
+def test_sixteen_bits_have_the_figures_of_the_master_weights(two: dict[str, list[Any]]) -> None:
+    """Against a twin in fp32 that gets the gradients DeepSpeed tells of; skipped steps too."""
+    for case, (first, _) in of(two, *HALF):
         got, want, norms = first
         frame = got["parameter"]
         skipped = frame[~frame["stepped"]]
@@ -133,39 +165,33 @@ def test_sixteen_bits_have_the_figures_of_the_master_weights(tmp_path: Path) -> 
         check(case, want, taken)
 
 
-def test_what_is_sent_and_what_is_left_alone(tmp_path: Path) -> None:
-    """Messages are those of FSDP; not a bit of the training changes; skips at the end have rows."""
-    sent = {
-        "counted:0-adamw": [],
-        "counted:2-adamw-groups": [384, 2576, 258_048],
-        "counted:3-sgd-small": [384, 2576],
-    }
-    same = ("untouched:1-sgd-groups", "untouched:2-adamw-groups", "untouched:3-adadelta-small")
-    found = told(2, tmp_path, *sent, *same, "untouched:3-adamw-fp16-small", "3-adamw-fp16-overflow")
-    for case, sizes in sent.items():
-        for rank in found[case]:
-            assert rank["steps"] == [sizes, sizes, [], sizes], case
+def test_steps_skipped_at_the_end_have_rows(two: dict[str, list[Any]]) -> None:
+    """Though no later step tells of them: ``close`` does."""
+    for _, (first, _) in of(two, ELSE[1]):
+        frame = first[0]["parameter"]
+        assert frame["step"].unique().tolist() == list(range(1, 2 * deepspeed_net.STEPS + 1))
+        assert not frame["stepped"].any()
+        assert set(frame["lr"]) == {0.01}
+
+
+def test_messages_are_those_of_the_formulas(two: dict[str, list[Any]]) -> None:
+    """Two or three in a recorded step, as with FSDP; none in step 3, nor at the end."""
+    for case, ranks in of(two, *SENT):
+        for rank in ranks:
+            assert rank["steps"] == [SENT[case], SENT[case], [], SENT[case]], case
             assert rank["close"] == []
-    assert all(all(each) for case, each in found.items() if case.startswith("untouched"))
-    frame = found["3-adamw-fp16-overflow"][0][0]["parameter"]
-    assert frame["step"].unique().tolist() == list(range(1, 2 * deepspeed_net.STEPS + 1))
-    assert not frame["stepped"].any()
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [
-        {
-            "unknown:2-adamw-subclass-groups": "how it keeps its master weights is not known",
-            "unknown:3-sgd-nvme-small": "its master weights are on NVMe",
-            "unknown:1-adamw-groups-shuffled": "its parameters are not where it flattened them",
-        }
-    ],
-)
-def test_what_cannot_be_named_is_not_merged(tmp_path: Path, cases: dict[str, str]) -> None:
+def test_training_is_the_same_bits(two: dict[str, list[Any]]) -> None:
+    """With and without a probe, on both ranks."""
+    for case, ranks in of(two, *SAME):
+        assert ranks == [True, True], case
+
+
+def test_what_cannot_be_named_is_not_merged(two: dict[str, list[Any]]) -> None:
     """Each rank's tensors have rows of their own, named by group and rank, with their own norms."""
-    for case, ((frame, said, own), (_, quiet, theirs)) in told(2, tmp_path, *cases).items():
-        assert [cases[case] in each for each in said] == [True], said
+    for case, ((frame, said, own), (_, quiet, theirs)) in of(two, *UNKNOWN):
+        assert [UNKNOWN[case] in each for each in said] == [True], said
         assert quiet == []
         last = frame[frame["step"] == frame["step"].max()]
         names = last["parameter"].str.extract(r"^rank([01])\.group\d+\.param\d+$")[0]
@@ -173,6 +199,14 @@ def test_what_cannot_be_named_is_not_merged(tmp_path: Path, cases: dict[str, str
         assert last["stepped"].all()
         assert last["reconstruction_error"].max() < 1e-6
         assert last["param_norm"].tolist() == pytest.approx([*own, *theirs], rel=1e-5), case
+
+
+def test_four_processes_have_the_frame_of_one(tmp_path: Path) -> None:
+    """Parameters that are cut over three ranks, and ranks that have nothing of most."""
+    cases = ("1-adamw-groups", "2-sgd-clip", "3-adadelta-small-groups")
+    for case, (first, *others) in of(told(4, tmp_path, *cases), *cases):
+        check(case, deepspeed_net.alone(case), first)
+        assert others == [None] * 3
 
 
 @pytest.mark.parametrize("host", ["accelerate", "lightning", "transformers"])
