@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, whole parameters: torchrun --nproc-per-node 2 examples/with_deepspeed.py [STAGE].
+"""DeepSpeed's ZeRO: torchrun --nproc-per-node 2 examples/with_deepspeed.py [STAGE].
 
 The optimizer's state is cut over the processes (stage 1), the gradients too (2), the parameters too
 (3, the default). lrprobe is the import and the line with `attach`, the same on every rank and in

@@ -71,8 +71,9 @@ def named_apart(
 def told(names: Mapping[str, str], why: str) -> str:
     """A warning that speaks of them."""
     new = next(iter(names.values()))
+    what = f"{listed(list(names))}{f' ({why})' if why else ''}"
     return (
         "the optimizer steps what is no parameter of the model, and each rank may have another "
-        f"part of it: {listed(list(names))}{f' ({why})' if why else ''}. It is not merged: a row has "
-        f"what one rank has, and is named by group and rank, as in {new}"
+        f"part of it: {what}. It is not merged: a row has what one rank has, and is named by group "
+        f"and rank, as in {new}"
     )
