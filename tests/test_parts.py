@@ -167,6 +167,30 @@ def test_include_speaks_of_the_parameters(flattened: Any) -> None:
         assert probe.frame()["parameter"].tolist() == ["0.weight", "2.weight", "3.weight"]
 
 
+def test_one_step_is_inspected_by_parameter(flattened: Any) -> None:
+    """``inspect_step`` and ``effective_lr`` have one process' rates, flat, under its names."""
+    model, kept = flattened
+    twin = net()
+    optimizer = make(twin.parameters())
+    for each in optimizer.param_groups, kept.optimizer.param_groups:
+        for group in each:
+            group["lr"] = 0.01
+    for number in range(2):
+        backward(model, number)
+        backward(twin, number)
+        with lrprobe.inspect_step(kept.optimizer, model) as got:
+            kept.step()
+        with lrprobe.inspect_step(optimizer, twin) as want:
+            optimizer.step()
+    rates = lrprobe.effective_lr(kept.optimizer, model)
+    assert set(got) == set(want) == set(rates)
+    for name, view in want.items():
+        torch.testing.assert_close(got[name].effective_lr, view.effective_lr.reshape(-1))
+        torch.testing.assert_close(got[name].update, view.update.reshape(-1))
+        torch.testing.assert_close(rates[name], view.effective_lr.reshape(-1))
+        assert got[name].error < 1e-9
+
+
 def test_a_trainer_that_does_not_count_skipped_steps_has_no_rows_of_them() -> None:
     """Numbers are the trainer's own: those that it left out, and no other."""
     at = {"step": 5}

@@ -25,12 +25,12 @@ CANCELLING = {"update_grad_cosine", "update", "grad"}
 """Sums and elements that may be nearly 0, to 1e-6 of what they are made of."""
 
 
-def launch(count: int, script: str, *arguments: str) -> None:
-    """Run a script of this folder on that many processes."""
+def launch(count: int, script: str, *arguments: str, cwd: Path | None = None) -> None:
+    """Run a script of this folder, or another one, on that many processes."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
         [sys.executable, *command, str(Path(__file__).with_name(script)), *arguments],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
         env={
             **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LRPROBE_ENGINE": "eager"
         },
@@ -221,3 +221,13 @@ def test_a_host_has_the_frame_of_one_process(tmp_path: Path, host: str) -> None:
         assert set(frame["samples"]) == {8.0}
         frame, hand = (each.drop(columns=["samples", "lr_per_sample"]) for each in (frame, hand))
     assert not (differs := wrong(hand, frame, 1e-4)), "; ".join(differs[:6])
+
+
+def test_the_example_leaves_whole_parameters(tmp_path: Path) -> None:
+    """Under torchrun on a CPU, as its first line says."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "with_deepspeed.py"
+    launch(2, str(example), cwd=tmp_path)
+    frame = pd.read_parquet(tmp_path / "runs" / "deepspeed.parquet")
+    assert frame["step"].unique().tolist() == [1, *range(10, 80, 10)]
+    assert set(frame["samples"]) == {40.0}
+    assert frame["reconstruction_error"].max() < 1e-6
