@@ -55,7 +55,7 @@ class Watching:
 
     def forget(self) -> None:
         """The optimizer is gone."""
-        self.watched, self.rows = [], []
+        self.watched, self.rows, self.parts = [], [], None
 
     def rename(self, renamed: Mapping[str, str], optimizer: Optimizer) -> None:
         """Call some parameters otherwise from now on."""
