@@ -263,19 +263,23 @@ class Hooks:
             return
         self._depth = 0
         kept, self._kept = self._kept, None
+        ends = self.parts is None or self.parts.last
+        if ends:
+            self.schedule.step = self._number
+            self.count.taken += 1
         if not self._is_last(optimizer):  # pre-hooks that clip are to run before ours
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         if kept is not None:
             with self._harmless(), _undisturbed():
                 self._gathering.add(self.watching.all_of(optimizer), kept)
         del kept  # torch lets other threads go on while it frees memory
-        if self.parts is None or self.parts.end():
+        if self.parts is not None:
+            self.parts.end()
+        if ends:
             self._end_step(optimizer)
 
     def _end_step(self, optimizer: Optimizer) -> None:
         """All calls of the step were made."""
-        self.schedule.step = self._number
-        self.count.taken += 1
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
             self._samples = math.nan if passes is None else passes
@@ -325,7 +329,10 @@ class Hooks:
 
     def _tell_skipped(self, parts: Parts) -> None:
         """Rows of the steps that were skipped since the last one, which no hook told of."""
-        for number in self.schedule.skipped(parts.skips()):
+        count = parts.skips()
+        if count and self._passes is not None:
+            self._passes.share(count + 1)
+        for number in self.schedule.skipped(count):
             self.count.taken += 1
             if not self.schedule.due(number) or self._silent:
                 continue

@@ -23,6 +23,7 @@ class Passes:
         """Data-parallel ranks, each with samples of its own."""
         self._told = 0
         self._all = False
+        self._steps = 1
         self._instead: Sequence[Callable[[], Tensor | None]] = ()
         self._params: Sequence[Callable[[], Tensor | None]] = ()
         self._counters: list[_Counter] = []
@@ -54,10 +55,16 @@ class Passes:
         """Of passes that are not torch's, which nobody here can count."""
         self._told += passes
 
+    def share(self, steps: int) -> None:
+        """What is counted until ``take`` is of so many steps: all but the last were skipped."""
+        self._steps = steps
+
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
         told, self._told = self._told, 0
+        steps, self._steps = self._steps, 1
         count = told or max((counter.take() for counter in self._counters), default=0)
+        count = round(count / steps)
         if count:
             return float(count * self._batch_size * self.ranks)
         if self._all:

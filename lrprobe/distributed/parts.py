@@ -98,6 +98,7 @@ class Parts:
         ranks: over how many the samples are spread.
         leaves: parameters that autograd sees.
         unknown: why it is not known whose the elements are; empty where it is.
+        last: whether the call of ``step`` that was begun is the last of a step of the training.
     """
 
     optimizer: weakref.ref[Optimizer]
@@ -106,13 +107,13 @@ class Parts:
     ranks: int = 1
     leaves: Sequence[weakref.ref[Tensor]] = ()
     unknown: str = ""
+    last: bool = True
     _now: set[int] = field(default_factory=set)
     _groups: list[dict[str, Any]] = field(default_factory=list)
     _held: list[list[weakref.ref[Tensor]]] = field(default_factory=list)
     _order: list[int] = field(default_factory=list)
     _watchable: list[Watchable] = field(default_factory=list)
     _next: set[int] = field(default_factory=set)
-    _last: bool = True
     _seen: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -167,18 +168,17 @@ class Parts:
         self._seen = None
         self._now.clear()
         self._next = now & set(self._order)
-        self._last = self._order[-1] in now
+        self.last = self._order[-1] in now
         return self._order[0] in now
 
     def enter(self) -> None:
         """From here on only the tensors of that call are seen."""
         self._now.update(self._next)
 
-    def end(self) -> bool:
-        """That call has ended; whether it was the last of a step of the training."""
+    def end(self) -> None:
+        """That call has ended."""
         self._now.clear()
         self._seen = None
-        return self._last
 
 
 def part_of(shape: Sequence[int], start: int, stop: int, ranks: Sequence[int]) -> Layout:

@@ -150,7 +150,9 @@ def beside(case: str) -> Any:
     ]
     norms: dict[int, dict[str, float]] = {}
     kept = {"every": 1, "track": 3}
-    probe = lrprobe.attach(engine, model, **kept)
+    count = 2 if "accumulate" in options else 1
+    batch = BATCH // torch.distributed.get_world_size() // count
+    probe = lrprobe.attach(engine, model, batch_size=batch, **kept)
     single = lrprobe.attach(
         optimizer, twin, step=lambda: at["step"], process_group=own[rank], **kept
     )
