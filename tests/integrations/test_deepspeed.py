@@ -25,11 +25,17 @@ CANCELLING = {"update_grad_cosine", "update", "grad"}
 """Sums and elements that may be nearly 0, to 1e-6 of what they are made of."""
 
 
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled for the comparison."""
+    monkeypatch.setenv("LRPROBE_ENGINE", "eager")
+
+
 def launch(count: int, script: str, *arguments: str, cwd: Path | None = None) -> None:
     """Run a script of this folder, or another one, on that many processes."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
-        [sys.executable, *command, str(Path(__file__).with_name(script)), *arguments],
+        [sys.executable, *command, str(Path(__file__).parent / script), *arguments],
         capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
         env={
             **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LRPROBE_ENGINE": "eager"
@@ -206,7 +212,7 @@ def test_what_cannot_be_named_is_not_merged(two: dict[str, list[Any]]) -> None:
 
 def test_four_processes_have_the_frame_of_one(tmp_path: Path) -> None:
     """Parameters that are cut over three ranks, and ranks that have nothing of most."""
-    cases = ("1-adamw-groups", "2-sgd-clip", "3-adadelta-small-groups")
+    cases = ("1-adamw-groups", "3-adadelta-small-groups")
     for case, (first, *others) in of(told(4, tmp_path, *cases), *cases):
         check(case, deepspeed_net.alone(case), first)
         assert others == [None] * 3
