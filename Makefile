@@ -74,13 +74,18 @@ clean:
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
 
 # -qq: what an index says in passing would hide the rest of the output.
-# timm only for its optimizers, which need none of what it asks for (torchvision).
+# timm only for its optimizers, which need none of what it asks for (torchvision). DeepSpeed's own
+# build looks for torch, so that it comes last and is not isolated; no extension of it is compiled.
 .venv-integrations/.done: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install -qq --constraint constraints.txt \
 		--constraint constraints-integrations.txt --editable '.[integrations,optimizers]' einops
 	.venv-integrations/bin/python -m pip install -qq --no-deps \
 		--constraint constraints-integrations.txt timm
+	.venv-integrations/bin/python -m pip install -qq --constraint constraints.txt \
+		--constraint constraints-integrations.txt setuptools wheel
+	DS_BUILD_OPS=0 .venv-integrations/bin/python -m pip install -qq --no-build-isolation \
+		--constraint constraints.txt --constraint constraints-integrations.txt deepspeed
 	@touch $@
 
 .venv-oldest/.done: pyproject.toml constraints-oldest.txt

@@ -13,26 +13,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lrprobe import compiled
 from lrprobe.arguments import Options
 from lrprobe.census import StepCount
-from lrprobe.engine import Engine, PreStep, copied
-from lrprobe.engine.buffers import blank, fill
-from lrprobe.engine.check import Samples
-from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
-from lrprobe.engine.flight import MOVED, StepInFlight
-from lrprobe.engine.pieces import WatchedParameter, draw
+from lrprobe.distributed.parts import Parts
+from lrprobe.engine import Engine, PreStep, nothing_kept
+from lrprobe.engine.columns import Row, StepInfo, judged
+from lrprobe.engine.flight import StepInFlight
+from lrprobe.engine.pieces import WatchedParameter
+from lrprobe.gathering import Local, unrecorded
 from lrprobe.hyperparameters import hyperparameters
-from lrprobe.names import name_parameters, places
 from lrprobe.passes import Passes
-from lrprobe.resting import at_rest, device_of, moved, moves
+from lrprobe.resting import at_rest, moves
 from lrprobe.rules import find_rule
-from lrprobe.rules.base import has_closure, tolerance
+from lrprobe.rules.base import has_closure
 from lrprobe.schedule import Schedule
 from lrprobe.text import listed, warn
+from lrprobe.watching import Watching
 
 if TYPE_CHECKING:
     from lrprobe.distributed import Exchange
@@ -69,8 +68,7 @@ class Hooks:
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
         self.count = StepCount()
-        self.watched: list[WatchedParameter] = []
-        self.rows: list[Row] = []
+        self.watching = Watching(optimizer, options)
         self.engine = Engine(options.way)
         self._owner = owner
         self.options = options
@@ -82,21 +80,22 @@ class Hooks:
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
         """Where the parameters are spread over ranks."""
+        self._local = Local(self)
         self.reasons: dict[str, str] = {}
         """Name of a parameter to what its rule raised in the last recorded step."""
         self._silent = False
         self._depth = 0
         self._number = self.schedule.step
+        self._due = False
         self._kept: PreStep | None = None
-        self._seen: list[list[tuple[int, int]]] = []
-        """By group, id and elements of its parameters."""
-        self._given: dict[int, str] = {}
-        """id of each parameter to its name, which stays."""
         self._fixed: list[dict[str, Any]] = []
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
         self._captured = self._told_of_capture = False
+        self._samples = math.nan
         self._refresh(optimizer)
+        if self._passes is not None and self.parts is not None:
+            self._passes.count_all(self.parts.leaves, self.parts.ranks)
         if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
@@ -131,6 +130,21 @@ class Hooks:
             self._passes.tell(passes)
 
     @property
+    def parts(self) -> Parts | None:
+        """Where the optimizer has flat tensors, stepped one after another."""
+        return self.watching.parts
+
+    @property
+    def watched(self) -> list[WatchedParameter]:
+        """The parameters that are watched."""
+        return self.watching.watched
+
+    @property
+    def rows(self) -> list[Row]:
+        """What the frame shows of them, where they are whole here."""
+        return self.watching.rows
+
+    @property
     def optimizer(self) -> Optimizer | None:
         """The optimizer, while it lives."""
         return self._optimizer()
@@ -145,14 +159,14 @@ class Hooks:
 
     def _release(self) -> None:
         """The optimizer is gone: nothing is recorded any more, and no cycle is left."""
-        self.watched, self.rows = [], []
+        self.watching.forget()
         del self._owner
 
     def describe(self) -> dict[str, Any]:
         """Class and hyperparameters of the optimizer, as plain JSON values."""
         optimizer = self._optimizer()
         cls = type(optimizer)
-        groups = [] if optimizer is None else optimizer.param_groups
+        groups = [] if optimizer is None else self.watching.all_of(optimizer).param_groups
         return {
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "groups": [hyperparameters(group) for group in groups],
@@ -162,7 +176,7 @@ class Hooks:
     def parameters(self) -> list[Tensor]:
         """Those that the optimizer has now."""
         optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
+        groups = [] if optimizer is None else self.watching.all_of(optimizer).param_groups
         return [param for group in groups for param in group["params"]]
 
     @property
@@ -172,7 +186,7 @@ class Hooks:
 
     def name_of(self, param: Tensor) -> str:
         """What a parameter is called."""
-        return self._given.get(id(param), "")
+        return self.watching.names.get(id(param), "")
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         compiled.call(self._before_step, optimizer, args, kwargs)
@@ -192,29 +206,53 @@ class Hooks:
         try:  # not `_harmless`, which costs more than all of this
             if self._owner.waiting:
                 self._owner.collect()
-            self.settle()
-            self._number = self.schedule.next()
-            due = self.schedule.due(self._number)
+            begins = self.parts is None or self.parts.begin(optimizer)
+            if begins:
+                self._begin_step()
         except Warning:
             raise
         except Exception as error:  # noqa: BLE001 - as in `_harmless`
             self.failed(error)
             return
-        if not due or self._silent:
+        if not self._due or self._silent:
             return
         self._cuda = torch.cuda.is_available()  # asked seldom, since it costs a microsecond
         if self._cuda and self._in_capture():
             return
         with self._harmless(), _undisturbed():
+            self._keep(optimizer, begins, args, kwargs)
+
+    def _begin_step(self) -> None:
+        """What its number is, and whether it is recorded."""
+        self._due = False
+        self.settle()
+        if self.parts is not None:
+            self._finish()  # what was begun, if its last call never came
+            self._tell_skipped(self.parts)
+        self._number = self.schedule.next()
+        self._due = self.schedule.due(self._number)
+
+    def _keep(self, optimizer: Optimizer, begins: bool, args: Any, kwargs: Any) -> None:
+        """Keep what the step that is about to be taken will erase."""
+        seen = self.watching.all_of(optimizer)
+        if begins:
             self._refresh(optimizer)
-            self.count.before(optimizer, self._number, self._given)
-            # What runs after this may still change the gradients, or make them.
-            closure = has_closure(args, kwargs) or not self._is_last(optimizer)
-            if self.exchange is None:
-                self._kept = self.engine.before(self.watched, optimizer, closure=closure)
-            else:
-                self._kept = PreStep(Samples({}))  # the others must not wait, whatever happens
-                self._kept = self.exchange.before(self.watched, optimizer, closure=closure)
+            self.count.before(seen, self._number, self.watching.names)
+        # What runs after this may still change the gradients, or make them.
+        closure = has_closure(args, kwargs) or not self._is_last(optimizer)
+        gathering = self._gathering
+        if self.exchange is not None:
+            self._kept = nothing_kept()  # the others must not wait, whatever happens
+        if begins:
+            gathering.catch_up()
+        if self.parts is not None:
+            self.parts.enter()
+        self._kept = gathering.before(seen, closure=closure)
+
+    @property
+    def _gathering(self) -> Local | Exchange:
+        """What figures are added to."""
+        return self._local if self.exchange is None else self.exchange
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self._captured:
@@ -225,57 +263,97 @@ class Hooks:
             return
         self._depth = 0
         kept, self._kept = self._kept, None
-        self.schedule.step = self._number
-        self.count.taken += 1
+        ends = self.parts is None or self.parts.last
+        if ends:
+            self.schedule.step = self._number
+            self.count.taken += 1
         if not self._is_last(optimizer):  # pre-hooks that clip are to run before ours
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
+        if kept is not None:
+            with self._harmless(), _undisturbed():
+                self._gathering.add(self.watching.all_of(optimizer), kept)
+        del kept  # torch lets other threads go on while it frees memory
+        if self.parts is not None:
+            self.parts.end()
+        if ends:
+            self._end_step(optimizer)
+
+    def _end_step(self, optimizer: Optimizer) -> None:
+        """All calls of the step were made."""
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
-            if kept is None and not at_rest(optimizer):
+            self._samples = math.nan if passes is None else passes
+            recorded = self._gathering.under_way
+            # Libraries that step flat tensors have taken their steps without a rate before.
+            if not recorded and (self.parts is not None or not at_rest(optimizer)):
                 return
         except Exception as error:  # noqa: BLE001 - as in `_harmless`
             self.failed(error)
             return
         with self._harmless():
-            if kept is not None:
-                self.count.after(optimizer, self._number, self._given)
+            if recorded:
+                self.count.after(self.watching.all_of(optimizer), self._number, self.watching.names)
                 self._owner.look(self)
-            info = StepInfo(
-                step=self._number,
-                time=time.time(),
-                optimizer=self.name,
-                samples=math.nan if passes is None else passes,
-                run=self._owner.run,
-                recorded=kept is not None,
-            )
-            with _undisturbed():
-                step = self._figures(optimizer, kept, info)
-            del kept  # torch lets other threads go on while it frees memory
-            if step is not None:  # last: a thread begins that holds up this one
+            still = self.exchange is not None and self._still(optimizer)
+            if recorded:
+                self._finish(still=still)
+            elif self.exchange is None:
+                with _undisturbed():  # nothing is to be known of it but whether it was a step
+                    step = unrecorded(optimizer, self._info(recorded=False))
                 self._owner.add(self, step)
-
-    def _figures(
-        self, optimizer: Optimizer, kept: PreStep | None, info: StepInfo
-    ) -> StepInFlight | None:
-        """Those of the step that was just taken."""
-        if self.exchange is not None:
-            still = bool(at_rest(optimizer)) and not moves(optimizer)
-            if kept is not None:
-                return self.exchange.after(optimizer, kept, info, still=still)
-            if still:  # no message will tell of it
+            elif still:  # no message will tell of it
                 self.schedule.take_back()
-            return None
-        if kept is None:  # nothing is to be known of it but whether it was a step
-            buffers = blank(0, 0, device_of(optimizer))
-            buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
-            return StepInFlight((), buffers, info)
-        figures = self.engine.after(self.watched, optimizer, kept)
-        slots, end = slots_of(self.rows)
-        buffers = blank(len(self.rows), end, device_of(optimizer))
-        fill(buffers, figures, range(len(self.rows)), slots, folds=False)
-        buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
-        self.reasons = {self.rows[i].name: why for i, why in figures.failed.items()}
-        return StepInFlight(self.rows, buffers, info)
+
+    def _still(self, optimizer: Optimizer) -> bool:
+        """Whether every rate and gradient here was 0."""
+        return self.parts is None and bool(at_rest(optimizer)) and not moves(optimizer)
+
+    def _info(self, *, recorded: bool = True) -> StepInfo:
+        return StepInfo(
+            step=self._number,
+            time=time.time(),
+            optimizer=self.name,
+            samples=self._samples,
+            run=self._owner.run,
+            recorded=recorded,
+        )
+
+    def _finish(self, *, still: bool = False) -> None:
+        """Send what was gathered of a step, if something was."""
+        if not self._gathering.under_way:
+            return
+        with _undisturbed():
+            step = self._gathering.send(self._info(), still=still)
+        if step is not None:  # last: a thread begins that holds up this one
+            self._owner.add(self, step)
+
+    def _tell_skipped(self, parts: Parts) -> None:
+        """Rows of the steps that were skipped since the last one, which no hook told of."""
+        count = parts.skips()
+        if count and self._passes is not None:
+            self._passes.share(count + 1)
+        for number in self.schedule.skipped(count):
+            self.count.taken += 1
+            if not self.schedule.due(number) or self._silent:
+                continue
+            self._number, self._samples = number, math.nan
+            with _undisturbed():
+                self._gathering.catch_up()
+                self._gathering.add(parts, nothing_kept())
+            self._finish()
+
+    def end(self) -> None:
+        """Nothing more is to come; of steps that were skipped at last, nothing has told yet."""
+        if self.parts is None or self._silent:
+            return
+        with self._harmless(), _undisturbed():
+            since = self._number
+            for number in self.schedule.skipped(self.parts.skips()):
+                if self.schedule.due(number):
+                    self._number, self._samples = number, math.nan
+                    step = self._gathering.skipped(self.parts, self._info(), since)
+                    if step is not None:
+                        self._owner.add(self, step)
 
     def settle(self) -> None:
         """Over ranks, take a recorded step back that was none: all do, before the next one."""
@@ -332,59 +410,10 @@ class Hooks:
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Follow added groups and exchanged parameters."""
-        groups = [group["params"] for group in optimizer.param_groups]
-        seen = [[(id(param), _numel(param)) for param in params] for params in groups]
-        self._refresh_hyperparameters(optimizer)
-        if seen == self._seen:
-            return
-        self._seen = seen
-        gone = self._given.keys() - {at for params in seen for at, _ in params}
-        self.options.names.forget(gone)
-        given = {at: name for at, name in self._given.items() if at not in gone}
-        named = list(name_parameters(optimizer, self.options.names.now(given)))
-        self._given = {id(param): name for _, name, param in named}
-        known = {(w.name, w.place.id, w.numel): w for w in self.watched}
-        rule = find_rule(type(optimizer))
-        self.watched = []
-        found = places(optimizer)
-        for (group, name, param), place in zip(named, found, strict=True):
-            numel = _numel(param)
-            if numel < 0 or not self.options.chosen.takes(name):
-                continue
-            watched = known.get((name, id(param), numel))
-            if watched is None:
-                watched = WatchedParameter(
-                    name=name,
-                    group=group,
-                    place=place,
-                    rule=rule,
-                    tracked=draw(name, numel, self.options.track),
-                    numel=numel,
-                    initial_lr=_initial_lr(optimizer.param_groups[group]),
-                )
-            watched.group, watched.place = group, place
-            watched.group_name = group_name(optimizer, group)
-            self.watched.append(watched)
-        self.rows = [self._row(watched) for watched in self.watched]
-        if self._passes is not None:
+        self._refresh_hyperparameters(self.watching.all_of(optimizer))
+        found = self.watching.refresh(optimizer)
+        if self._passes is not None and self.parts is None and found is not None:
             self._passes.watch(found)
-
-    def _row(self, watched: WatchedParameter) -> Row:
-        """What the frame shows of a parameter that this process holds whole."""
-        param = watched.place()
-        known = next((row for row in self.rows if row.name == watched.name), None)
-        measured = watched.rule is None or param is None
-        return Row(
-            name=watched.name,
-            group=watched.group,
-            group_name=watched.group_name,
-            shared_rate=watched.rule is not None and watched.rule.shared_rate,
-            shape=(watched.numel,),
-            rule="measured" if watched.rule is None else watched.rule.name,
-            tolerance=0.0 if measured else tolerance(param.dtype, watched.rule),  # type: ignore[union-attr,arg-type]
-            tracked=watched.tracked,
-            bad_steps=0 if known is None else known.bad_steps,
-        )
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Describe the run anew where one has changed that nothing moves from step to step."""
@@ -429,12 +458,6 @@ def _pre_hooks(optimizer: Optimizer) -> Any:
     return hooks
 
 
-def group_name(optimizer: Optimizer, group: int) -> str:
-    """The group's own name, else its number."""
-    given = optimizer.param_groups[group].get("name")
-    return f"group{group}" if given is None else str(given)
-
-
 def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
     """The hyperparameters but for those that move, as far as they can be compared at once."""
     return {
@@ -442,19 +465,6 @@ def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
         for key, value in group.items()
         if key not in moved and isinstance(value, bool | int | float | str | None)
     }
-
-
-def _numel(param: Tensor) -> int:
-    """Real elements (a complex one counts twice); −1 of a lazy parameter that has none yet."""
-    if is_lazy(param):
-        return -1
-    return param.numel() * (2 if param.is_complex() else 1)
-
-
-def _initial_lr(group: Mapping[str, Any]) -> Any:
-    rate = group.get("initial_lr", group.get("lr"))
-    rate = math.nan if rate is None else rate  # Transformers' Adafactor finds its own
-    return copied(rate)
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

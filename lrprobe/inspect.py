@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrprobe.distributed import deepspeed
 from lrprobe.engine.eager import add_whole, slice_of
 from lrprobe.engine.figures import Elements, unexplained
 from lrprobe.engine.pieces import entry_of, precision, real
-from lrprobe.names import find_optimizers, name_parameters, parameter_names
+from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.notebook import step_html
 from lrprobe.rules import Rule, Slice, Update, find_rule
 from lrprobe.rules.base import Entry, has_closure, tolerance, writes_of
@@ -105,11 +106,11 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
     Raises:
         TypeError: if ``optimizer`` is not an optimizer, or ``model`` is not a module.
     """
-    names = parameter_names(model)
+    names = Names(model)
     steps = Steps()
     handles = []
     for each in find_optimizers(optimizer).values():
-        watch = _StepWatcher(names, steps)
+        watch = _StepWatcher(_Held(each, names), steps)
         handles.append(each.register_step_pre_hook(watch.before))
         handles.append(each.register_step_post_hook(watch.after))
     try:
@@ -119,23 +120,48 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
             handle.remove()
 
 
-class _StepWatcher:
-    def __init__(self, names: Mapping[int, str], steps: Steps) -> None:
+class _Held:
+    """What an optimizer has: parameters, or flat tensors with ranges of some."""
+
+    def __init__(self, optimizer: Optimizer, names: Names) -> None:
         self._names = names
+        self._parts = deepspeed.parts_of(optimizer, names)
+
+    def all_of(
+        self, optimizer: Optimizer, *, now: bool = False
+    ) -> Iterator[tuple[Mapping[str, Any], str, Tensor, slice | None]]:
+        """(group, name, tensor, range of it); ``now`` asks for those that are being stepped."""
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        if self._parts is None:
+            for index, name, param in name_parameters(optimizer, self._names.now()):
+                yield groups[index], name, param, None
+            return
+        self._parts.begin(optimizer)
+        here = {id(param) for group in groups for param in group["params"]}
+        groups = self._parts.param_groups
+        for each in self._parts.watchable():
+            tensor = each.place()
+            empty = each.span is not None and each.span.start == each.span.stop
+            if tensor is not None and not empty and (not now or id(tensor) in here):
+                yield groups[each.group], each.name, tensor, each.span
+
+
+class _StepWatcher:
+    def __init__(self, held: _Held, steps: Steps) -> None:
+        self._held = held
         self._steps = steps
-        self._kept: dict[int, tuple[Tensor, dict[str, Any], Tensor | None]] = {}
+        self._kept: dict[str, tuple[int, Tensor, dict[str, Any], Tensor | None]] = {}
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rule = find_rule(type(optimizer))
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                extra: dict[str, Any] = {}
-                if rule is not None and rule.before is not None:
-                    extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
-                grad = param.grad if rule is None and not has_closure(args, kwargs) else None
-                grad = None if grad is None else grad.detach().clone()
-                self._kept[id(param)] = real(param).clone(), extra, grad
+        for group, name, param, span in self._held.all_of(optimizer, now=True):
+            extra: dict[str, Any] = {}
+            if rule is not None and rule.before is not None:
+                extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
+            grad = param.grad if rule is None and not has_closure(args, kwargs) else None
+            grad = None if grad is None else grad.detach().clone()
+            self._kept[name] = id(param), real(param, span).clone(), extra, grad
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -143,14 +169,14 @@ class _StepWatcher:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return  # a fused optimizer took no step, for the gradient scaler
-        rule = find_rule(type(optimizer))
+        own = find_rule(type(optimizer))
         unexplained = []
-        for index, name, param in name_parameters(optimizer, self._names):
-            if param.grad is None or id(param) not in self._kept:
+        for group, name, param, span in self._held.all_of(optimizer, now=True):
+            kept, old, extra, grad = self._kept.get(name, (0, param, {}, None))
+            if param.grad is None or kept != id(param):
                 continue
-            old, extra, grad = self._kept[id(param)]
-            entry = entry_of(param, optimizer.state.get(param, {}), extra, grad)
-            group = optimizer.param_groups[index]
+            entry = entry_of(param, optimizer.state.get(param, {}), extra, grad, span)
+            rule = None if own is not None and own.whole and span is not None else own
             try:
                 view = _view(entry, group, rule, old, param)
             except Exception:  # noqa: BLE001 - a rule that fails explains nothing
@@ -161,7 +187,7 @@ class _StepWatcher:
             views[name] = view
         if unexplained:
             warn(
-                f"the rule {rule.name if rule else ''!r} does not explain the step of "
+                f"the rule {own.name if own else ''!r} does not explain the step of "
                 f"{listed(unexplained)}: shown as measured"
             )
         self._steps.set(views)
@@ -247,7 +273,7 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
         RuntimeError: before the first step, or if the state no longer determines the rate; use
             ``inspect_step`` then.
     """
-    names = parameter_names(model)
+    names = Names(model)
     rates: dict[str, Tensor] = {}
     for each in find_optimizers(optimizer).values():
         rule = find_rule(type(each))
@@ -258,14 +284,16 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
                 "use lrprobe.inspect_step around optimizer.step()"
             )
         found = {}
+        held = _Held(each, names)
         # All of them zero: zero_grad(set_to_none=False) has been there.
         gradients = [p.grad for g in each.param_groups for p in g["params"] if p.grad is not None]
         zeroed = rule.needs_grad and not any(bool(torch.count_nonzero(g)) for g in gradients)
-        for index, name, param in name_parameters(each, names):
+        for group, name, param, span in held.all_of(each):
             state = each.state.get(param, {})
-            group = each.param_groups[index]
+            if span is not None and rule.whole:
+                continue
             if state or (param.grad is not None and not _keeps_state(rule, group)):
-                found[name] = _last_rate(param, state, group, rule, kind, zeroed=zeroed)
+                found[name] = _last_rate(param, state, group, rule, kind, span, zeroed=zeroed)
         if not found:
             raise RuntimeError(
                 f"the state of {kind} shows no step: call effective_lr after optimizer.step() "
@@ -286,6 +314,7 @@ def _last_rate(
     group: Mapping[str, Any],
     rule: Rule,
     kind: str,
+    span: slice | None,
     *,
     zeroed: bool,
 ) -> Tensor:
@@ -296,9 +325,9 @@ def _last_rate(
         )
     if param.grad is None:
         blank = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
-        entry = entry_of(param, state, {}, blank)
+        entry = entry_of(param, state, {}, blank, span)
     else:
-        entry = entry_of(param, state, {})
+        entry = entry_of(param, state, {}, None, span)
     try:
         _, update = reconstruct(entry, group, rule)
     except Exception as error:

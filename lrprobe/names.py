@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +18,7 @@ _WRAPPERS = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("deepspeed.runtime.engine", "DeepSpeedEngine"): "module",
     (
         "torch.distributed.fsdp.fully_sharded_data_parallel",
         "FullyShardedDataParallel",
@@ -81,6 +82,17 @@ class Names:
         """Parameters with these ids left an optimizer: the next with such an id is another."""
         for each in gone:
             self._first.pop(each, None)
+
+
+class Located(Protocol):
+    """Where a parameter is, which is not kept alive."""
+
+    @property
+    def id(self) -> int:
+        """The parameter's."""
+
+    def __call__(self) -> Tensor | None:
+        """The parameter; None where it is not to be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,25 +215,27 @@ def find_optimizers(given: Any) -> dict[str, Optimizer]:
 
 
 def _unwrap(given: Any) -> Optimizer:
-    found = given
-    seen: list[Any] = []
-    while not any(found is each for each in seen):
-        seen.append(found)
-        for attribute in ("optimizer", "optim", "base_optimizer"):
-            inner = getattr(found, attribute, None)
-            # A wrapper may itself subclass Optimizer without ever running its hooks.
-            if isinstance(inner, Optimizer) or (
-                inner is not None and not isinstance(found, Optimizer)
-            ):
-                found = inner
-                break
-    if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_post_hooks"):
+    found = _inside(given, [])
+    if found is not None:
         return found
     raise TypeError(
         "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer, "
         ".optim or .base_optimizer), a list of them, or a dict of name to optimizer; got "
         f"{kind(given)}"
     )
+
+
+def _inside(thing: Any, seen: list[Any]) -> Optimizer | None:
+    """The optimizer in all wrappers; one may subclass ``Optimizer`` and run no hook."""
+    if any(thing is each for each in seen):
+        return None
+    seen.append(thing)
+    for attribute in ("optimizer", "optim", "base_optimizer"):
+        inner = getattr(thing, attribute, None)
+        if inner is not None and (found := _inside(inner, seen)) is not None:
+            return found
+    runs = isinstance(thing, Optimizer) and hasattr(thing, "_optimizer_step_post_hooks")
+    return thing if runs else None
 
 
 def kind(thing: Any) -> str:

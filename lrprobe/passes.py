@@ -22,6 +22,8 @@ class Passes:
         self.ranks = 1
         """Data-parallel ranks, each with samples of its own."""
         self._told = 0
+        self._all = False
+        self._steps = 1
         self._instead: Sequence[Callable[[], Tensor | None]] = ()
         self._params: Sequence[Callable[[], Tensor | None]] = ()
         self._counters: list[_PassCounter] = []
@@ -41,16 +43,32 @@ class Passes:
             self._instead = [weakref.ref(param) for param in instead]
             self.watch(self._instead)
 
+    def count_all(self, leaves: Sequence[Callable[[], Tensor | None]], ranks: int) -> None:
+        """Count each pass through some of these parameters, whatever becomes of their gradients.
+
+        (DeepSpeed takes them away in the middle of a pass.)
+        """
+        self.ranks, self._all = ranks, True
+        self.watch(leaves)
+
     def tell(self, passes: int) -> None:
         """Of passes that are not torch's, which nobody here can count."""
         self._told += passes
 
+    def share(self, steps: int) -> None:
+        """What is counted until ``take`` is of so many steps: all but the last were skipped."""
+        self._steps = steps
+
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
         told, self._told = self._told, 0
+        steps, self._steps = self._steps, 1
         count = told or max((counter.take() for counter in self._counters), default=0)
+        count = round(count / steps)
         if count:
             return float(count * self._batch_size * self.ranks)
+        if self._all:
+            return math.nan
         # These parameters take no part; others may.
         self._choose(lambda p: _can_count(p) and p.grad is not None)
         return math.nan
@@ -69,7 +87,7 @@ class Passes:
         chosen = [found[last * i // max(most - 1, 1)] for i in range(most)]
         # One that is watched stays so: its hooks may be running just now, and must not change then.
         known = {id(p): c for c in self._counters if (p := c.param()) is not None}
-        counters = [known.get(id(p)) or _PassCounter(ref, p) for ref, p in chosen]
+        counters = [known.get(id(p)) or _PassCounter(ref, p, every=self._all) for ref, p in chosen]
         for counter in self._counters:
             if counter not in counters:
                 counter.remove()
@@ -79,15 +97,21 @@ class Passes:
 class _PassCounter:
     """Counts the passes that one parameter takes part in since its gradient began."""
 
-    def __init__(self, ref: Callable[[], Tensor | None], param: Tensor) -> None:
+    def __init__(
+        self, ref: Callable[[], Tensor | None], param: Tensor, *, every: bool = False
+    ) -> None:
+        """Begin; with ``every`` no gradient is looked at, which may be gone at once."""
         self.param = ref
+        self._every = every
         self._count = 0
         self._in_backward = False  # another hook on the parameter takes the step, before we count
         self._grad = 0  # id: a reference would keep modules from being moved, as in `names.Place`
         self._version = 0
         after: Any = param.register_post_accumulate_grad_hook
         before: Any = param.register_hook
-        self._handles = [before(self._begins), after(self._passed)]
+        self._handles = (
+            [before(self._begins)] if every else [before(self._begins), after(self._passed)]
+        )
 
     def take(self) -> int:
         """The passes so far; from here on they are of the next step."""
@@ -108,6 +132,9 @@ class _PassCounter:
         the old gradient was dropped, or set to zero in place. The latter is looked for on the host
         only, and only where something changed the gradient: no device is asked for its values.
         """
+        if self._every:
+            self._count += 1
+            return
         param = self.param()
         if getattr(param, "_saved_grad_shard", None) is not None:
             return  # FSDP1 keeps there the sum of the passes before, and begins anew in each

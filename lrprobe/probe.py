@@ -23,7 +23,7 @@ from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import join, world
 from lrprobe.engine import ways
 from lrprobe.hooks import Hooks
-from lrprobe.names import Names, find_optimizers, name_parameters
+from lrprobe.names import Names, find_optimizers
 from lrprobe.notebook import probe_html
 from lrprobe.record import Level
 from lrprobe.recorder import Recorder, open_recorders
@@ -117,13 +117,6 @@ def _attached(
     rank: int,
     on_finding: Callable[[Finding], object] | None,
 ) -> Recorder:
-    chosen = options.chosen
-    now = options.names.now()
-    for each in optimizers.values():
-        chosen.see(name for _, name, _ in name_parameters(each, now))
-    params = {id(p) for each in optimizers.values() for g in each.param_groups for p in g["params"]}
-    if now and not params & now.keys():
-        warn("the model has none of the optimizer's parameters, so it does not name them")
     found = targets(to)
     places = [target.place for target in found if target.place is not None]
     # A sink may be shared, but not twice by one optimizer; memory alone is a destination too.
@@ -154,6 +147,9 @@ def _attached(
         recorder.history = history
     for name, each in _apart(optimizers, shared, options).items():
         recorder.hooks.append(Hooks(name, each, options, recorder))
+    now = options.names.now()
+    if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
+        warn("the model has none of the optimizer's parameters, so it does not name them")
     _remember_names(recorder.hooks, shared)
     recorder.describe()
     return recorder

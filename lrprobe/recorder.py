@@ -102,6 +102,8 @@ class Recorder:
         """Remove the hooks, write what is left, and close the sinks opened here; idempotent."""
         if self.closed:
             return
+        for hooks in self.hooks:
+            hooks.end()
         self.closed = True
         for hooks in self.hooks:
             hooks.remove()

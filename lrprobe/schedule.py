@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -25,6 +25,19 @@ class Schedule:
         if self._first is None:
             self._first = number
         return number
+
+    def skipped(self, count: int) -> Sequence[int]:
+        """The numbers of so many steps that were skipped since the last one, which now count."""
+        if self._source is None:
+            numbers = range(self.step + 1, self.step + count + 1)
+        else:  # which may not count them
+            now = int(self._source())
+            numbers = range(max(now - count, self.step + 1), now)
+        if numbers:
+            self.step = numbers[-1]
+            if self._first is None:
+                self._first = numbers[0]
+        return numbers
 
     def go_on_from(self, step: int) -> None:
         """Go on counting from there; the next step is a first one again."""

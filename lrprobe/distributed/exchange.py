@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lrprobe.distributed.layouts import Layouts
-from lrprobe.distributed.ranks import Spec, Union, World, holdings_of, union
-from lrprobe.engine import PreStep
-from lrprobe.engine.buffers import Buffers, blank, fill
+from lrprobe.distributed.ranks import Spec, Union, World, apart, holdings_of, union
+from lrprobe.engine import PreStep, nothing_kept
+from lrprobe.engine.buffers import SUMS, Buffers, blank, fill
 from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
 from lrprobe.engine.flight import CHANGED, MOVED, PATIENCE, StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
@@ -36,6 +36,8 @@ class Exchange:
         self._previous: StepInFlight | None = None
         self._still = False
         self._error = ""
+        self._buffers: Buffers | None = None
+        self._failure: Exception | None = None
         self._take(merged)
 
     def _take(self, merged: Union) -> None:
@@ -78,41 +80,54 @@ class Exchange:
             self._held.append(w)
             self._row_of.append(at)
 
-    def before(
-        self,
-        watched: list[WatchedParameter],
-        optimizer: torch.optim.Optimizer,
-        *,
-        closure: bool = False,
-    ) -> PreStep:
-        """In the pre-hook of a recorded step: what the last one told, and what to keep."""
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun that was not sent."""
+        return self._buffers is not None
+
+    def before(self, optimizer: Any, *, closure: bool = False) -> PreStep:
+        """In the pre-hook of a recorded step: what to keep."""
         if self._error:
             raise RuntimeError(self._error)
+        return self._hooks.engine.before(self._held, optimizer, closure=closure)
+
+    def catch_up(self) -> None:
+        """Before a recorded step: with what the last one told, and what parameters are there.
+
+        Raises:
+            Exception: if that cannot be known, now and from now on.
+        """
+        if self._error:
+            raise RuntimeError(self._error)
+        watched = self._hooks.watched
         try:
             self._settle(watched)
         except Exception as error:
             self._error = f"recording over ranks has ended: {error}"
             raise
         self._follow(watched)
-        return self._hooks.engine.before(self._held, optimizer, closure=closure)
 
-    def after(
-        self, optimizer: torch.optim.Optimizer, kept: PreStep, info: StepInfo, *, still: bool
-    ) -> StepInFlight | None:
-        """In the post-hook: start the collectives. All that this rank has may be nothing.
+    def add(self, optimizer: Any, kept: PreStep) -> None:
+        """In the post-hook: the figures of what was stepped. All that this rank has may be none."""
+        if self._error:
+            return
+        if self._buffers is None:
+            self._buffers, self._failure = self._blank(), None
+        try:
+            figures = self._hooks.engine.after(self._held, optimizer, kept, self._partial())
+            fill(self._buffers, figures, self._row_of, self._slots, folds=True)
+        except Exception as error:  # noqa: BLE001 - the other ranks must not wait
+            self._buffers, self._failure = self._blank(), error
+
+    def send(self, info: StepInfo, *, still: bool = False) -> StepInFlight | None:
+        """At the end of the step: start the collectives.
 
         ``still`` tells whether every rate and gradient here was 0.
         """
-        if self._error:
+        buffers, self._buffers = self._buffers, None
+        if self._error or buffers is None:
             return None
-        failure = None
         rows = self._union.rows
-        buffers = self._blank()
-        try:
-            figures = self._hooks.engine.after(self._held, optimizer, kept, self._partial())
-            fill(buffers, figures, self._row_of, self._slots, folds=True)
-        except Exception as error:  # noqa: BLE001 - the other ranks must not wait
-            buffers, failure = self._blank(), error
         buffers.maxima[-1, CHANGED] = float(self._changed)
         buffers.maxima[-1, MOVED] = float(not still)
         works = [
@@ -125,9 +140,28 @@ class Exchange:
             works.append(self._reduce(folded, torch.distributed.ReduceOp.SUM))
         step = StepInFlight(rows, buffers, info, works, reads_rates=self.leads)
         self._previous, self._still = step, still
-        if failure is not None:
-            raise failure
+        if self._failure is not None:
+            raise self._failure
         return step if self.leads else None
+
+    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:
+        """A step that was skipped after the last one, at the end, when nobody sends any more.
+
+        Parameters are as that step, number ``since``, left them; their norms are known if it was
+        recorded.
+        """
+        if not self.leads or self._error:
+            return None
+        self._follow(self._hooks.watched)
+        buffers, last = self._blank(), self._previous
+        figures = self._hooks.engine.after(self._held, optimizer, nothing_kept(), {})
+        fill(buffers, figures, self._row_of, {}, folds=True)
+        buffers.note(MOVED, 1.0)
+        square = SUMS.index("param_square")
+        buffers.sums[:, square] = torch.nan
+        if last is not None and last.info.step == since and last.wait():
+            buffers.sums[:, square] = torch.from_numpy(last.arrived().sums[:, square])
+        return StepInFlight(self._union.rows, buffers, info)
 
     def _blank(self) -> Buffers:
         rows = self._union.rows
@@ -223,6 +257,7 @@ class Exchange:
         name = self._hooks.name
         told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
         kinds = self._world.kinds(Spec(((name, told),)), self._device)
+        kinds = apart(self._hooks, kinds, self._world)
         known = {row.name: row for row in self._union.rows}
         merged = union(name, kinds, self._world.ranks, self._hooks.options.track)
         for row in merged.rows:

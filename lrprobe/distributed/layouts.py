@@ -173,10 +173,14 @@ class Layouts:
     def _key(self, over: Any, how: tuple[Any, ...], ranks: Sequence[int]) -> tuple[str, int]:
         if (id(over), how) not in self._keys:
             # Which ranks, not which object, since every rank has one of its own.
-            text = f"{how} {getattr(over, 'shape', '')} {list(ranks)}"
-            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            digest = key_of(f"{how} {getattr(over, 'shape', '')}", ranks)
             self._keys[id(over), how] = digest, ranks[0], over  # kept alive, for its id
         return self._keys[id(over), how][:2]
+
+
+def key_of(how: str, ranks: Sequence[int]) -> str:
+    """The same for all that is laid out in one way over the same ranks."""
+    return hashlib.sha256(f"{how} {list(ranks)}".encode()).hexdigest()[:16]
 
 
 def _chunks(ranges: Sequence[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from lrprobe.distributed import meeting
 from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, ranks_of
+from lrprobe.distributed.strangers import named_apart, told
 from lrprobe.engine.columns import Row
 from lrprobe.engine.pieces import WatchedParameter, draw, local
 from lrprobe.rules.base import tolerance
@@ -38,6 +39,7 @@ class Holding:
     group_name: str = ""
     tolerance: float = 0.0
     shared_rate: bool = False
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +295,7 @@ def holdings_of(
         param = w.place()
         if param is None:
             continue
-        layout = layouts.of(param, flat)
+        layout = layouts.of(param, flat) if w.layout is None else w.layout
         rule = w.rule
         if rule is None or (layout.sharded and rule.whole is not None):
             name = "measured"  # a part does not tell what such a rule asks of the whole
@@ -312,6 +314,7 @@ def holdings_of(
             group_name=w.group_name,
             tolerance=0.0 if rule is None else tolerance(param.dtype, rule),
             shared_rate=rule is not None and rule.shared_rate,
+            content=w.content,
         )
         found.append((holding, w, layout))
     return found
@@ -373,6 +376,15 @@ def join(
         error = RuntimeError(torn)
     if isinstance(found, Alone):
         _stay_alone(found, chosen, error)
+        for each in hooks:
+            _name_by_rank(
+                each,
+                {
+                    w.name: f"rank{torch.distributed.get_rank()}.{w.name}"
+                    for w in each.watched
+                    if w.content
+                },
+            )
         return
     if error is not None:  # which may be the model's
         what = f"{type(error).__name__}: {error}"
@@ -407,12 +419,30 @@ def join(
     device = _buffers_on({kind.spec.device for kind in kinds}, device)
     flat = list({id(h): h.flat_param for h, _ in layouts.flat_shards().values()}.values())
     for each in hooks:
-        merged = union(each.name, kinds, found.ranks, each.options.track)
+        merged = union(each.name, apart(each, kinds, found), found.ranks, each.options.track)
+        if each.parts is not None:
+            size = each.parts.ranks
         each.join(size, flat, silent=merged.alone and found.rank > 0)
         if not merged.alone:
             from lrprobe.distributed.exchange import Exchange
 
             each.exchange = Exchange(each, layouts, found, merged, device)
+
+
+def apart(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
+    """Have tensors that are not the same on all ranks named by rank, here as on the others."""
+    kinds, renamed = named_apart(kinds, hooks.name, found.ranks)
+    own = next(new for kind, new in zip(kinds, renamed, strict=True) if found.rank in kind.ranks)
+    _name_by_rank(hooks, own, quiet=found.rank > 0)
+    return kinds
+
+
+def _name_by_rank(hooks: Hooks, names: Mapping[str, str], *, quiet: bool = False) -> None:
+    """Rename what is not known to be the same elsewhere, and say so."""
+    if names and not quiet:
+        warn(told(names, "" if hooks.parts is None else hooks.parts.unknown))
+    if names and hooks.optimizer is not None:
+        hooks.watching.rename(names, hooks.optimizer)
 
 
 def _buffers_on(types: set[str], own: torch.device) -> torch.device:

@@ -65,6 +65,11 @@ class PreStep:
     failed: dict[int, str] = field(default_factory=dict)
 
 
+def nothing_kept() -> PreStep:
+    """Of a step before which nothing was kept: no parameter takes it."""
+    return PreStep(Samples({}))
+
+
 class Engine:
     """Takes the figures of steps, in the way that was chosen."""
 

@@ -275,7 +275,8 @@ def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -
                 numbers[row_of[i], at] = value
     device, first = buffers.sums.device, MAXIMA.index(names[0])
     target = buffers.maxima[: len(buffers.sums), first : first + len(names)]
-    target.copy_(there(_or_nothing(torch.from_numpy(numbers)), device))
+    told = there(_or_nothing(torch.from_numpy(numbers)), device)
+    torch.maximum(target, told, out=target)  # other calls of the same step may have told of others
     if tensors:
         unique = {id(value): value for _, _, value in tensors}
         read = {key: brought(x.detach().reshape(()), device) for key, x in unique.items()}

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from lrprobe.names import Place
+from lrprobe.names import Located
 from lrprobe.rules.base import Coded, Entry, Readable, Rule, Scalar, SparseRows
 
 SAMPLE = 4096
@@ -38,25 +38,29 @@ class WatchedParameter:
     Attributes:
         name: its name in the frame.
         group, group_name: index and name of its parameter group.
-        place: where its optimizer has it.
+        place: where its optimizer has it; tells None while that steps others.
         rule: the equation of its optimizer; None where its rate can only be measured.
         tracked: flat positions, in the whole parameter, of elements that are recorded; or None.
         numel: its real elements (a complex one counts twice).
         initial_lr: what the frame shows; None until first seen.
         span: the range of a flat buffer that it is; None for a tensor of its own.
+        layout: over the ranks, of a flat buffer, which does not tell itself.
+        content: tells tensors that ranks have in common from others; empty where that is known.
         previous: where the check sample of the gradient of the last recorded step is kept, and
             its number there.
     """
 
     name: str
     group: int
-    place: Place
+    place: Located
     rule: Rule | None
     tracked: Tensor | None
     numel: int
     group_name: str = ""
     initial_lr: Scalar | None = None
     span: slice | None = None
+    layout: Any = None
+    content: str = ""
     previous: tuple[Any, int] | None = None
 
 

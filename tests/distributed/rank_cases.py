@@ -393,3 +393,26 @@ def killed(folder: Path) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     train(model, optimizer, part=part, steps=6)
+
+
+def strangers() -> Any:
+    """Flat buffers of which each rank has a part, beside a tensor that all ranks have the same.
+
+    Returns the frame, what was said, and the norms of this rank's part and of the other tensor.
+    """
+    model, rank, ranks = net(), dist.get_rank(), dist.get_world_size()
+    whole = torch.cat([param.detach().reshape(-1) for param in model.parameters()])
+    part = whole.chunk(ranks)[rank].clone().requires_grad_()
+    beside = nn.Parameter(torch.linspace(1.0, 2.0, 6, dtype=torch.float64))
+    optimizer = optim.SGD([part, beside], lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = lrprobe.attach(optimizer, model, every=1)
+    for _ in range(2):
+        part.grad, beside.grad = torch.ones_like(part), torch.ones_like(beside)
+        optimizer.step()
+        dist.barrier()
+    said = [str(each.message) for each in caught if "rank0.group0.param0" in str(each.message)]
+    frame = probe.frame() if rank == 0 else None
+    probe.close()
+    return frame, said, float(part.detach().norm()), float(beside.detach().norm())

@@ -28,6 +28,7 @@ from rank_cases import (
     samples,
     skipped,
     stages,
+    strangers,
     unexplained,
     untouched,
     warming,
@@ -49,7 +50,7 @@ CASES |= {
 }
 for case in (
     zero, stages, lagging, no_gradient, added, differing, elsewhere, untouched, skipped,
-    unexplained, mixed_precision, samples, flat, warming,
+    unexplained, mixed_precision, samples, flat, warming, strangers,
 ):  # fmt: skip
     CASES[case.__name__] = case
 CASES |= {case.__name__: case for case in MEETINGS}

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two ranks tell of trainings that have no twin in one process."""
-    cases = ("mixed_precision", "flat", "fsdp2-muon", "fsdp1-adafactor", "samples")
+    cases = ("mixed_precision", "flat", "fsdp2-muon", "fsdp1-adafactor", "samples", "strangers")
     return launch(2, tmp_path_factory.mktemp("told"), *cases)
 
 
@@ -98,3 +98,14 @@ def test_flat_parameters_of_fsdp1_are_merged(told: dict[str, list[Any]]) -> None
 def test_samples_count_all_passes_of_all_ranks(told: dict[str, list[Any]]) -> None:
     """Two passes of 4 samples on each of 2 ranks are 16, under each wrapper."""
     assert told["samples"][0] == dict.fromkeys(("ddp", "fsdp2", "hsdp", "fsdp1"), 16.0)
+
+
+def test_flat_buffers_of_nobody_are_not_merged(told: dict[str, list[Any]]) -> None:
+    """Each rank's part has a row of its own, named by rank; what is the same on all has one."""
+    (frame, said, first, beside), (_, quiet, second, _) = told["strangers"]
+    assert len(said) == 1
+    assert quiet == []
+    last = frame[frame["step"] == 2].set_index("parameter")
+    norms = {"rank0.group0.param0": first, "rank1.group0.param0": second, "group0.param1": beside}
+    assert last["param_norm"].to_dict() == pytest.approx(norms, rel=1e-12)
+    assert last["stepped"].all()
