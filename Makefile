@@ -23,10 +23,11 @@ test test-all: .venv/.dev
 
 # With the real packages of hosts, trackers and optimizers, in an environment of their own, which is
 # large; 30 minutes at most, the installation included. The time limit of a test is pytest's
-# `timeout`. Warnings of theirs are not listed; those of lrprobe are errors.
+# `timeout`. Warnings of theirs are not listed; those of lrprobe are errors. A few tests take minutes:
+# a worker that is done takes over what waits behind them.
 test-integrations: .venv-integrations/.done
-	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --session-timeout=1200 \
-		--disable-warnings
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --dist worksteal \
+		--session-timeout=1200 --disable-warnings
 
 # All but the documentation and the browser, which need more packages.
 UNIT := tests lrprobe --ignore=tests/test_docs.py --ignore=tests/test_browser.py
