@@ -19,7 +19,7 @@ import torch
 from test_sinks import make_record
 
 import lrprobe
-from lrprobe import delivery
+from lrprobe import delivery, worker
 from lrprobe.delivery import Delivery
 
 
@@ -139,7 +139,7 @@ def test_put_costs_microseconds(sink):
 
 def test_a_failing_sink_stops_nothing(sink, monkeypatch):
     """Others go on; its records wait, are written when it recovers; it is told twice in all."""
-    monkeypatch.setattr(delivery, "_PAUSES", (0.02, 0.1))
+    monkeypatch.setattr(worker, "_PAUSES", (0.02, 0.1))
     other = Plain()
     sender = Delivery([sink, other])
     put(sender, 1)
@@ -169,7 +169,7 @@ def test_a_failing_sink_stops_nothing(sink, monkeypatch):
 
 def test_retries_are_spaced(sink, monkeypatch):
     """A sink that stays broken is tried again after growing pauses, not without end."""
-    monkeypatch.setattr(delivery, "_PAUSES", (0.05, 10.0))
+    monkeypatch.setattr(worker, "_PAUSES", (0.05, 10.0))
     tries = []
     sink.write = lambda _: tries.append(time.monotonic()) or 1 / 0
     sender = Delivery([sink])
@@ -198,7 +198,7 @@ def test_any_exception_of_a_sink_is_survived(sink, error):
 
 def test_what_is_lost_is_counted(sink, monkeypatch):
     """Past the bound of a failing sink the oldest are lost; close says how many, and why."""
-    monkeypatch.setattr(delivery, "WAITING_RECORDS", 5)
+    monkeypatch.setattr(worker, "WAITING_RECORDS", 5)
     sender = Delivery([sink, Plain()], owned=[sink])
     sink.error = OSError("disk full")
     for step in range(12):
@@ -219,7 +219,7 @@ def test_what_is_lost_is_counted(sink, monkeypatch):
 
 def test_the_bound_counts_bytes_too(sink, monkeypatch):
     """Large records reach the bound of a failing sink by their bytes."""
-    monkeypatch.setattr(delivery, "WAITING_BYTES", 3 * make_record(1).nbytes)
+    monkeypatch.setattr(worker, "WAITING_BYTES", 3 * make_record(1).nbytes)
     sender = Delivery([sink])
     sink.error = OSError("disk full")
     put(sender, *range(10))
@@ -229,11 +229,11 @@ def test_the_bound_counts_bytes_too(sink, monkeypatch):
     assert sink.steps == [7, 8, 9]
 
 
-@pytest.mark.parametrize(("bound", "nbytes"), [(5, 0), (1000, delivery.WAITING_BYTES // 5)])
+@pytest.mark.parametrize(("bound", "nbytes"), [(5, 0), (1000, worker.WAITING_BYTES // 5)])
 def test_a_hanging_disk_fills_no_memory(sink, monkeypatch, bound, nbytes):
     """While a sink hangs a bounded number waits; the rest is refused, told once and counted."""
     monkeypatch.setattr(delivery, "_is_near", lambda sink: True)
-    monkeypatch.setattr(delivery, "WAITING_RECORDS", bound)
+    monkeypatch.setattr(worker, "WAITING_RECORDS", bound)
     sender = Delivery([sink])
     sink.gate.clear()
     taken = [sender.put(lambda: make_record(1), nbytes) for _ in range(12)]
@@ -253,7 +253,7 @@ def test_a_hanging_disk_fills_no_memory(sink, monkeypatch, bound, nbytes):
 def test_a_hanging_sink_holds_up_no_other(sink, monkeypatch, bound, tmp_path):
     """A disk has every record, at once; what is too much for the one that hangs is counted."""
     most = 5 * make_record(1).nbytes - 1 if bound == "WAITING_BYTES" else 5
-    monkeypatch.setattr(delivery, bound, most)
+    monkeypatch.setattr(worker, bound, most)
     disk = lrprobe.sinks.Parquet(tmp_path / "run.parquet")
     sender = Delivery([sink, disk], owned=[disk])
     sink.gate.clear()
@@ -273,7 +273,7 @@ def test_a_hanging_sink_holds_up_no_other(sink, monkeypatch, bound, tmp_path):
 
 def test_a_slow_sink_holds_up_no_other(sink, monkeypatch):
     """What it has not caught up with waits for it alone; memory has it at once, also a subclass."""
-    monkeypatch.setattr(delivery, "WAITING_RECORDS", 8)
+    monkeypatch.setattr(worker, "WAITING_RECORDS", 8)
 
     class Mine(lrprobe.sinks.Memory):
         pass

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import lrprobe
-from lrprobe import delivery, sinks
+from lrprobe import delivery, sinks, worker
 from lrprobe.recorder import open_recorders
 
 SEED = 0
@@ -74,7 +74,7 @@ def messages(caught: list[warnings.WarningMessage]) -> list[str]:
 
 def test_a_sink_that_fails_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on with the same bits; one warning names sink and cause; nothing is lost."""
-    monkeypatch.setattr(delivery, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(worker, "_PAUSES", (0.01, 0.01))
     sink = Faulty()
 
     def between(step: int, probe: lrprobe.Probe) -> None:
@@ -108,7 +108,7 @@ def test_a_sink_that_hangs_holds_up_nothing() -> None:
 
 def test_what_is_lost_is_said_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink that never recovers: the bound holds, and close() counts what is lost."""
-    monkeypatch.setattr(delivery, "WAITING_RECORDS", 4)
+    monkeypatch.setattr(worker, "WAITING_RECORDS", 4)
     sink = Faulty()
     sink.broken = True
     with warnings.catch_warnings(record=True) as caught:
@@ -155,7 +155,7 @@ def test_a_disk_that_fails(
     """A folder removed, replaced or read-only, a file-size limit: told once, then gone on with."""
     if kind == "logdir" and fault in (read_only, replaced):
         pytest.skip("its one file stays open: there is nothing to be refused")
-    monkeypatch.setattr(delivery, "_PAUSES", (60.0, 60.0))  # until a flush asks
+    monkeypatch.setattr(worker, "_PAUSES", (60.0, 60.0))  # until a flush asks
     path, patch = tmp_path / kind, pytest.MonkeyPatch()
 
     def heal() -> None:
