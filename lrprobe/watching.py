@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrprobe.arguments import Options
 from lrprobe.distributed import deepspeed
+from lrprobe.distributed.layouts import has_ranks
 from lrprobe.distributed.parts import Parts, Watchable, numel_of
 from lrprobe.distributed.strangers import content_of
 from lrprobe.engine import copied
@@ -110,8 +110,7 @@ class Watching:
 
         Ranks that have a copy of a model have the same; of such a tensor they may have parts.
         """
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not has_ranks():
             return False
         if self.parts is not None:
             return bool(self.parts.unknown)

@@ -200,6 +200,11 @@ def _chunks(ranges: Sequence[tuple[int, int]], count: int) -> list[list[tuple[in
     return result
 
 
+def has_ranks() -> bool:
+    """Whether there is a default process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def ranks_of(group: Any) -> list[int]:
     """Global ranks of a process group."""
     return list(torch.distributed.get_process_group_ranks(group))

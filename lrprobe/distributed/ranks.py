@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lrprobe.distributed import meeting
-from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, ranks_of
+from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, has_ranks, ranks_of
 from lrprobe.distributed.strangers import named_apart, told
 from lrprobe.engine.columns import Row
 from lrprobe.engine.pieces import WatchedParameter, draw, local
@@ -150,10 +150,9 @@ def world(process_group: Any) -> World | Alone:
     Raises:
         ValueError: if this rank is not in the process group.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_ranks():
         return Alone()
-    if distributed.get_rank(process_group) < 0:
+    if torch.distributed.get_rank(process_group) < 0:
         raise ValueError("process_group= does not contain this rank")
     found = World(process_group)
     missing = meeting.missing_from(found.ranks) if found.size > 1 else []
@@ -322,8 +321,7 @@ def holdings_of(
 
 def _torn(found: World | Alone, hooks: Sequence[Hooks], layouts: Layouts) -> str:
     """What parameters have parts on ranks that are not among these; empty where none has."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_ranks():
         return ""
     here = set(found.ranks)
     for each in hooks:
