@@ -145,13 +145,17 @@ def _attached(
             sinks, owned = [*sinks, live], [*owned, live]
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
         recorder.history = history
-    for name, each in _apart(optimizers, shared, options).items():
-        recorder.hooks.append(Hooks(name, each, options, recorder))
-    now = options.names.now()
-    if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
-        warn("the model has none of the optimizer's parameters, so it does not name them")
-    _remember_names(recorder.hooks, shared)
-    recorder.describe()
+    try:
+        for name, each in _apart(optimizers, shared, options).items():
+            recorder.hooks.append(Hooks(name, each, options, recorder))
+        now = options.names.now()
+        if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
+            warn("the model has none of the optimizer's parameters, so it does not name them")
+        _remember_names(recorder.hooks, shared)
+        recorder.describe()
+    except BaseException:  # also a warning that the user wants to be an error
+        recorder.close()
+        raise
     return recorder
 
 
