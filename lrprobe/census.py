@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lrprobe.hooks import Hooks
+    from lrprobe.watching import Watching
 
 _COUNTED = 64
 """Parameters of an optimizer whose count is read in one recorded step; the next have others."""
@@ -116,9 +117,12 @@ class StepCount:
         self._after: dict[int, tuple[float, int, int]] = {}
         self._odd_at = -1
 
-    def before(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:
+    def before(self, optimizer: Optimizer, number: int, watching: Watching) -> None:
         """Read the counts before a step that is recorded, and compare them with the last ones."""
+        names = watching.names
         params = [param for group in optimizer.param_groups for param in group["params"]]
+        if watching.repeated:  # which count more than one
+            params = [param for param in params if id(param) not in watching.repeated]
         if len(params) > _COUNTED:
             at = self._start % len(params)
             self._start = at + _COUNTED
@@ -139,8 +143,9 @@ class StepCount:
                 self._note(names.get(at, ""), number, last, count, most, sure=False)
                 return
 
-    def after(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:
+    def after(self, optimizer: Optimizer, number: int, watching: Watching) -> None:
         """Read them after it: each parameter with a gradient has taken one step."""
+        names = watching.names
         before, self._before = self._before, {}
         if not before:
             return

@@ -237,7 +237,7 @@ class Hooks:
         seen = self.watching.all_of(optimizer)
         if begins:
             self._refresh(optimizer)
-            self.count.before(seen, self._number, self.watching.names)
+            self.count.before(seen, self._number, self.watching)
         # What runs after this may still change the gradients, or make them.
         closure = has_closure(args, kwargs) or not self._is_last(optimizer)
         gathering = self._gathering
@@ -292,7 +292,7 @@ class Hooks:
             return
         with self._harmless():
             if recorded:
-                self.count.after(self.watching.all_of(optimizer), self._number, self.watching.names)
+                self.count.after(self.watching.all_of(optimizer), self._number, self.watching)
                 self._owner.look(self)
             still = self.exchange is not None and self._still(optimizer)
             if recorded:

@@ -128,13 +128,13 @@ class Place:
 
 
 def places(optimizer: Optimizer) -> list[Place]:
-    """Where it has its parameters, in order."""
+    """Where it has its parameters, in order, each once."""
     reference = weakref.ref(optimizer)
-    return [
-        Place(reference, group, index, id(param))
-        for group, each in enumerate(optimizer.param_groups)
-        for index, param in enumerate(each["params"])
-    ]
+    found: dict[int, Place] = {}
+    for group, each in enumerate(optimizer.param_groups):
+        for index, param in enumerate(each["params"]):
+            found.setdefault(id(param), Place(reference, group, index, id(param)))
+    return list(found.values())
 
 
 def _named(
@@ -156,14 +156,18 @@ def _named(
 def name_parameters(
     optimizer: Optimizer, names: Mapping[int, str]
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """(group, name, parameter) of an optimizer, each name once.
+    """(group, name, parameter) of an optimizer, each name and each parameter once.
 
     A name is the model's, else the group's own ``param_names``, else ``group0.param3``.
     """
     given = []
+    seen = set()
     for index, group in enumerate(optimizer.param_groups):
         own = group.get("param_names")
         for at, param in enumerate(group["params"]):
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
             name = names.get(id(param)) or (own[at] if own else f"group{index}.param{at}")
             given.append((index, name, param))
     wanted = {name for _, name, _ in given}
