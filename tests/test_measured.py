@@ -132,6 +132,31 @@ def test_a_subclass_that_steps_as_its_parent_keeps_the_rule() -> None:
     assert frame["optimizer"].tolist() == ["Faithful"] * 5
 
 
+def test_a_state_that_is_sparse_costs_no_record() -> None:
+    """What an optimizer keeps of sparse gradients may be sparse too (pytorch_optimizer's SM3)."""
+
+    class SparseState(Sign):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for param in self.param_groups[0]["params"]:
+                self.state[param]["sum"] = param.grad.clone()
+                param.add_(param.grad, alpha=-0.5)
+
+    sparse, dense = nn.Parameter(torch.zeros(5, 3)), nn.Parameter(torch.ones(4))
+    optimizer = SparseState([sparse, dense], lr=0.5)
+    with pytest.warns(match="has no rule"):
+        probe = lrprobe.attach(optimizer, every=1)
+    for _ in range(2):
+        sparse.grad = torch.tensor([1.0, 0, 1, 0, 0]).unsqueeze(1).expand(5, 3).to_sparse(1)
+        dense.grad = torch.ones(4)
+        optimizer.step()
+    probe.close()
+    frame = probe.frame()
+    assert frame["step"].tolist() == [1, 1, 2, 2]
+    np.testing.assert_allclose(frame["update_norm"], [0.5 * 6**0.5, 1.0] * 2)
+    np.testing.assert_allclose(frame["effective_lr_p50"], 0.5, rtol=0.01)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize("case", one_per_class(), ids=lambda case: case.id)
 def test_the_same_parameter_twice_is_measured_from_the_first_step(case: Case) -> None:

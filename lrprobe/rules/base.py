@@ -140,7 +140,7 @@ class Entry:
     def wide_state(self) -> dict[str, Tensor]:
         """The floating state entries that are shaped like the parameter.
 
-        Those that only look like a tensor (low-bit states) cannot be read as one.
+        Those that only look like a tensor (low-bit states), or are sparse, cannot be read as one.
         """
         shape = self.param.shape
         return {
@@ -149,6 +149,7 @@ class Entry:
             if isinstance(value, Tensor)
             and value.shape == shape
             and value.is_floating_point()
+            and value.layout == torch.strided
             and (value.dim() or name != "step")
             and not is_traceable_wrapper_subclass(value)
         }
