@@ -85,12 +85,12 @@ def test_a_thousand_steps_cost_no_right_rule(case: Case) -> None:
             groups.append({"params": [params[-1]], "lr": rate})
     optimizer = case.make(groups)
     # Two recorded steps in a row are what a rule is judged by.
-    with lrprobe.attach(optimizer, every=lambda step: step % 20 < 2) as probe:
+    with lrprobe.attach(optimizer, every=lambda step: step % 50 < 2) as probe:
         for _ in range(1000):
             case.gradients(params, generator)
             optimizer.step()
     frame = probe.frame()
-    assert frame["step"].nunique() == 100
+    assert frame["step"].nunique() == 40
     lost = frame[frame["rule"] == "measured"].groupby("parameter").first()
     assert lost.empty, f"{case.id}:\n{lost[['step', 'lr', 'param_norm']].to_string()}"
 
