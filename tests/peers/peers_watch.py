@@ -117,7 +117,7 @@ class Watch:
             return
 
         @functools.wraps(init)
-        def made(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        def made(optimizer: Optimizer, /, *args: Any, **kwargs: Any) -> None:
             self._depth += 1
             try:
                 init(optimizer, *args, **kwargs)
