@@ -224,7 +224,8 @@ def _unwrap(given: Any) -> Optimizer:
         return found
     raise TypeError(
         "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer, "
-        ".optim or .base_optimizer), a list of them, or a dict of name to optimizer; got "
+        ".optim, .base_optimizer or .original_optimizer), a list of them, or a dict of name to "
+        "optimizer; got "
         f"{kind(given)}"
     )
 
@@ -234,7 +235,7 @@ def _inside(thing: Any, seen: list[Any]) -> Optimizer | None:
     if any(thing is each for each in seen):
         return None
     seen.append(thing)
-    for attribute in ("optimizer", "optim", "base_optimizer"):
+    for attribute in ("optimizer", "optim", "base_optimizer", "original_optimizer"):
         inner = getattr(thing, attribute, None)
         if inner is not None and (found := _inside(inner, seen)) is not None:
             return found

@@ -55,8 +55,9 @@ def attach(
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
 
     Args:
-        optimizer: a ``torch.optim.Optimizer``, a wrapper around one (``.optimizer``, ``.optim``), a
-            list of them, or a dict of name to optimizer.
+        optimizer: a ``torch.optim.Optimizer``, a wrapper around one (``.optimizer``, ``.optim``,
+            ``.base_optimizer``, ``.original_optimizer``), a list of them, or a dict of name to
+            optimizer.
         model: provides the parameters' names. Without it, names come from the groups'
             ``param_names``, or are ``group0.param3``.
         to: where records go, in addition to memory: a path ending in ``.parquet`` (a dataset),

@@ -267,7 +267,7 @@ def test_a_cell_run_twice_records_once(tmp_path: Any) -> None:
 
 
 def test_a_wrapper_is_looked_through() -> None:
-    """An object with `.optimizer` or `.optim` is looked through, also one that is an Optimizer."""
+    """An object that holds the optimizer is looked through, also one that is an Optimizer."""
 
     class Wrapper:
         def __init__(self, optimizer: Optimizer) -> None:
@@ -281,7 +281,11 @@ def test_a_wrapper_is_looked_through() -> None:
         def __init__(self, optim: Any) -> None:
             self.optim = optim
 
-    for wrap in (Wrapper, Posing, Short):
+    class Private(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:  # like Opacus's DPOptimizer
+            self.original_optimizer = optimizer
+
+    for wrap in (Wrapper, Posing, Short, Private):
         optimizer = sgd()
         with lrprobe.attach(wrap(optimizer), every=1) as probe:
             optimizer.step()
