@@ -56,7 +56,7 @@ SUITES = [
     Suite("gpytorch", ("test/examples", "test/optim")),
     Suite("opacus", tuple(f"opacus/tests/{of}_test.py" for of in (
         "batch_memory_manager", "gradient_accumulation", "privacy_engine",
-    ))),
+    )), ("-k", "not (Frozen or Hooks or Functorch)")),  # variants, of half a minute each
 ]  # fmt: skip
 
 
