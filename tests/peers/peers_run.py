@@ -51,7 +51,8 @@ SUITES = [
         "accelerator", "grad_sync", "kwargs_handlers", "optimizer", "scheduler",
         "state_checkpointing",
     ))),
-    Suite("pytorch-ignite", (f"{_IGNITE}/engine", f"{_IGNITE}/handlers", f"{_IGNITE}/contrib")),
+    Suite("pytorch-ignite", (f"{_IGNITE}/engine", f"{_IGNITE}/handlers", f"{_IGNITE}/contrib"),
+          ("-k", "not distrib")),  # which ask for more processes than one
     Suite("skorch", ("skorch/tests",), ("-o", "addopts=")),
     Suite("gpytorch", ("test/examples", "test/optim")),
     Suite("opacus", tuple(f"opacus/tests/{of}_test.py" for of in (
@@ -78,6 +79,7 @@ def run(suite: Suite, source: Path, kind: str, *options: str) -> dict[str, dict[
     command = [sys.executable, "-m", "pytest", "-q", "-p", "peers_plugin", f"--peers={found}"]
     # What cannot be imported, for want of some tracker, does not keep the others from running.
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]
+    command += ["--timeout=300"]
     command += [*suite.options, *options]
     environment = {
         **os.environ,

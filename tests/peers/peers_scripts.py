@@ -61,7 +61,7 @@ SCRIPTS = [
     Script("pytorch_optimizer", "examples/benchmark.py", ""),
     Script("pytorch-ignite", "examples/mnist/mnist_save_resume_engine.py",
            "--epochs 2 --log_dir OUT"),
-    Script("opacus", "examples/vision_benchmark.py", "--device cpu"),
+    Script("opacus", "examples/vision_benchmark.py", "--device cpu -j 0 -b 4 --steps 3"),
     Script("pytorch-ignite", "examples/siamese_network/siamese_network.py",
            "--no-cuda --epochs 1 --batch-size 32 --dry-run"),
     Script("pytorch-warmup", "examples/cifar10/main.py",
