@@ -135,7 +135,7 @@ def place(table, row, ANY: tl.constexpr, FULL: tl.constexpr):
 def count(counts, rate, ok, at, start, numel, AGAIN: tl.constexpr):
     """Count rates; of a large piece one in so many, or, again, all that were not counted."""
     bins = (ordered(rate.to(tl.float32)) >> SHIFT) + ZERO
-    met = (at + (start % STRIDE).to(tl.int32)) % STRIDE == 0
+    met = at % STRIDE == (at // STRIDE + (start // 4096 % STRIDE).to(tl.int32)) % STRIDE
     if AGAIN:
         tl.atomic_add(counts + bins, tl.where(met, 1 - STRIDE, 1), mask=ok, sem="relaxed")
     else:

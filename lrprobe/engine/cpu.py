@@ -18,6 +18,7 @@ from lrprobe.engine.distribution import BINS, Bins
 from lrprobe.engine.generated import folder, imported
 from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
+from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
 
 _THREADED = 1 << 20
@@ -88,16 +89,41 @@ def figures(
     except BaseException:  # an interrupted cell: what still counts must not meet the next step
         _local.scratch = None
         raise
-    merge = {"sum": np.add, "min": np.minimum, "max": np.maximum}
-    sums = {
-        i: torch.from_numpy(merge[recorded.table[i].merge].reduceat(out[:, at], layout.first))
-        for at, i in enumerate(found)
-    }
-    table = recorded.filled(sums, torch.from_numpy(numel).double())
+    table = torch.from_numpy(_table(recorded, found, out, layout.first, numel))
     if not counted:
         return table, None, None
     each = [Bins(p[:, 0], p[:, 1], p[:, 2].astype(np.float64)) for p in _parts(pool, begin, end)]
     return table, Bins.joined([one for one in each if len(one.owner)]), None
+
+
+def _table(
+    recorded: Recorded,
+    found: list[int],
+    out: NDArray[np.float64],
+    first: NDArray[np.int64],
+    numel: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """All figures of each piece: (pieces, figures); ``found`` are those that chunks have."""
+    table = np.full((len(numel), len(recorded.table)), np.nan)
+    table[:, found] = np.add.reduceat(out, first, axis=0)
+    extremes = {"min": np.minimum, "max": np.maximum}
+    moving = numel.astype(np.float64)
+    for at, i in enumerate(found):
+        figure = recorded.table[i]
+        if figure.merge != "sum":
+            table[:, i] = extremes[figure.merge].reduceat(out[:, at], first)
+        elif figure.name == "moving":
+            moving = table[:, i]
+    for i, (figure, value) in enumerate(zip(recorded.table, recorded.values, strict=True)):
+        if value is None or isinstance(value, Symbol):
+            continue
+        shared = value.detach().double().numpy().reshape(-1) if isinstance(value, Tensor) else value
+        count = moving if figure.moving else numel
+        nothing = {"sum": 0.0, "min": np.inf, "max": -np.inf}[figure.merge]
+        with np.errstate(all="ignore"):
+            total = shared * count if figure.merge == "sum" else shared
+        table[:, i] = np.where(count > 0, total, nothing)
+    return table
 
 
 def _parts(
@@ -183,7 +209,7 @@ def _call(function: Any, *args: Any) -> None:
 
     Numba keeps frames of what it does then, and with them those of all callers: the training's.
     """
-    if function.signatures:
+    if function.overloads:
         function(*args)
     else:
         with ThreadPoolExecutor(1) as compiler:

@@ -27,10 +27,11 @@ BINS = 1 << 15
 ZERO = BINS // 2
 """The bin where the rates from 0 on begin."""
 
-EXACT = 1 << 17
+EXACT = 1 << 16
 """Moving elements of a piece up to which every rate is counted."""
 STRIDE = 11
-"""Beyond that one in so many is, for all of them; odd, so that all columns of a matrix are met."""
+"""Beyond that one in so many is, for all of them: 0, 12, 24, …, 120 of each 121, so that it does
+not matter how long the rows of a matrix are."""
 
 OCTAVES, FINE = 512, 4096
 FOLDED = OCTAVES + FINE
@@ -69,7 +70,9 @@ def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateC
     if host:
         seen, counts.seen = counts.seen, counts.seen + int(moves.sum().numpy())
         if seen >= EXACT:
-            rate, moves, weight = rate[::STRIDE], moves[::STRIDE], STRIDE
+            at = torch.arange(0, len(rate) - STRIDE, STRIDE)
+            at += at // STRIDE % STRIDE
+            rate, moves, weight = rate[at], moves[at], STRIDE
     bits = rate.to(torch.float32).contiguous().view(torch.int32)
     at = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) + ZERO
     if host:
@@ -142,6 +145,15 @@ class Bins:
         starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
         counts = np.add.reduceat(self.counts[order], starts)
         return Bins(key[starts] // BINS, key[starts] % BINS - ZERO, counts)
+
+    def spread(self, owner: Ints, row: Ints) -> Bins:
+        """Those of rows that are made of owners: each owner beside each row that it is in."""
+        first = np.searchsorted(self.owner, owner)
+        sizes = np.searchsorted(self.owner, owner, side="right") - first
+        begin = np.cumsum(sizes) - sizes
+        at = np.repeat(first - begin, sizes) + np.arange(int(sizes.sum()))
+        rows = Bins(np.repeat(row, sizes), self.bins[at], self.counts[at])
+        return rows.merged(np.arange(int(row.max(initial=-1)) + 1))
 
     def scaled(self, total: Floats) -> Bins:
         """The same distributions, the counts of each owner adding up to its total: (owners,)."""

@@ -5,7 +5,8 @@
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -20,6 +21,18 @@ def pointer(typing, address):
         return builder.inttoptr(args[0], _I8.as_pointer())
 
     return types.voidptr(types.int64), code
+
+
+@intrinsic
+def copy_bytes(typing, target, source, count):
+    """Copy bytes from one address to another."""
+
+    def code(context, builder, signature, args):
+        to, since = (builder.inttoptr(each, _I8.as_pointer()) for each in args[:2])
+        cgutils.raw_memcpy(builder, to, since, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
 
 
 @intrinsic
@@ -168,8 +181,5 @@ def gather(addresses, runs, size, targets):
     """Copy the check sample of each tensor: (runs, neighbours in each, from start to start)."""
     for t in range(len(addresses)):
         count, run, stride = runs[t, 0], runs[t, 1] * size[t], runs[t, 2] * size[t]
-        source = carray(pointer(addresses[t]), ((count - 1) * stride + run,), np.uint8)
-        target = carray(pointer(targets[t]), (count * run,), np.uint8)
-        for r in range(count):
-            for i in range(run):
-                target[r * run + i] = source[r * stride + i]
+        for r in range(count):  # a loop over bytes takes ten times as long
+            copy_bytes(targets[t] + r * run, addresses[t] + r * stride, run)

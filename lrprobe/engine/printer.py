@@ -64,6 +64,7 @@ def kernel(
 ):
     rates = np.empty({chunk}, real)
     moving = np.empty({chunk}, real)
+    bins = np.empty({chunk}, np.uint16)
     counts = scratch[slot]
     lowest, highest, seen, at = ALL, NONE, 0, begin[who]
     for c in range(bounds[who], bounds[who + 1]):
@@ -84,15 +85,14 @@ COUNT = """\
         if m > 0:
             lowest, highest = min(lowest, low), max(highest, high)
         step = 1 if seen < {exact} else {stride}
-        i = (-seen) % step
+        i, shift = 0, c % step
         while i + {lanes} * step <= m:
             for lane in range({lanes}):
-                bits = ordered32(np.float32(rates[i + lane * step]))
-                counts[lane, np.int64(bits >> np.int32({shift})) + {zero}] += step
+                counts[lane, bins[i + lane * step + shift]] += step
             i += {lanes} * step
+            shift = shift + 1 if shift + 1 < step else 0
         while i < m:
-            bits = ordered32(np.float32(rates[i]))
-            counts[0, np.int64(bits >> np.int32({shift})) + {zero}] += step
+            counts[0, bins[i]] += step
             i += step
         seen += m
         if c + 1 == bounds[who + 1] or owner[c + 1] != t:
@@ -156,6 +156,8 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
         lines += [PACK.rstrip(), f"{pad}low, high = ALL, NONE", f"{pad}for i in range(m):"]
         lines += [f"{inner}{rate} = rates[i]", f"{inner}key = order({rate})"]
         lines += [f"{inner}low = min(low, key)", f"{inner}high = max(high, key)"]
+        bits = f"ordered32(np.float32({rate}))"
+        lines.append(f"{inner}bins[i] = ({bits} >> np.int32({SHIFT})) + np.int32({ZERO})")
         lines += [inner + names.printed(line) for line in stages.second]
         lines += [inner + accumulator.add for accumulator in stages.rate_sums]
         fixed = {"exact": EXACT, "stride": STRIDE, "lanes": LANES, "shift": SHIFT, "zero": ZERO}

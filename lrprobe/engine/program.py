@@ -105,14 +105,19 @@ class Program:
 
     def emit(self, op: str, args: Sequence[Any], kind: str | None = None) -> Symbol:
         """Note an operation, once."""
-        symbols = [arg for arg in args if isinstance(arg, Symbol)]
-        if kind is None:
-            kind = WIDE if any(arg.kind == WIDE for arg in symbols) else REAL
-        names = tuple(a.label if isinstance(a, Symbol) else self.scalar(a) for a in args)
-        key = op, kind, names
+        names: list[Argument] = []
+        widest = REAL
+        for arg in args:
+            if type(arg) is Symbol:
+                names.append(arg.label)
+                widest = WIDE if arg.kind == WIDE else widest
+            else:
+                names.append(self.scalar(arg))
+        kind = widest if kind is None else kind
+        key = op, kind, *names
         known = self._known.get(key)
         if known is None:
-            line = Line(f"t{len(self._known)}", op, names, kind)
+            line = Line(f"t{len(self._known)}", op, tuple(names), kind)
             known = self._known[key] = Symbol(self, line.target, kind), line
         symbol, line = known
         if line.target not in self._noted:
@@ -167,17 +172,28 @@ class Symbol(Tensor):
         return f"<{self.kind} {self.label}>"
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what is one operation already here, which is many times as fast as below."""
+        name = func.__name__
+        name = _SPELLED.get(name, name)
+        if name in _AT_ONCE:
+            return _noted(name, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Symbol:
-        """Note the operation instead of computing it."""
-        kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
-        program = next(each.program for each in given if isinstance(each, Symbol))
+        """Note an operation of those that torch makes of any function."""
         name = func.overloadpacket.__name__
         if name not in _NOTED:
             raise UnknownOperationError(str(func.overloadpacket))
-        return _NOTED[name](program, name, args, kwargs)
+        return _noted(name, args, kwargs or {})
+
+
+def _noted(name: str, args: Any, kwargs: Any) -> Symbol:
+    program = next(each.program for each in (*args, *kwargs.values()) if type(each) is Symbol)
+    return _NOTED[name](program, name, args, kwargs)
 
 
 def wide(value: Any) -> Any:
@@ -199,7 +215,7 @@ def is_elementwise(value: Any) -> bool:
 
 def _number(value: Any) -> Any:
     """A condition as 0 and 1; anything else itself."""
-    if isinstance(value, Symbol) and value.kind == BOOL:
+    if type(value) is Symbol and value.kind == BOOL:
         return value.program.emit("float", (value,), REAL)
     return value
 
@@ -348,3 +364,15 @@ _NOTED: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     **dict.fromkeys(("ones_like", "zeros_like", "full_like"), _filled),
 }
 """Name of an ATen operation to what notes it."""
+
+_SPELLED = {
+    "__rsub__": "rsub",
+    "__eq__": "eq",
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
+    "__invert__": "bitwise_not",
+}
+_AT_ONCE = frozenset(
+    name for name, noted in _NOTED.items() if noted not in (_same, _to, _filled, _where)
+) | {"detach"}
+"""Functions that take what the ATen operation of their name does."""

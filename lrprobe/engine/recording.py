@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrprobe.engine.figures import Elements, Figure
 from lrprobe.engine.program import Program, Symbol
@@ -42,31 +41,6 @@ class Recorded:
         rate = None if self.rate is None else self.rate.label
         moves = None if self.moves is None else self.moves.label
         return self.program.number, names, rate, moves
-
-    def filled(self, sums: Mapping[int, Tensor], numel: Tensor) -> Tensor:
-        """All figures: (pieces, figures) float64.
-
-        Args:
-            sums: number of a figure to its values, for those that differ by element: (pieces,).
-            numel: elements of each piece: (pieces,), float64.
-        """
-        moving = next(
-            (sums[i] for i, f in enumerate(self.table) if f.name == "moving" and i in sums), numel
-        )
-        columns = []
-        for i, figure in enumerate(self.table):
-            if i in sums:
-                columns.append(sums[i])
-            elif self.values[i] is None:
-                columns.append(torch.full_like(numel, torch.nan))
-            else:
-                count = moving if figure.moving else numel
-                value = torch.as_tensor(self.values[i]).detach().reshape(-1)
-                value = value.to(numel.device, torch.float64, non_blocking=True)
-                nothing = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[figure.merge]
-                total = value * count if figure.merge == "sum" else value.expand_as(count)
-                columns.append(torch.where(count > 0, total, nothing))
-        return torch.stack(columns, 1)
 
 
 def record(
