@@ -18,10 +18,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lrprobe.engine import Engine
+from lrprobe.engine.backends import EngineName
 from lrprobe.engine.buffers import blank, column, fill
 from lrprobe.engine.figures import CHECKS, FIGURES
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.engine.ways import Way
 from lrprobe.rules import find_rule
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -85,12 +85,12 @@ def agreement() -> float:
     near = model([(300, 1000), (77,), (5, 3), ()], "cpu")
     far = [nn.Parameter(p.detach().cuda()) for p in near]
     tables = []
-    ways: list[tuple[Any, Way]] = [(near, "eager"), (far, "cuda")]
+    engines: list[tuple[Any, EngineName]] = [(near, "eager"), (far, "cuda")]
     for param, other in zip(near, far, strict=True):
         other.grad = param.grad.cuda()
-    for params, way in ways:
+    for params, name in engines:
         optimizer = torch.optim.AdamW(params, foreach=False)
-        figures, _ = recorded(Engine(way), optimizer)
+        figures, _ = recorded(Engine(name), optimizer)
         tables.append(torch.cat([v.table.cpu() for v in figures.vectors]))
     names = [f.name for f in (*FIGURES, *CHECKS) if "residual" not in f.name]
     x, y = (table[:, [column(name) for name in names]] for table in tables)

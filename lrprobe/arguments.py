@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from lrprobe.engine.ways import Way
+from lrprobe.engine.backends import EngineName
 from lrprobe.names import Names
 from lrprobe.text import warn
 
@@ -24,7 +24,7 @@ class Options:
         names: of the parameters in the model.
         chosen: which parameters are recorded.
         every, step, track, batch_size: as given to ``attach``.
-        way: how figures are taken.
+        engine: how figures are computed; see ``LRPROBE_ENGINE``.
     """
 
     names: Names
@@ -33,7 +33,7 @@ class Options:
     step: Step
     track: int
     batch_size: int | None
-    way: Way = "auto"
+    engine: EngineName = "auto"
 
 
 def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:

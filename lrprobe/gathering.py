@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lrprobe.engine import PreStep, nothing_kept
+from lrprobe.dummy_steps import device_of, step_moved
+from lrprobe.engine import PreStep, empty_pre_step
 from lrprobe.engine.buffers import Buffers, blank, fill
 from lrprobe.engine.columns import StepInfo, slots_of
 from lrprobe.engine.flight import MOVED, StepInFlight
-from lrprobe.resting import device_of, moved
 
 if TYPE_CHECKING:
     from lrprobe.hooks import Hooks
 
 
-class Local:
+class LocalGatherer:
     """The steps of one optimizer whose parameters one process has; see ``Exchange``."""
 
     def __init__(self, hooks: Hooks) -> None:
@@ -49,24 +49,24 @@ class Local:
         fill(buffers, figures, range(len(hooks.rows)), slots, folds=False)
         hooks.reasons |= {hooks.rows[i].name: why for i, why in figures.failed.items()}
         if hooks.parts is None:  # libraries that step flat tensors have taken such steps before
-            buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
+            buffers.set_flag(MOVED, step_moved(optimizer, buffers.maxima.device))
         else:
-            buffers.note(MOVED, 1.0)
+            buffers.set_flag(MOVED, 1.0)
         self._buffers, self._broken = buffers, False
 
     def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:  # noqa: ARG002 - all is known here
         """A step that was skipped after the last one; its parameters are as they were."""
-        self.add(optimizer, nothing_kept())
+        self.add(optimizer, empty_pre_step())
         return self.send(info)
 
-    def send(self, info: StepInfo, *, still: bool = False) -> StepInFlight | None:  # noqa: ARG002 - the device tells
+    def send(self, info: StepInfo, *, dummy: bool = False) -> StepInFlight | None:  # noqa: ARG002 - the device tells
         """At the end of the step: what was added is on its way."""
         buffers, self._buffers, self._broken = self._buffers, None, False
         return None if buffers is None else StepInFlight(self._hooks.rows, buffers, info)
 
 
-def unrecorded(optimizer: Any, info: StepInfo) -> StepInFlight:
+def unrecorded_step(optimizer: Any, info: StepInfo) -> StepInFlight:
     """Of a step that is not recorded: whether it was one at all."""
     buffers = blank(0, 0, device_of(optimizer))
-    buffers.note(MOVED, moved(optimizer, buffers.maxima.device))
+    buffers.set_flag(MOVED, step_moved(optimizer, buffers.maxima.device))
     return StepInFlight((), buffers, info)

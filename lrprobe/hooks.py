@@ -19,14 +19,14 @@ from lrprobe import compiled
 from lrprobe.arguments import Options
 from lrprobe.census import StepCount
 from lrprobe.distributed.parts import Parts
-from lrprobe.engine import Engine, PreStep, nothing_kept
-from lrprobe.engine.columns import Row, StepInfo, judged
+from lrprobe.dummy_steps import all_rates_zero, any_gradient
+from lrprobe.engine import Engine, PreStep, empty_pre_step
+from lrprobe.engine.columns import Row, StepInfo, judge_rules
 from lrprobe.engine.flight import StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.gathering import Local, unrecorded
+from lrprobe.gathering import LocalGatherer, unrecorded_step
 from lrprobe.hyperparameters import hyperparameters
 from lrprobe.passes import Passes
-from lrprobe.resting import at_rest, moves
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import has_closure
 from lrprobe.schedule import Schedule
@@ -69,7 +69,7 @@ class Hooks:
         self.schedule = Schedule(options.every, options.step, optimizer)
         self.count = StepCount()
         self.watching = Watching(optimizer, options)
-        self.engine = Engine(options.way)
+        self.engine = Engine(options.engine)
         self._owner = owner
         self.options = options
         self._optimizer = weakref.ref(optimizer)
@@ -80,7 +80,7 @@ class Hooks:
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
         """Where the parameters are spread over ranks."""
-        self._local = Local(self)
+        self._local = LocalGatherer(self)
         self.reasons: dict[str, str] = {}
         """Name of a parameter to what its rule raised in the last recorded step."""
         self._silent = False
@@ -91,7 +91,7 @@ class Hooks:
         self._fixed: list[dict[str, Any]] = []
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
-        self._captured = self._told_of_capture = False
+        self._captured = self._warned_of_capture = False
         self._samples = math.nan
         self._refresh(optimizer)
         if self._passes is not None and self.parts is not None:
@@ -122,12 +122,12 @@ class Hooks:
         """
         self._silent = silent
         if self._passes is not None:
-            self._passes.spread(data_parallel, flat)
+            self._passes.set_ranks(data_parallel, flat)
 
-    def passed(self, passes: int) -> None:
-        """Tell of backward passes that are not torch's."""
+    def add_passes(self, passes: int) -> None:
+        """Count backward passes of another framework."""
         if self._passes is not None:
-            self._passes.tell(passes)
+            self._passes.add_external(passes)
 
     @property
     def parts(self) -> Parts | None:
@@ -228,7 +228,7 @@ class Hooks:
         self.settle()
         if self.parts is not None:
             self._finish()  # what was begun, if its last call never came
-            self._tell_skipped(self.parts)
+            self._record_skipped(self.parts)
         self._number = self.schedule.next()
         self._due = self.schedule.due(self._number)
 
@@ -240,17 +240,17 @@ class Hooks:
             self.count.before(seen, self._number, self.watching.names)
         # What runs after this may still change the gradients, or make them.
         closure = has_closure(args, kwargs) or not self._is_last(optimizer)
-        gathering = self._gathering
+        gatherer = self._gatherer
         if self.exchange is not None:
-            self._kept = nothing_kept()  # the others must not wait, whatever happens
+            self._kept = empty_pre_step()  # the others must not wait, whatever happens
         if begins:
-            gathering.catch_up()
+            gatherer.catch_up()
         if self.parts is not None:
             self.parts.enter()
-        self._kept = gathering.before(seen, closure=closure)
+        self._kept = gatherer.before(seen, closure=closure)
 
     @property
-    def _gathering(self) -> Local | Exchange:
+    def _gatherer(self) -> LocalGatherer | Exchange:
         """What figures are added to."""
         return self._local if self.exchange is None else self.exchange
 
@@ -271,7 +271,7 @@ class Hooks:
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         if kept is not None:
             with self._harmless(), _undisturbed():
-                self._gathering.add(self.watching.all_of(optimizer), kept)
+                self._gatherer.add(self.watching.all_of(optimizer), kept)
         del kept  # torch lets other threads go on while it frees memory
         if self.parts is not None:
             self.parts.end()
@@ -283,9 +283,9 @@ class Hooks:
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
             self._samples = math.nan if passes is None else passes
-            recorded = self._gathering.under_way
+            recorded = self._gatherer.under_way
             # Libraries that step flat tensors have taken their steps without a rate before.
-            if not recorded and (self.parts is not None or not at_rest(optimizer)):
+            if not recorded and (self.parts is not None or not all_rates_zero(optimizer)):
                 return
         except Exception as error:  # noqa: BLE001 - as in `_harmless`
             self.failed(error)
@@ -294,19 +294,21 @@ class Hooks:
             if recorded:
                 self.count.after(self.watching.all_of(optimizer), self._number, self.watching.names)
                 self._owner.look(self)
-            still = self.exchange is not None and self._still(optimizer)
+            dummy = self.exchange is not None and self._is_dummy(optimizer)
             if recorded:
-                self._finish(still=still)
+                self._finish(dummy=dummy)
             elif self.exchange is None:
                 with _undisturbed():  # nothing is to be known of it but whether it was a step
-                    step = unrecorded(optimizer, self._info(recorded=False))
+                    step = unrecorded_step(optimizer, self._info(recorded=False))
                 self._owner.add(self, step)
-            elif still:  # no message will tell of it
+            elif dummy:  # no message will tell of it
                 self.schedule.take_back()
 
-    def _still(self, optimizer: Optimizer) -> bool:
+    def _is_dummy(self, optimizer: Optimizer) -> bool:
         """Whether every rate and gradient here was 0."""
-        return self.parts is None and bool(at_rest(optimizer)) and not moves(optimizer)
+        if self.parts is not None or not all_rates_zero(optimizer):
+            return False
+        return not any_gradient(optimizer)
 
     def _info(self, *, recorded: bool = True) -> StepInfo:
         return StepInfo(
@@ -318,28 +320,28 @@ class Hooks:
             recorded=recorded,
         )
 
-    def _finish(self, *, still: bool = False) -> None:
+    def _finish(self, *, dummy: bool = False) -> None:
         """Send what was gathered of a step, if something was."""
-        if not self._gathering.under_way:
+        if not self._gatherer.under_way:
             return
         with _undisturbed():
-            step = self._gathering.send(self._info(), still=still)
+            step = self._gatherer.send(self._info(), dummy=dummy)
         if step is not None:  # last: a thread begins that holds up this one
             self._owner.add(self, step)
 
-    def _tell_skipped(self, parts: Parts) -> None:
+    def _record_skipped(self, parts: Parts) -> None:
         """Rows of the steps that were skipped since the last one, which no hook told of."""
         count = parts.skips()
         if count and self._passes is not None:
-            self._passes.share(count + 1)
+            self._passes.divide_by(count + 1)
         for number in self.schedule.skipped(count):
             self.count.taken += 1
             if not self.schedule.due(number) or self._silent:
                 continue
             self._number, self._samples = number, math.nan
             with _undisturbed():
-                self._gathering.catch_up()
-                self._gathering.add(parts, nothing_kept())
+                self._gatherer.catch_up()
+                self._gatherer.add(parts, empty_pre_step())
             self._finish()
 
     def end(self) -> None:
@@ -351,13 +353,13 @@ class Hooks:
             for number in self.schedule.skipped(self.parts.skips()):
                 if self.schedule.due(number):
                     self._number, self._samples = number, math.nan
-                    step = self._gathering.skipped(self.parts, self._info(), since)
+                    step = self._gatherer.skipped(self.parts, self._info(), since)
                     if step is not None:
                         self._owner.add(self, step)
 
     def settle(self) -> None:
         """Over ranks, take a recorded step back that was none: all do, before the next one."""
-        if self.exchange is not None and self.exchange.none_taken():
+        if self.exchange is not None and self.exchange.last_was_dummy():
             self.schedule.take_back()
 
     def take_back(self) -> int:
@@ -380,8 +382,8 @@ class Hooks:
             self._captured = torch.cuda.is_current_stream_capturing()
         except RuntimeError:  # this torch was built without CUDA
             self._captured = False
-        if self._captured and not self._told_of_capture:
-            self._told_of_capture = True
+        if self._captured and not self._warned_of_capture:
+            self._warned_of_capture = True
             warn(
                 f"the step of {self.name} is being captured into a CUDA graph: nothing is recorded "
                 "or counted in it, nor when it is replayed"
@@ -434,7 +436,7 @@ class Hooks:
         """Parameters whose rule does not explain their steps become measured."""
         if self.exchange is not None:
             return  # all ranks do so together, at the next recorded step
-        failed = judged(step.rows, step.arrived())
+        failed = judge_rules(step.rows, step.arrived())
         if not failed:
             return
         names = [step.rows[at].name for at in failed]
@@ -442,9 +444,9 @@ class Hooks:
             if watched.name in names:
                 watched.rule = None
         why = next(iter(failed.values()))
-        self.tell_unexplained(names, self.reasons.get(names[0], why))
+        self.warn_unexplained(names, self.reasons.get(names[0], why))
 
-    def tell_unexplained(self, names: Sequence[str], reason: str) -> None:
+    def warn_unexplained(self, names: Sequence[str], reason: str) -> None:
         """Warn of parameters that are measured from now on."""
         warn(
             f"the rule does not explain the steps of {type(self._optimizer()).__name__}: "

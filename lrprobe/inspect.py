@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrprobe.distributed import deepspeed
-from lrprobe.engine.eager import add_whole, slice_of
+from lrprobe.engine.eager import add_whole_statistics, slice_of
 from lrprobe.engine.figures import Elements, unexplained
-from lrprobe.engine.pieces import entry_of, precision, real
+from lrprobe.engine.pieces import entry_of, local_real, precision
 from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.notebook import step_html
 from lrprobe.rules import Rule, Slice, Update, find_rule
@@ -161,7 +161,7 @@ class _StepWatcher:
                 extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
             grad = param.grad if rule is None and not has_closure(args, kwargs) else None
             grad = None if grad is None else grad.detach().clone()
-            self._kept[name] = id(param), real(param, span).clone(), extra, grad
+            self._kept[name] = id(param), local_real(param, span).clone(), extra, grad
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -200,7 +200,7 @@ def reconstruct(
 
     ``old`` has what is known from before the step, flat.
     """
-    add_whole(entry, group, rule)
+    add_whole_statistics(entry, group, rule)
     everything = slice(0, entry.param.numel())
     s = slice_of(entry, group, everything, precision(entry.param), old=old)
     return s, rule.update(s)

@@ -21,7 +21,7 @@ class Passes:
         self._batch_size = batch_size
         self.ranks = 1
         """Data-parallel ranks, each with samples of its own."""
-        self._told = 0
+        self._external = 0
         self._all = False
         self._steps = 1
         self._instead: Sequence[Callable[[], Tensor | None]] = ()
@@ -33,7 +33,7 @@ class Passes:
         self._params = self._instead or params
         self._choose(_can_count)
 
-    def spread(self, ranks: int, instead: Sequence[Tensor]) -> None:
+    def set_ranks(self, ranks: int, instead: Sequence[Tensor]) -> None:
         """Over so many ranks; ``instead`` has the parameters that autograd sees, where others are.
 
         (FSDP1 hands gradients on to the parameters that were given to the optimizer.)
@@ -51,19 +51,19 @@ class Passes:
         self.ranks, self._all = ranks, True
         self.watch(leaves)
 
-    def tell(self, passes: int) -> None:
+    def add_external(self, passes: int) -> None:
         """Of passes that are not torch's, which nobody here can count."""
-        self._told += passes
+        self._external += passes
 
-    def share(self, steps: int) -> None:
+    def divide_by(self, steps: int) -> None:
         """What is counted until ``take`` is of so many steps: all but the last were skipped."""
         self._steps = steps
 
     def take(self) -> float:
         """Samples of the step that has just been taken; NaN where nothing was counted."""
-        told, self._told = self._told, 0
+        external, self._external = self._external, 0
         steps, self._steps = self._steps, 1
-        count = told or max((counter.take() for counter in self._counters), default=0)
+        count = external or max((counter.take() for counter in self._counters), default=0)
         count = round(count / steps)
         if count:
             return float(count * self._batch_size * self.ranks)

@@ -21,7 +21,7 @@ from lrprobe.delivery import Delivery
 from lrprobe.diagnosis import Finding, Findings, diagnose
 from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import join, world
-from lrprobe.engine import ways
+from lrprobe.engine import backends
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers
 from lrprobe.notebook import probe_html
@@ -96,7 +96,7 @@ def attach(
         names = Names(model)
         check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
-        options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
+        options = Options(names, chosen, every, step, track, batch_size, backends.engine_from_env())
         check_callback(on_finding)
         recorder = _attached(find_optimizers(optimizer), options, to, ranks.rank, on_finding)
     except Exception as error:  # so that the other ranks fail too, and do not wait
@@ -239,7 +239,7 @@ class Probe:
         """Return the step counts as plain values, for a checkpoint."""
         state: dict[str, Any] = {"steps": self._recorder.steps()}
         if self._recorder.live is not None:
-            state["told"] = [list(key) for key in self._recorder.live.told]
+            state["told"] = [list(key) for key in self._recorder.live.reported]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -264,7 +264,7 @@ class Probe:
             )
         self._recorder.go_on_from(steps)
         if self._recorder.live is not None:
-            self._recorder.live.mark_told(state.get("told", ()))
+            self._recorder.live.mark_reported(state.get("told", ()))
 
     def __repr__(self) -> str:
         hooks = self._recorder.hooks

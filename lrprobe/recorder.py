@@ -202,7 +202,7 @@ class Recorder:
         self._tell()
 
     def _pass_on(self, hooks: Hooks, pending: StepInFlight) -> None:
-        if pending.none_taken:
+        if pending.is_dummy:
             less = hooks.take_back()
             for others, later in self._waiting:
                 if others is hooks:

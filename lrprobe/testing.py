@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrprobe.engine.pieces import entry_of, real
+from lrprobe.engine.pieces import entry_of, local_real
 from lrprobe.inspect import reconstruct, step_error
 from lrprobe.rules import Rule, find_rule
 
@@ -66,7 +66,7 @@ def check_rule(
         for param in params:
             scale = 1e3 if step == steps // 2 else 1.0
             param.grad = random(param.shape) * scale
-        before = [real(param).clone() for _, param in owned]
+        before = [local_real(param).clone() for _, param in owned]
         kept = [
             dict(rule.before(p.detach(), optimizer.state.get(p, {}), g)) if rule.before else {}
             for g, p in owned

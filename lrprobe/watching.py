@@ -13,10 +13,10 @@ from lrprobe.arguments import Options
 from lrprobe.distributed import deepspeed
 from lrprobe.distributed.layouts import has_ranks
 from lrprobe.distributed.parts import Parts, Watchable, numel_of
-from lrprobe.distributed.strangers import content_of
+from lrprobe.distributed.unknown_tensors import content_digest
 from lrprobe.engine import copied
 from lrprobe.engine.columns import Row
-from lrprobe.engine.pieces import WatchedParameter, draw
+from lrprobe.engine.pieces import WatchedParameter, draw_tracked
 from lrprobe.names import name_parameters, places
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import tolerance
@@ -90,22 +90,22 @@ class Watching:
     def _new(self, each: Watchable, optimizer: Any) -> WatchedParameter:
         rule = find_rule(self._class)
         param = each.place()
-        strange = param is not None and self._is_strange(param)
+        unknown = param is not None and self._is_unknown(param)
         return WatchedParameter(
             name=each.name,
             group=each.group,
             place=each.place,
             # The optimizer asks of the flat tensor what such a rule asks of the parameter.
             rule=None if rule is not None and rule.whole and each.span else rule,
-            tracked=draw(each.name, each.numel, self._options.track),
+            tracked=draw_tracked(each.name, each.numel, self._options.track),
             numel=each.numel,
             initial_lr=_initial_lr(optimizer.param_groups[each.group]),
             span=each.span,
             layout=each.layout,
-            content=content_of(param) if strange and param is not None else "",
+            content=content_digest(param) if unknown and param is not None else "",
         )
 
-    def _is_strange(self, param: Tensor) -> bool:
+    def _is_unknown(self, param: Tensor) -> bool:
         """Whether it is nobody's parameter, as far as is known here.
 
         Ranks that have a copy of a model have the same; of such a tensor they may have parts.

@@ -207,7 +207,7 @@ def record(
     owner = Owner()
     options = Options(Names(None), Filter(None, None), 1, None, track, None)
     hooks = Hooks("far", taken, options, owner)
-    hooks.engine.ways = {FAR.type: cuda}
+    hooks.engine.backends = {FAR.type: cuda}
     for _ in range(recorded):
         watching = Watching()
         torch.Tensor.pin_memory = lambda tensor, w=watching: w.pinned(tensor)  # type: ignore[method-assign]

@@ -642,7 +642,7 @@ def test_no_error_of_ours_reaches_the_training(
     if broken in ("before", "after"):
         monkeypatch.setattr(Engine, broken, fail)
     elif broken == "collect":
-        monkeypatch.setattr(flight.StepInFlight, "none_taken", property(fail))
+        monkeypatch.setattr(flight.StepInFlight, "is_dummy", property(fail))
     fails = broken in ("every", "step") or every == 1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

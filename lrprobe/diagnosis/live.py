@@ -85,7 +85,7 @@ class LiveDiagnosis:
         tell: Callable[[Finding], object],
         history: Callable[[], pd.DataFrame | None] | None = None,
     ) -> None:
-        self._tell = tell
+        self._callback = tell
         self._history = history
         self._kept: dict[str, list[_KeptRecord]] = {}
         self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}
@@ -93,26 +93,26 @@ class LiveDiagnosis:
         self._looked_at = 0
         self._attempts: dict[str, tuple[int, int]] = {}  # the latest, and its records so far
         self._runs: dict[str, Mapping[str, Any]] = {}
-        self._told_runs: list[Description] = []
+        self._descriptions: list[Description] = []
         self._before: dict[str, Any] = {}
         self._about: Mapping[str, Any] = {}
         self._urgent: set[tuple[str, str]] = set()
-        self._told: set[Key] = set()
+        self._reported: set[Key] = set()
         self._problems: list[str] = []
         self._raised = False
 
     def __repr__(self) -> str:
-        return f"on_finding={getattr(self._tell, '__qualname__', repr(self._tell))}"
+        return f"on_finding={getattr(self._callback, '__qualname__', repr(self._callback))}"
 
     @property
-    def told(self) -> list[Key]:
+    def reported(self) -> list[Key]:
         """Findings reported so far."""
-        return sorted(self._told)
+        return sorted(self._reported)
 
-    def mark_told(self, told: Iterable[Iterable[Any]]) -> None:
+    def mark_reported(self, told: Iterable[Iterable[Any]]) -> None:
         """Do not report these again: another instance has."""
         for code, optimizer, parameter, step in told:
-            self._told.add((str(code), str(optimizer), str(parameter), int(step)))
+            self._reported.add((str(code), str(optimizer), str(parameter), int(step)))
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Set the run's description, for the time before the first record."""
@@ -127,7 +127,7 @@ class LiveDiagnosis:
         name = record.optimizer
         if self._runs.get(name) is not record.run:
             self._runs[name] = record.run
-            self._told_runs.append(Description(record.attempt, record.step, name, record.run))
+            self._descriptions.append(Description(record.attempt, record.step, name, record.run))
         latest, count = self._attempts.get(name, (record.attempt, 0))
         count = count + 1 if latest == record.attempt else 1
         self._attempts[name] = record.attempt, count
@@ -199,7 +199,7 @@ class LiveDiagnosis:
                 columns[name] = pd.Categorical.from_codes(columns[name], categories=known)
         frame = pd.DataFrame(columns, copy=False)
         frame.attrs[KEY] = joined(
-            self._before, merged([Description(0, 0, "", self._about), *self._told_runs])
+            self._before, merged([Description(0, 0, "", self._about), *self._descriptions])
         )
         return frame
 
@@ -217,13 +217,13 @@ class LiveDiagnosis:
             found = list(diagnose(frame if len(frame.columns) else frame.assign(step=[])))
         for finding in found:
             key = _key(finding)
-            if key not in self._told:
-                self._told.add(key)
+            if key not in self._reported:
+                self._reported.add(key)
                 self._pass_on(finding)
 
     def _pass_on(self, finding: Finding) -> None:
         try:
-            self._tell(finding)
+            self._callback(finding)
         except BaseException as error:  # noqa: BLE001 - a callback may raise what it likes
             if not self._raised:
                 self._problems.append(
@@ -237,7 +237,7 @@ class LiveDiagnosis:
         if history is None or not len(history):
             return
         self._before = description(history)
-        self._told |= {_key(finding) for finding in diagnose(history)}
+        self._reported |= {_key(finding) for finding in diagnose(history)}
         for optimizer, rows in history.groupby("optimizer", sort=False, observed=True):
             for _, one in rows.groupby(["attempt", "step"], sort=True):
                 self._keep(str(optimizer), {str(name): one[name].to_numpy() for name in one})

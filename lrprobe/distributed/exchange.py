@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from lrprobe.distributed.layouts import Layouts
-from lrprobe.distributed.ranks import Spec, Union, World, apart, holdings_of, union
-from lrprobe.engine import PreStep, nothing_kept
+from lrprobe.distributed.ranks import (
+    MergedRows,
+    Spec,
+    World,
+    holdings_of,
+    merge_rows,
+    rename_by_rank,
+)
+from lrprobe.engine import PreStep, empty_pre_step
 from lrprobe.engine.buffers import SUMS, Buffers, blank, fill
-from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
+from lrprobe.engine.columns import Row, StepInfo, judge_rules, slots_of
 from lrprobe.engine.flight import CHANGED, MOVED, PATIENCE, StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
 
@@ -26,7 +33,7 @@ class Exchange:
     """One optimizer whose parameters are spread over ranks."""
 
     def __init__(
-        self, hooks: Hooks, layouts: Layouts, world: World, merged: Union, device: torch.device
+        self, hooks: Hooks, layouts: Layouts, world: World, merged: MergedRows, device: torch.device
     ) -> None:
         self._hooks = hooks
         self._layouts = layouts
@@ -34,13 +41,13 @@ class Exchange:
         self._group = world.new_group()
         self._device = device
         self._previous: StepInFlight | None = None
-        self._still = False
+        self._maybe_dummy = False
         self._error = ""
         self._buffers: Buffers | None = None
         self._failure: Exception | None = None
         self._take(merged)
 
-    def _take(self, merged: Union) -> None:
+    def _take(self, merged: MergedRows) -> None:
         self._union = merged
         self._told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
         self._changed = False
@@ -119,7 +126,7 @@ class Exchange:
         except Exception as error:  # noqa: BLE001 - the other ranks must not wait
             self._buffers, self._failure = self._blank(), error
 
-    def send(self, info: StepInfo, *, still: bool = False) -> StepInFlight | None:
+    def send(self, info: StepInfo, *, dummy: bool = False) -> StepInFlight | None:
         """At the end of the step: start the collectives.
 
         ``still`` tells whether every rate and gradient here was 0.
@@ -129,7 +136,7 @@ class Exchange:
             return None
         rows = self._union.rows
         buffers.maxima[-1, CHANGED] = float(self._changed)
-        buffers.maxima[-1, MOVED] = float(not still)
+        buffers.maxima[-1, MOVED] = float(not dummy)
         works = [
             self._reduce(buffers.maxima, torch.distributed.ReduceOp.MAX),
             self._reduce(buffers.added, torch.distributed.ReduceOp.SUM),
@@ -139,7 +146,7 @@ class Exchange:
             folded = buffers.fold_rows(counted)
             works.append(self._reduce(folded, torch.distributed.ReduceOp.SUM))
         step = StepInFlight(rows, buffers, info, works, reads_rates=self.leads)
-        self._previous, self._still = step, still
+        self._previous, self._maybe_dummy = step, dummy
         if self._failure is not None:
             raise self._failure
         return step if self.leads else None
@@ -154,9 +161,9 @@ class Exchange:
             return None
         self._follow(self._hooks.watched)
         buffers, last = self._blank(), self._previous
-        figures = self._hooks.engine.after(self._held, optimizer, nothing_kept(), {})
+        figures = self._hooks.engine.after(self._held, optimizer, empty_pre_step(), {})
         fill(buffers, figures, self._row_of, {}, folds=True)
-        buffers.note(MOVED, 1.0)
+        buffers.set_flag(MOVED, 1.0)
         square = SUMS.index("param_square")
         buffers.sums[:, square] = torch.nan
         if last is not None and last.info.step == since and last.wait():
@@ -168,16 +175,16 @@ class Exchange:
         _, tracked = slots_of(rows)
         return blank(len(rows), tracked, self._device)
 
-    def none_taken(self) -> bool:
+    def last_was_dummy(self) -> bool:
         """Whether the last recorded step was none, as all ranks find; told once.
 
         Where it may have been one, as far as is known here, the other ranks are waited for.
         """
-        if self._previous is None or not self._still:
+        if self._previous is None or not self._maybe_dummy:
             return False
-        self._still = False
+        self._maybe_dummy = False
         try:
-            return self._previous.none_taken
+            return self._previous.is_dummy
         except Exception as error:  # noqa: BLE001 - the step about to be taken counts all the same
             self._error = f"recording over ranks has ended: {error}"
             return False
@@ -242,14 +249,14 @@ class Exchange:
         if previous is None:
             return
         rows = self._union.rows
-        failed = judged(rows, previous.arrived())
+        failed = judge_rules(rows, previous.arrived())
         if failed:
             names = {rows[at].name for at in failed}
             for w in watched:
                 if w.name in names:
                     w.rule = None
             if self.leads:
-                self._hooks.tell_unexplained(sorted(names), next(iter(failed.values())))
+                self._hooks.warn_unexplained(sorted(names), next(iter(failed.values())))
         if previous.changed:
             self._join_again()
 
@@ -257,9 +264,9 @@ class Exchange:
         name = self._hooks.name
         told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
         kinds = self._world.kinds(Spec(((name, told),)), self._device)
-        kinds = apart(self._hooks, kinds, self._world)
+        kinds = rename_by_rank(self._hooks, kinds, self._world)
         known = {row.name: row for row in self._union.rows}
-        merged = union(name, kinds, self._world.ranks, self._hooks.options.track)
+        merged = merge_rows(name, kinds, self._world.ranks, self._hooks.options.track)
         for row in merged.rows:
             if row.name in known and known[row.name].rule == "measured":
                 row.rule = "measured"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lrprobe.distributed import meeting
+from lrprobe.distributed import rendezvous
 from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, has_ranks, ranks_of
-from lrprobe.distributed.strangers import named_apart, told
+from lrprobe.distributed.unknown_tensors import rename_differing, unmerged_warning
 from lrprobe.engine.columns import Row
-from lrprobe.engine.pieces import WatchedParameter, draw, local
+from lrprobe.engine.pieces import WatchedParameter, draw_tracked, local
 from lrprobe.rules.base import tolerance
 from lrprobe.text import warn
 
@@ -155,7 +155,7 @@ def world(process_group: Any) -> World | Alone:
     if torch.distributed.get_rank(process_group) < 0:
         raise ValueError("process_group= does not contain this rank")
     found = World(process_group)
-    missing = meeting.missing_from(found.ranks) if found.size > 1 else []
+    missing = rendezvous.missing_from(found.ranks) if found.size > 1 else []
     return Alone(tuple(missing)) if missing or found.size == 1 else found
 
 
@@ -167,7 +167,7 @@ def _on(device: torch.device) -> Any:
 
 
 @dataclass(slots=True)
-class Union:
+class MergedRows:
     """All rows of one optimizer, in order of first appearance.
 
     Attributes:
@@ -184,7 +184,9 @@ class Union:
         return all(not holding.key and rank == 0 for holding, rank in self.owners)
 
 
-def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: int) -> Union:
+def merge_rows(
+    optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: int
+) -> MergedRows:
     """Merge by name what all ranks hold of an optimizer.
 
     Args:
@@ -196,7 +198,7 @@ def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: in
     Raises:
         ValueError: if a name stands for different things; the same on every rank.
     """
-    found = Union([], [])
+    found = MergedRows([], [])
     index: dict[str, int] = {}
     where: list[Kind] = []
     conflicts: list[str] = []
@@ -213,7 +215,7 @@ def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: in
                     tolerance=holding.tolerance,
                     shared_rate=holding.shared_rate,
                 )
-                row.tracked = draw(row.name, row.numel, track)
+                row.tracked = draw_tracked(row.name, row.numel, track)
                 found.rows.append(row)
                 first = kind.ranks[0]
                 if holding.key and holding.first in ranks:
@@ -341,7 +343,7 @@ def _stay_alone(found: Alone, chosen: Filter | None, error: Exception | None) ->
         raise error
     if found.missing:
         warn(
-            f"{_numbers(found.missing)} did not attach within {meeting.WAIT:g} s: this rank "
+            f"{_numbers(found.missing)} did not attach within {rendezvous.WAIT:g} s: this rank "
             "records alone. To record all ranks as one, call attach on each of them"
         )
     if chosen is not None:
@@ -417,7 +419,9 @@ def join(
     device = _buffers_on({kind.spec.device for kind in kinds}, device)
     flat = list({id(h): h.flat_param for h, _ in layouts.flat_shards().values()}.values())
     for each in hooks:
-        merged = union(each.name, apart(each, kinds, found), found.ranks, each.options.track)
+        merged = merge_rows(
+            each.name, rename_by_rank(each, kinds, found), found.ranks, each.options.track
+        )
         if each.parts is not None:
             size = each.parts.ranks
         each.join(size, flat, silent=merged.alone and found.rank > 0)
@@ -427,9 +431,9 @@ def join(
             each.exchange = Exchange(each, layouts, found, merged, device)
 
 
-def apart(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
+def rename_by_rank(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
     """Have tensors that are not the same on all ranks named by rank, here as on the others."""
-    kinds, renamed = named_apart(kinds, hooks.name, found.ranks)
+    kinds, renamed = rename_differing(kinds, hooks.name, found.ranks)
     own = next(new for kind, new in zip(kinds, renamed, strict=True) if found.rank in kind.ranks)
     _name_by_rank(hooks, own, quiet=found.rank > 0)
     return kinds
@@ -438,7 +442,7 @@ def apart(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
 def _name_by_rank(hooks: Hooks, names: Mapping[str, str], *, quiet: bool = False) -> None:
     """Rename what is not known to be the same elsewhere, and say so."""
     if names and not quiet:
-        warn(told(names, "" if hooks.parts is None else hooks.parts.unknown))
+        warn(unmerged_warning(names, "" if hooks.parts is None else hooks.parts.unknown))
     if names and hooks.optimizer is not None:
         hooks.watching.rename(names, hooks.optimizer)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine import eager
-from lrprobe.engine.batch import Batch, add_whole_figures, addresses_of, batch_of, described
+from lrprobe.engine.backends import EngineName, backends_for, warn_eager_once
+from lrprobe.engine.batch import Batch, add_batch_statistics, addresses_of, batch_of, describe
 from lrprobe.engine.buffers import StepFigures, Vectors, column
 from lrprobe.engine.check import Samples
 from lrprobe.engine.distribution import Bins, fold
@@ -27,16 +28,15 @@ from lrprobe.engine.pieces import (
     entry_of,
     flattened,
     local,
+    local_real,
     read,
-    real,
     sample,
     sample_runs,
     sampled,
 )
 from lrprobe.engine.program import Program, UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
-from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Entry, Rule, Scalar, brought, there
+from lrprobe.rules.base import Entry, Rule, Scalar, to_device, to_device_float64
 
 _MOST_PROGRAMS = 256
 
@@ -65,16 +65,16 @@ class PreStep:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-def nothing_kept() -> PreStep:
+def empty_pre_step() -> PreStep:
     """Of a step before which nothing was kept: no parameter takes it."""
     return PreStep(Samples({}))
 
 
 class Engine:
-    """Takes the figures of steps, in the way that was chosen."""
+    """Takes the figures of steps, in the backend that was chosen."""
 
-    def __init__(self, way: Way) -> None:
-        self.ways = generators(way)
+    def __init__(self, engine: EngineName) -> None:
+        self.backends = backends_for(engine)
         self._programs: dict[Any, Program] = {}
         """By table, first parameter of a batch and number of its parameters: the last recorded."""
 
@@ -86,7 +86,7 @@ class Engine:
         closure: bool = False,
     ) -> PreStep:
         """Keep what cannot be told after the step; with a closure there is no gradient yet."""
-        pre = PreStep(Samples(self.ways))
+        pre = PreStep(Samples(self.backends))
         for i, w in enumerate(watched):
             param = w.place()
             # What is frozen is stepped all the same where an old gradient was left.
@@ -95,17 +95,17 @@ class Engine:
             group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
             if "initial_lr" in group:  # a scheduler may be made after the probe
                 w.initial_lr = copied(group["initial_lr"])
-            _ask_rule(w, param, state, group, pre, i)
-            flat = real(param, w.span)
-            pre.samples.want(i, "param", flat)
+            _run_before(w, param, state, group, pre, i)
+            flat = local_real(param, w.span)
+            pre.samples.request(i, "param", flat)
             if w.tracked is not None:
-                at = there(w.tracked, flat.device)
-                pre.tracked[i] = {"param": _tracked_of(flat, at)}
+                at = to_device(w.tracked, flat.device)
+                pre.tracked[i] = {"param": _read_flat(flat, at)}
             if w.rule is not None and w.rule.advance is not None:
                 shape = param.shape
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.shape == shape and name != "step":
-                        pre.samples.want(i, name, real(value, w.span))
+                        pre.samples.request(i, name, local_real(value, w.span))
             if param.grad is not None and not closure:
                 pre.grads[i] = param.grad
                 self._keep_gradient(i, w, param, group, pre)
@@ -132,12 +132,12 @@ class Engine:
         partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
         if grad is None or grad.is_sparse or partial:
             return
-        flat = real(grad, w.span)
-        pre.samples.want(i, "grad", flat)
+        flat = local_real(grad, w.span)
+        pre.samples.request(i, "grad", flat)
         if w.tracked is not None:
-            at = there(w.tracked, flat.device)
-            pre.tracked[i]["grad"] = _tracked_of(flat, at)
-        pre.gradient[i] = self._of_one(GRADIENT, flat)
+            at = to_device(w.tracked, flat.device)
+            pre.tracked[i]["grad"] = _read_flat(flat, at)
+        pre.gradient[i] = self._tensor_figures(GRADIENT, flat)
 
     def after(
         self,
@@ -160,7 +160,7 @@ class Engine:
         rates = [_rate_of(group) for group in optimizer.param_groups]
         batches: dict[Any, Batch] = {}
         resting: list[tuple[int, Tensor]] = []
-        latest = Samples(self.ways)
+        latest = Samples(self.backends)
         for i, w in enumerate(watched):
             param = w.place()
             if param is None:
@@ -173,11 +173,11 @@ class Engine:
             if grad is not None and "param" in pre.samples.names(i):
                 group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
                 entry = entry_of(param, state, pre.scalars.get(i, {}), grad, w.span)
-                self._sort(i, w, entry, group, pre, batches, found)
+                self._assign(i, w, entry, group, pre, batches, found)
             else:
                 resting.append((i, param))
         for batch in batches.values():
-            found.vectors += self._summarised(batch, pre, found)
+            found.vectors += self._batch_figures(batch, pre, found)
             self._track(batch, watched, pre, found)
             self._remember_gradients(batch, watched, pre, latest)
         latest.take()
@@ -185,7 +185,7 @@ class Engine:
             found.resting[i] = self._resting(param, watched[i].span)
         return found
 
-    def _sort(
+    def _assign(
         self,
         i: int,
         w: WatchedParameter,
@@ -198,20 +198,20 @@ class Engine:
         """Put a piece beside others of its kind; one without elements is done at once."""
         rule = None if i in pre.failed else w.rule
         if entry.param.numel() == 0:
-            found.vectors.append(_empty(i, entry, group, rule, found))
+            found.vectors.append(_empty_figures(i, entry, group, rule, found))
             return
-        kind, addresses, contiguous = described(self.ways, entry)
+        kind, addresses, contiguous = describe(self.backends, entry)
         key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
         if key not in batches:
             batches[key] = Batch([], [], group, rule, whole=contiguous)
         batches[key].add(i, entry, addresses)
 
-    def _summarised(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
+    def _batch_figures(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
         """Figures of a batch by its rule; of what that cannot read, measured ones."""
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
-                    add_whole_figures(self.ways, batch)
+                    add_batch_statistics(self.backends, batch)
                 return [self._checked_figures(batch, pre)]
             except torch.OutOfMemoryError:  # which is no fault of the rule's
                 raise
@@ -220,8 +220,8 @@ class Engine:
                     return [
                         vectors
                         for i, entry in zip(batch.at, batch.entries, strict=True)
-                        for vectors in self._summarised(
-                            batch_of(self.ways, i, entry, batch.group, batch.rule), pre, found
+                        for vectors in self._batch_figures(
+                            batch_of(self.backends, i, entry, batch.group, batch.rule), pre, found
                         )
                     ]
                 found.failed[batch.at[0]] = cause(error)
@@ -238,7 +238,7 @@ class Engine:
                 for at, figure in enumerate(GRADIENT):
                     whole.table[row, column(figure.name)] = pre.gradient[i][at]
         scale = torch.tensor([n / _checked(n) for n in whole.numel], dtype=torch.float64)
-        checked = checks.table * there(scale.unsqueeze(1), checks.table.device)
+        checked = checks.table * to_device(scale.unsqueeze(1), checks.table.device)
         table = torch.cat([whole.table, checked.to(whole.table.device, non_blocking=True)], 1)
         rates = whole if ruled else checks
         return Vectors(batch.at, table, whole.numel, rates.bins, rates.folded)
@@ -255,20 +255,20 @@ class Engine:
 
         Generated code reads what lies densely in memory, plain tensor operations anything else.
         """
-        way = self.ways.get(batch.entries[0].param.device.type)
+        backend = self.backends.get(batch.entries[0].param.device.type)
         recorded = None
-        if way is not None and batch.columns:
+        if backend is not None and batch.columns:
             recorded = self._recorded(table, batch, rates=rates, samples=samples)
-        if way is None or recorded is None:
+        if backend is None or recorded is None:
             return _eager(table, batch, rates=rates, samples=samples)
-        found = addresses_of(recorded, batch, samples, way)
+        found = addresses_of(recorded, batch, samples, backend)
         if found is None:
             return _eager(table, batch, rates=rates, samples=samples)
         addresses, dtypes, _alive = found
         numel = [entry.param.numel() for entry in batch.entries]
         taken = numel if samples is None else [_checked(n) for n in numel]
         exact = samples is not None or batch.entries[0].param.dtype == torch.float64
-        values, bins, folds = way.figures(
+        values, bins, folds = backend.figures(
             recorded, addresses, np.array(taken, np.int64), dtypes, exact=exact
         )
         return Vectors(batch.at, values, numel, bins, folds)
@@ -294,7 +294,7 @@ class Engine:
             )
         except UnknownOperationError as error:
             name = batch.rule.name if batch.rule is not None else "the table"
-            notice(f"no code can be generated for {error} in the rule {name!r}")
+            warn_eager_once(f"no code can be generated for {error} in the rule {name!r}")
             return None
         except Exception:  # noqa: BLE001 - eager code tells whether it is the rule's own
             return None
@@ -313,7 +313,7 @@ class Engine:
             at, rule = watched[i].tracked, None if i in found.failed else batch.rule
             if at is None or not len(at) or i not in pre.tracked:
                 continue
-            at = there(at, entry.param.device)
+            at = to_device(at, entry.param.device)
             kept = {name: value.double() for name, value in pre.tracked[i].items()}
             s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept, chosen=True)
             e = Elements(s, rule)
@@ -322,7 +322,7 @@ class Engine:
                 change: Any = e.observed
             else:
                 rate, change = torch.as_tensor(e.rate, dtype=torch.float64), e.change
-                rate = brought(rate, e.param.device).expand(e.param.shape)
+                rate = to_device_float64(rate, e.param.device).expand(e.param.shape)
             sign = -1.0 if batch.group.get("maximize", False) else 1.0
             found.tracked[i] = torch.stack([rate, change, sign * e.grad, e.param])
 
@@ -334,7 +334,7 @@ class Engine:
             if "grad" in pre.samples.names(i):  # which the optimizer may have overwritten
                 latest.put(i, "previous", pre.samples.tensor(i, "grad").clone())
             elif isinstance(entry.grad, Tensor):
-                latest.want(i, "previous", entry.grad)
+                latest.request(i, "previous", entry.grad)
             else:
                 latest.put(i, "previous", sample(entry.grad, entry.param.shape))
             watched[i].previous = latest, i
@@ -345,13 +345,13 @@ class Engine:
         if param.device.type == "meta":  # which has none
             return unknown
         try:
-            return self._of_one(PARAM, real(param, span))[0]
+            return self._tensor_figures(PARAM, local_real(param, span))[0]
         except (RuntimeError, NotImplementedError, TypeError):
             return unknown  # of a subclass that holds its values in a way of its own
 
-    def _of_one(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
+    def _tensor_figures(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""
-        batch = batch_of(self.ways, 0, Entry(tensor, tensor), {}, None)
+        batch = batch_of(self.backends, 0, Entry(tensor, tensor), {}, None)
         return self._figures(table, batch, rates=False).table[0]
 
 
@@ -390,7 +390,7 @@ def _eager(
     )
 
 
-def _empty(
+def _empty_figures(
     i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None, found: StepFigures
 ) -> Vectors:
     try:
@@ -399,12 +399,12 @@ def _empty(
         if rule is None:
             raise
         found.failed[i] = cause(error)
-        return _empty(i, entry, group, None, found)
+        return _empty_figures(i, entry, group, None, found)
     checks = torch.zeros(len(CHECKS), dtype=torch.float64)
     return Vectors([i], torch.cat([values.cpu(), checks]).unsqueeze(0), [0])
 
 
-def _ask_rule(
+def _run_before(
     w: WatchedParameter,
     param: Tensor,
     state: Mapping[str, Any],
@@ -419,7 +419,7 @@ def _ask_rule(
             pre.failed[i] = cause(error)
 
 
-def _tracked_of(flat: Tensor, at: Tensor) -> Tensor:
+def _read_flat(flat: Tensor, at: Tensor) -> Tensor:
     return read(flat, at, flat.shape)
 
 

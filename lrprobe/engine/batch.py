@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.check import Samples
-from lrprobe.engine.eager import add_whole
-from lrprobe.engine.pieces import SAMPLE, is_dense, is_wide, sample
+from lrprobe.engine.eager import add_whole_statistics
+from lrprobe.engine.pieces import SAMPLE, is_dense, is_per_element, sample
 from lrprobe.engine.recording import Recorded
 from lrprobe.rules.base import Coded, Entry, Rule, SparseRows
 
-Ways = Mapping[str, ModuleType]
+Backends = Mapping[str, ModuleType]
 """Type of a device to what generates code for it."""
 
 
@@ -56,16 +56,16 @@ class Batch:
 
 
 def batch_of(
-    ways: Ways, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None
+    backends: Backends, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None
 ) -> Batch:
     """A batch of one piece."""
-    _, addresses, contiguous = described(ways, entry)
+    _, addresses, contiguous = describe(backends, entry)
     batch = Batch([], [], group, rule, whole=contiguous)
     batch.add(i, entry, addresses if entry.param.numel() else {})
     return batch
 
 
-def described(ways: Ways, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
+def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
     """What pieces that are read together have in common; the addresses of the elements.
 
     There are none where the tensors have not all one dense layout. And whether that is the
@@ -73,51 +73,51 @@ def described(ways: Ways, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int]
     """
     param, grad = entry.param, entry.grad
     shape, strides, device = param.shape, param.stride(), param.device
-    way = ways.get("cpu" if param.is_cpu else device.type)
+    backend = backends.get("cpu" if param.is_cpu else device.type)
     if isinstance(grad, Tensor):
         tensors: list[tuple[str, Any]] = [("param", param), ("grad", grad)]
     else:
-        way, tensors = None, [("param", param)]
+        backend, tensors = None, [("param", param)]
     addresses: dict[str, int] = {}
     kinds: list[Any] = [device, type(grad) is SparseRows]
     for name, value in (*tensors, *entry.state.items()):
         if not isinstance(value, Tensor):
             kinds.append((name, value is None))
-            way = None if isinstance(value, Coded) else way
+            backend = None if isinstance(value, Coded) else backend
             continue
         same = value.shape == shape
         kinds.append((name, value.dtype, same))
         if same and (shape or value.device == device):
             if (
-                way is None
+                backend is None
                 or value.device != device
                 or value.stride() != strides
-                or not way.is_addressable(value)
+                or not backend.is_addressable(value)
             ):
-                way = None
+                backend = None
             else:
                 addresses[name] = value.data_ptr()
-        elif value.dim() and is_wide(value, shape):
-            way = None  # it is broadcast
+        elif value.dim() and is_per_element(value, shape):
+            backend = None  # it is broadcast
     contiguous = param.is_contiguous()
-    if way is None or not (contiguous or is_dense(param)):
+    if backend is None or not (contiguous or is_dense(param)):
         addresses = {}
     return (*kinds, bool(addresses)), addresses, contiguous
 
 
-def add_whole_figures(ways: Ways, batch: Batch) -> None:
+def add_batch_statistics(backends: Backends, batch: Batch) -> None:
     """Add figures of whole parameters, whose tensors then have addresses too."""
     if batch.rule is not None:
         for entry in batch.entries:
-            add_whole(entry, batch.group, batch.rule)
-    found = [described(ways, entry) for entry in batch.entries]
+            add_whole_statistics(entry, batch.group, batch.rule)
+    found = [describe(backends, entry) for entry in batch.entries]
     alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
     names = found[0][1] if alike else ()
     batch.columns = {name: [addresses[name] for _, addresses, _ in found] for name in names}
 
 
 def addresses_of(
-    recorded: Recorded, batch: Batch, samples: Samples | None, way: ModuleType
+    recorded: Recorded, batch: Batch, samples: Samples | None, backend: ModuleType
 ) -> tuple[NDArray[np.int64], list[torch.dtype], list[Tensor]] | None:
     """Addresses and dtypes of the leaves of each piece, and what must live until they are read.
 
@@ -150,7 +150,7 @@ def addresses_of(
                 column[n] = alive[-1].data_ptr()
         columns.append(column)
     if wanted:
-        buffer, starts = way.gather([tensor for _, _, tensor in wanted])
+        buffer, starts = backend.gather([tensor for _, _, tensor in wanted])
         alive.append(buffer)
         for (column, n, _), start in zip(wanted, starts, strict=True):
             column[n] = buffer.data_ptr() + start

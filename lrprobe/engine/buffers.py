@@ -17,16 +17,16 @@ from torch import Tensor
 
 from lrprobe.engine.distribution import FOLDED, Bins, folded
 from lrprobe.engine.figures import CHECKS, FIGURES
-from lrprobe.rules.base import Scalar, brought, there
+from lrprobe.rules.base import Scalar, to_device, to_device_float64
 
 _COUNTS = ("pieces", "elements", "with_grad")
 """Pieces that took the step, and their elements; pieces with a gradient."""
-_ADDED = tuple(f.name for f in (*FIGURES, *CHECKS) if f.merge == "sum")
-SUMS = (*_COUNTS, *_ADDED)
+_SUM_FIGURES = tuple(f.name for f in (*FIGURES, *CHECKS) if f.merge == "sum")
+SUMS = (*_COUNTS, *_SUM_FIGURES)
 """Merged by ``+``: (rows, SUMS)."""
 
-_GREATEST = tuple(f.name for f in FIGURES if f.merge != "sum")
-MAXIMA = (*_GREATEST, "lr", "initial_lr", "failed")
+_MAX_FIGURES = tuple(f.name for f in FIGURES if f.merge != "sum")
+MAXIMA = (*_MAX_FIGURES, "lr", "initial_lr", "failed")
 """Merged by ``max``, what merges by ``min`` negated: (rows, MAXIMA); −∞ where there is nothing.
 
 ``failed`` is 1 where a rule raised.
@@ -111,7 +111,7 @@ class Buffers:
     folded_rows: list[int] | None = None
     bins: Bins | None = None
 
-    def note(self, column: int, value: float | Tensor) -> None:
+    def set_flag(self, column: int, value: float | Tensor) -> None:
         """Put a number of the caller's into the last row."""
         target = self.maxima[-1, column]
         target.copy_(value) if isinstance(value, Tensor) else target.fill_(value)
@@ -122,7 +122,7 @@ class Buffers:
             shape = len(rows), FOLDED
             self.folded = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
         elif len(rows) < len(self.folded):
-            self.folded = self.folded[there(torch.tensor(rows), self.folded.device)]
+            self.folded = self.folded[to_device(torch.tensor(rows), self.folded.device)]
         self.folded_rows = rows
         return self.folded
 
@@ -161,14 +161,14 @@ def fill(
         _add_vectors(buffers, vectors, row_of, figures, skip, folds=folds)
     resting = [i for i in figures.resting if row_of[i] >= 0]
     if resting:
-        at = there(torch.tensor([row_of[i] for i in resting]), device)
-        squares = [brought(figures.resting[i], device) for i in resting]
+        at = to_device(torch.tensor([row_of[i] for i in resting]), device)
+        squares = [to_device_float64(figures.resting[i], device) for i in resting]
         param = SUMS.index("param_square")
         buffers.sums[:, param] = buffers.sums[:, param].index_add(0, at, torch.stack(squares))
     _fill_known(buffers, figures, row_of)
     for i, where in slots.items():
         if i in figures.tracked and row_of[i] >= 0:
-            values = brought(figures.tracked[i], device)
+            values = to_device_float64(figures.tracked[i], device)
             if skip is not None:
                 rate, update, *others = values
                 moved = torch.where(skip, torch.nan, torch.stack([rate, update]))
@@ -191,30 +191,30 @@ def _add_vectors(
     mine = [place for place, row in enumerate(rows) if row >= 0]
     if not mine:
         return
-    table = brought(vectors.table, device)
+    table = to_device_float64(vectors.table, device)
     if len(mine) < len(rows):
-        table = table[there(torch.tensor(mine), device)]
-    at = there(torch.tensor([rows[place] for place in mine]), device)
+        table = table[to_device(torch.tensor(mine), device)]
+    at = to_device(torch.tensor([rows[place] for place in mine]), device)
     order, signs, stays = _merging(device)
     table = table.index_select(1, order)
-    sums, most = table[:, : len(_ADDED)], table[:, len(_ADDED) :] * signs
+    sums, most = table[:, : len(_SUM_FIGURES)], table[:, len(_SUM_FIGURES) :] * signs
     counts = [[1.0, float(vectors.numel[place]), 1.0] for place in mine]
-    counted = there(torch.tensor(counts, dtype=torch.float64), device)
+    counted = to_device(torch.tensor(counts, dtype=torch.float64), device)
     sums = torch.cat([counted, sums], 1)
     most = most.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     if skip is not None:
         if figures.scale is not None:  # which is then still in the gradients
             grad = SUMS.index("grad_square")
-            scale = brought(figures.scale.detach().reshape(()), device)
+            scale = to_device_float64(figures.scale.detach().reshape(()), device)
             sums[:, grad] = torch.where(skip, sums[:, grad] / scale**2, sums[:, grad])
         sums = torch.where(skip & ~stays, 0.0, sums)
         most = torch.where(skip, -torch.inf, most)
     buffers.sums.index_add_(0, at, sums)
-    index = at.unsqueeze(1).expand(-1, len(_GREATEST))
-    buffers.maxima[:, : len(_GREATEST)].scatter_reduce_(0, index, most, "amax")
+    index = at.unsqueeze(1).expand(-1, len(_MAX_FIGURES))
+    buffers.maxima[:, : len(_MAX_FIGURES)].scatter_reduce_(0, index, most, "amax")
     raised = [rows[place] for place in mine if vectors.at[place] in figures.failed]
     if raised:
-        buffers.maxima[there(torch.tensor(raised), device), MAXIMA.index("failed")] = 1.0
+        buffers.maxima[to_device(torch.tensor(raised), device), MAXIMA.index("failed")] = 1.0
     _add_rates(buffers, vectors, rows, skip, folds=folds)
 
 
@@ -226,9 +226,9 @@ def _merging(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     greatest = [i for i, f in enumerate(figures) if f.merge != "sum"]
     signs = [-1.0 if figures[i].merge == "min" else 1.0 for i in greatest]
     return (
-        there(torch.tensor([*added, *greatest]), device),
-        there(torch.tensor(signs, dtype=torch.float64), device),
-        there(torch.tensor([name in _STAYS for name in SUMS]), device),
+        to_device(torch.tensor([*added, *greatest]), device),
+        to_device(torch.tensor(signs, dtype=torch.float64), device),
+        to_device(torch.tensor([name in _STAYS for name in SUMS]), device),
     )
 
 
@@ -244,7 +244,7 @@ def _add_rates(
     if vectors.bins is not None and len(vectors.bins.owner):
         mine = vectors.bins.merged(np.array(rows, np.int64))
         if folds or device.type != "cpu":
-            sent = there(torch.from_numpy(folded(mine, count)), device)
+            sent = to_device(torch.from_numpy(folded(mine, count)), device)
             sent = sent if skip is None else torch.where(skip, 0.0, sent)
             buffers.folded = sent if buffers.folded is None else buffers.folded + sent
         else:
@@ -254,11 +254,11 @@ def _add_rates(
         if buffers.folded is None:
             buffers.folded = torch.zeros((count, FOLDED), dtype=torch.float64, device=device)
         mine_at = [place for place, row in enumerate(rows) if row >= 0]
-        at = there(torch.tensor([rows[place] for place in mine_at]), device)
+        at = to_device(torch.tensor([rows[place] for place in mine_at]), device)
         table = vectors.folded if skip is None else torch.where(skip, 0, vectors.folded)
         if len(mine_at) < len(rows):
-            table = table[there(torch.tensor(mine_at), table.device)]
-        buffers.folded.index_add_(0, at, brought(table, device))
+            table = table[to_device(torch.tensor(mine_at), table.device)]
+        buffers.folded.index_add_(0, at, to_device_float64(table, device))
 
 
 def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -> None:
@@ -275,17 +275,17 @@ def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -
                 numbers[row_of[i], at] = value
     device, first = buffers.sums.device, MAXIMA.index(names[0])
     target = buffers.maxima[: len(buffers.sums), first : first + len(names)]
-    told = there(_or_nothing(torch.from_numpy(numbers)), device)
+    told = to_device(_nan_to_minus_inf(torch.from_numpy(numbers)), device)
     torch.maximum(target, told, out=target)  # other calls of the same step may have told of others
     if tensors:
         unique = {id(value): value for _, _, value in tensors}
-        read = {key: brought(x.detach().reshape(()), device) for key, x in unique.items()}
-        values = _or_nothing(torch.stack([read[id(value)] for _, _, value in tensors]))
+        read = {key: to_device_float64(x.detach().reshape(()), device) for key, x in unique.items()}
+        values = _nan_to_minus_inf(torch.stack([read[id(value)] for _, _, value in tensors]))
         places = torch.tensor([[row, column] for row, column, _ in tensors])
-        buffers.maxima[there(places[:, 0], device), there(places[:, 1], device)] = values
+        buffers.maxima[to_device(places[:, 0], device), to_device(places[:, 1], device)] = values
 
 
-def _or_nothing(values: Tensor) -> Tensor:
+def _nan_to_minus_inf(values: Tensor) -> Tensor:
     return torch.where(values.isnan(), -torch.inf, values)
 
 
@@ -302,7 +302,7 @@ class Arrived:
         """One of ``SUMS``: (rows,)."""
         return self.sums[:, SUMS.index(name)]
 
-    def most(self, name: str) -> NDArray[np.float64]:
+    def maximum(self, name: str) -> NDArray[np.float64]:
         """One of ``MAXIMA``, NaN where there is nothing: (rows,)."""
         values = self.maxima[: len(self.sums), MAXIMA.index(name)]
         return np.where(values == -np.inf, np.nan, values)

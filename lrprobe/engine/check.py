@@ -20,20 +20,20 @@ def zeros(device: torch.device) -> Tensor:
 class Samples:
     """Check samples of many tensors; those of one device that lie flat there in one buffer."""
 
-    def __init__(self, ways: dict[str, ModuleType]) -> None:
-        self._ways = ways
+    def __init__(self, backends: dict[str, ModuleType]) -> None:
+        self._backends = backends
         self._buffers: list[Tensor] = []
         self._places: dict[int, dict[str, tuple[int, int, torch.dtype, int]]] = {}
         """Number of the parameter and name of the tensor to buffer, byte, dtype and elements."""
-        self._wanted: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
+        self._requested: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
         self._borrowed: Tensor | None = None
         self._borrowed_number = 0
 
-    def want(self, at: int, name: str, tensor: Tensor) -> None:
+    def request(self, at: int, name: str, tensor: Tensor) -> None:
         """Have a sample of a tensor taken when ``take`` is called, at the latest."""
-        way = self._ways.get("cpu" if tensor.is_cpu else tensor.device.type)
-        if way is not None and tensor.is_contiguous() and way.is_addressable(tensor):
-            self._wanted.setdefault(tensor.device, []).append((at, name, tensor))
+        backend = self._backends.get("cpu" if tensor.is_cpu else tensor.device.type)
+        if backend is not None and tensor.is_contiguous() and backend.is_addressable(tensor):
+            self._requested.setdefault(tensor.device, []).append((at, name, tensor))
         else:
             self.put(at, name, sample(tensor, tensor.shape).clone())
 
@@ -54,14 +54,14 @@ class Samples:
 
     def take(self) -> None:
         """Copy the samples that are wanted, at once."""
-        for device, some in self._wanted.items():
-            buffer, starts = self._ways[device.type].gather([tensor for _, _, tensor in some])
+        for device, some in self._requested.items():
+            buffer, starts = self._backends[device.type].gather([tensor for _, _, tensor in some])
             for (at, name, tensor), start in zip(some, starts, strict=True):
                 runs, run, _ = sample_runs(tensor.numel())
                 place = len(self._buffers), start, tensor.dtype, runs * run
                 self._places.setdefault(at, {})[name] = place
             self._buffers.append(buffer)
-        self._wanted = {}
+        self._requested = {}
 
     def names(self, at: int) -> dict[str, tuple[int, int, torch.dtype, int]]:
         """What was kept of a parameter."""

@@ -93,7 +93,7 @@ class StepInfo:
     attempt: int = 0
 
 
-def judged(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
+def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
     """Rows whose rule turns out not to explain their steps, and why; they are measured from then.
 
     All ranks come to the same, as they see the same figures.
@@ -104,7 +104,7 @@ def judged(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
     # A rule that says NaN of a step that was taken does not explain it.
     error = np.where(np.isnan(error) & (arrived.sum("observed") > 0), np.inf, error)
     stepped = arrived.sum("pieces") > 0
-    raised = arrived.most("failed") > 0
+    raised = arrived.maximum("failed") > 0
     failed = {}
     for at, row in enumerate(rows):
         if row.rule == "measured":
@@ -176,7 +176,7 @@ class _Summary:
     def __init__(self, rows: Sequence[Row], rules: Sequence[str], arrived: Arrived) -> None:
         self.rows = rows
         self.arrived = arrived
-        failed = (arrived.most("failed") > 0).tolist()
+        failed = (arrived.maximum("failed") > 0).tolist()
         self.rules = ["measured" if bad else rule for rule, bad in zip(rules, failed, strict=True)]
         self.measured = np.array([rule == "measured" for rule in self.rules], dtype=np.bool_)
         self.levels = levels_of(
@@ -185,7 +185,7 @@ class _Summary:
         self.with_grad = arrived.sum("with_grad") > 0
         self.stepped = arrived.sum("pieces") > 0
         self.unused = self.with_grad & ~self.stepped
-        self.low, self.high = -arrived.most("rate_min"), arrived.most("rate_max")
+        self.low, self.high = -arrived.maximum("rate_min"), arrived.maximum("rate_max")
         self.bins = self._bins()
 
     def _bins(self) -> Bins:
@@ -207,9 +207,9 @@ def _columns(summary: _Summary, info: StepInfo) -> dict[str, NDArray[Any]]:
     count = levels.count
     stepped = levels.reduced(np.logical_or, summary.stepped)
     values: dict[str, NDArray[Any]] = {**levels.keys, **_finished(summary)}
-    values["lr"] = levels.same(arrived.most("lr"))
-    values["initial_lr"] = levels.same(arrived.most("initial_lr"))
-    values["decay"] = levels.same(np.where(summary.stepped, arrived.most("decay"), np.nan))
+    values["lr"] = levels.same(arrived.maximum("lr"))
+    values["initial_lr"] = levels.same(arrived.maximum("initial_lr"))
+    values["decay"] = levels.same(np.where(summary.stepped, arrived.maximum("decay"), np.nan))
     values["samples"] = np.full(count, info.samples)
     values["lr_per_sample"] = values["lr"] / info.samples
     if not stepped.all():
@@ -236,7 +236,7 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
         sums[np.ix_(measured, _RULED)] = sums[np.ix_(measured, _STAND_INS)] * _SIGNS
         merged = levels.reduced(np.add, sums)
 
-    def told(name: str) -> Floats:
+    def summed(name: str) -> Floats:
         """A sum; of measured parameters what stands for it."""
         return merged[:, _AT[name]]
 
@@ -244,17 +244,17 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
     low = levels.reduced(np.fmin, np.where(summary.stepped, summary.low, np.nan))
     high = levels.reduced(np.fmax, np.where(summary.stepped, summary.high, np.nan))
     with np.errstate(all="ignore"):
-        n, moving, total = told("elements"), told("moving"), told("rate")
+        n, moving, total = summed("elements"), summed("moving"), summed("rate")
         spoilt = np.isnan(total)
         low, high = np.where(spoilt, np.nan, low), np.where(spoilt, np.nan, high)
         constant = low == high
         mean = np.where(constant, low, (total / moving).clip(low, high))
-        variance = told("rate_square") / moving - mean * mean
-        log = np.exp2(told("rate_log2") / moving).clip(low, high)
-        update = np.sqrt(told("update_square"))
-        applied = np.sqrt(told("moved_square") / told("direction_square"))
-        sampled = np.sqrt(told("sample_grad_square") * told("previous_square"))
-        moved = np.maximum(told("intended"), told("observed"))
+        variance = summed("rate_square") / moving - mean * mean
+        log = np.exp2(summed("rate_log2") / moving).clip(low, high)
+        update = np.sqrt(summed("update_square"))
+        applied = np.sqrt(summed("moved_square") / summed("direction_square"))
+        sampled = np.sqrt(summed("sample_grad_square") * summed("previous_square"))
+        moved = np.maximum(summed("intended"), summed("observed"))
         # The norm of a parameter is known, whether it stepped or not.
         param_norm = np.sqrt(levels.reduced(np.add, arrived.sum("param_square")))
         figures = {
@@ -267,18 +267,18 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
             "idle_fraction": 1 - moving / n,
             "update_norm": update,
             "update_ratio": np.where(param_norm == 0, np.nan, update / param_norm),
-            "update_grad_cosine": told("update_grad") / (update * np.sqrt(told("grad_square"))),
+            "update_grad_cosine": summed("update_grad") / (update * np.sqrt(summed("grad_square"))),
             "param_norm": param_norm,
             "grad_norm": np.sqrt(plain[:, _AT["grad_square"]]),
-            "zero_grad_fraction": told("zeros") / n,
-            "grad_persistence": told("persistence") / sampled,
-            "rms_grad_mean": told("rms_grad") / n,
-            "rms_update_mean": told("rms_update") / n,
-            "eps_fraction": told("below_eps") / moving,
-            "nonfinite": told("nonfinite"),
-            "lost_fraction": told("lost") / n,
-            "reconstruction_error": np.sqrt(told("residual") / moved),
-            "state_error": _state_error(told),
+            "zero_grad_fraction": summed("zeros") / n,
+            "grad_persistence": summed("persistence") / sampled,
+            "rms_grad_mean": summed("rms_grad") / n,
+            "rms_update_mean": summed("rms_update") / n,
+            "eps_fraction": summed("below_eps") / moving,
+            "nonfinite": summed("nonfinite"),
+            "lost_fraction": summed("lost") / n,
+            "reconstruction_error": np.sqrt(summed("residual") / moved),
+            "state_error": _state_error(summed),
         }
     owner, row = levels.labels(summary.stepped)
     shares = quantiles(summary.bins.spread(owner, row), low, high)
@@ -287,11 +287,11 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
     return figures
 
 
-def _state_error(told: Callable[[str], Floats]) -> Floats:
+def _state_error(summed: Callable[[str], Floats]) -> Floats:
     """The largest error of the state entries that the rule speaks of."""
     errors = []
     for i in range(STATES):
-        residual, change = told(f"state{i}_residual"), told(f"state{i}_change")
+        residual, change = summed(f"state{i}_residual"), summed(f"state{i}_change")
         errors.append(np.where(change > 0, np.sqrt(residual / change), np.nan))
         errors[-1] = np.where((change == 0) & (residual > 0), np.inf, errors[-1])
     worst: Floats = np.fmax.reduce(errors)

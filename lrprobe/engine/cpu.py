@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.distribution import BINS, Bins
-from lrprobe.engine.generated import folder, imported
+from lrprobe.engine.generated import cache_folder, import_generated
 from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
 from lrprobe.engine.program import Symbol
@@ -36,7 +36,7 @@ def unavailable() -> str:
         import numba  # noqa: F401
     except ImportError as error:
         return f"numba cannot be imported ({error})"
-    if folder() is None:
+    if cache_folder() is None:
         return "there is no folder that generated code could be written to"
     return ""
 
@@ -224,7 +224,7 @@ def _kernel(recorded: Recorded, dtypes: tuple[torch.dtype, ...], exact: bool) ->
             text = source(recorded, dtypes, exact=exact)
             from lrprobe.engine import intrinsics
 
-            kernel = _kernels[key] = imported(text, intrinsics.__file__).kernel
+            kernel = _kernels[key] = import_generated(text, intrinsics.__file__).kernel
     return kernel
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from lrprobe.engine.block_printer import TYPES, Sum, source
 from lrprobe.engine.distribution import BINS, FOLDED, Bins
-from lrprobe.engine.generated import folder, imported
+from lrprobe.engine.generated import cache_folder, import_generated
 from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import differing
 from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
-from lrprobe.rules.base import there
+from lrprobe.rules.base import to_device
 
 _CHUNK = 4096
 """Elements that one program takes; more where there would be too many chunks."""
@@ -61,7 +61,7 @@ def unavailable() -> str:
         compilers = [os.environ.get("CC", ""), "clang", "gcc", "cc"]
         if not any(shutil.which(name) for name in compilers if name):
             return "there is no C compiler, which Triton needs"
-    return "" if folder() else "there is no folder that generated code could be written to"
+    return "" if cache_folder() else "there is no folder that generated code could be written to"
 
 
 def is_addressable(tensor: Tensor) -> bool:
@@ -89,7 +89,7 @@ def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     buffer = torch.empty(2 * int(room.sum()), dtype=torch.uint8, device=device)
     addresses = np.array([t.data_ptr() for t in tensors], np.int64)
     columns = addresses, runs[:, 0], runs[:, 1] * units, runs[:, 2] * units, starts
-    table = there(torch.from_numpy(np.stack(columns, 1)), device)
+    table = to_device(torch.from_numpy(np.stack(columns, 1)), device)
     launch(blocks.copy, (len(tensors),), table, buffer.view(torch.int16), N=1024)
     return buffer, (2 * starts).tolist()
 
@@ -155,10 +155,10 @@ def _figures(
     table = torch.from_numpy(host)
     if scalars.device.type == "cpu":  # both cross at once
         known = scalars.contiguous().view(torch.int64).reshape(-1)
-        table = there(torch.cat([table, known]), device)
+        table = to_device(torch.cat([table, known]), device)
         scalars = table[len(host) :].view(torch.float64)
     else:
-        table = there(table, device)
+        table = to_device(table, device)
     width, rows, n = int(columns[0]), full + rest, len(columns) // 3
     single, double = (1, rows * width) if exact else (rows * width, rows * width)
     out = torch.empty(single, dtype=torch.float32, device=device)
@@ -258,5 +258,5 @@ def _module(recorded: Recorded, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
             from lrprobe.engine import blocks
 
             text = source(recorded, dtypes)
-            module = _modules[key] = imported(text, blocks.__file__)
+            module = _modules[key] = import_generated(text, blocks.__file__)
     return module

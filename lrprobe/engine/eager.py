@@ -14,7 +14,7 @@ from torch import Tensor
 from lrprobe.engine.distribution import RateCounts, count_rates
 from lrprobe.engine.figures import Elements, Figure, is_elementwise
 from lrprobe.engine.pieces import At, precision, read
-from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, brought
+from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, to_device_float64
 
 BLOCK = 1 << 17
 """Elements that are read at once: few enough for what is made of them to stay in cache."""
@@ -66,7 +66,7 @@ def slices(
         yield slice_of(entry, group, at, dtype, memo, old)
 
 
-def add_whole(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
+def add_whole_statistics(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
     """Add what the rule needs to know of the whole parameter to the entry's state."""
     if rule.whole is not None:
         exact = torch.float64 if entry.param.numel() <= BLOCK else precision(entry.param)
@@ -148,7 +148,7 @@ def _block(
             number = _over_elements(figure, value, e)
         else:
             number = _shared(figure, value, like.numel() if not figure.moving else moving)
-        numbers.append(brought(number, like.device))
+        numbers.append(to_device_float64(number, like.device))
     return torch.stack(numbers)
 
 
@@ -167,7 +167,7 @@ def _shared(figure: Figure, value: Any, count: Any) -> Tensor:
     value = torch.as_tensor(value, dtype=torch.float64).reshape(())
     count = torch.as_tensor(count, dtype=torch.float64)
     device = count.device if value.device.type == "cpu" else value.device
-    value, count = brought(value, device), brought(count, device)
+    value, count = to_device_float64(value, device), to_device_float64(count, device)
     if figure.merge == "sum":
         return torch.where(count > 0, value * count, 0.0)
     return torch.where(count > 0, value, torch.inf if figure.merge == "min" else -torch.inf)

@@ -70,7 +70,7 @@ class StepInFlight:
         return known + sum(t.nbytes for t in tensors if t is not None)
 
     @property
-    def none_taken(self) -> bool:
+    def is_dummy(self) -> bool:
         """Whether every rate, or every gradient, was 0: a checkpoint library's, to make state."""
         return bool(self.arrived().maxima[-1, MOVED] <= 0)
 

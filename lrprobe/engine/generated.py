@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 
-def imported(text: str, builds_on: str) -> ModuleType:
+def import_generated(text: str, builds_on: str) -> ModuleType:
     """The text as a module; ``builds_on`` names a file whose changes make it another one.
 
     Raises:
@@ -22,7 +22,7 @@ def imported(text: str, builds_on: str) -> ModuleType:
     name = "lrprobe_" + hashlib.sha256((_text_of(builds_on) + text).encode()).hexdigest()[:20]
     if name in sys.modules:
         return sys.modules[name]
-    kept = folder()
+    kept = cache_folder()
     if kept is None:
         raise OSError("there is no folder that generated code could be written to")
     path = kept / f"{name}.py"
@@ -45,7 +45,7 @@ def _text_of(path: str) -> str:
 
 
 @cache
-def folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Where generated code is kept: in this user's cache, else in a temporary folder of theirs."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()

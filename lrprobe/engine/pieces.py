@@ -75,7 +75,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def real(tensor: Tensor, span: slice | None = None) -> Tensor:
+def local_real(tensor: Tensor, span: slice | None = None) -> Tensor:
     """Local, a complex tensor seen as pairs of reals; or a range of it."""
     tensor = local(tensor)
     if tensor.dtype.is_complex:
@@ -95,7 +95,7 @@ def entry_of(
     if grad.is_sparse and grad.sparse_dim() == 1:
         gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
     else:
-        gradient = real(grad.to_dense() if grad.is_sparse else grad, span)
+        gradient = local_real(grad.to_dense() if grad.is_sparse else grad, span)
     if type(param) in _PLAIN and span is None and not extra and not param.dtype.is_complex:
         return Entry(param, gradient, state)  # as it is: nobody writes into it
     wide = None if span is None else param.shape
@@ -103,10 +103,10 @@ def entry_of(
     for name, value in state.items():
         if isinstance(value, Tensor):
             value = value.to_dense() if value.is_sparse else value  # noqa: PLW2901
-            entries[name] = real(value, span if value.shape == wide else None)
+            entries[name] = local_real(value, span if value.shape == wide else None)
         else:
             entries[name] = value
-    return Entry(real(param, span), gradient, {**entries, **extra})
+    return Entry(local_real(param, span), gradient, {**entries, **extra})
 
 
 def precision(tensor: Tensor) -> torch.dtype:
@@ -139,7 +139,7 @@ def sampled(entry: Entry) -> Entry:
     """The check sample of an entry as an entry of its own."""
     shape = entry.param.shape
     state = {
-        name: sample(value, shape) if is_wide(value, shape) else value
+        name: sample(value, shape) if is_per_element(value, shape) else value
         for name, value in entry.state.items()
     }
     grad = sample(entry.grad, shape)
@@ -148,7 +148,7 @@ def sampled(entry: Entry) -> Entry:
     return Entry(sample(entry.param, shape), grad, state)
 
 
-def is_wide(value: Any, shape: torch.Size) -> bool:
+def is_per_element(value: Any, shape: torch.Size) -> bool:
     """Whether a state entry has a value for each element, or broadcasts to that."""
     if isinstance(value, Coded):
         return True
@@ -170,7 +170,7 @@ def lies_flat(entry: Entry) -> bool:
             if value.shape == shape:
                 if value.stride() != strides:
                     return False
-            elif value.dim() and is_wide(value, shape):
+            elif value.dim() and is_per_element(value, shape):
                 return False
         elif isinstance(value, Coded):
             return False
@@ -193,7 +193,7 @@ def flattened(entry: Entry) -> Entry:
         return entry
     shape = entry.param.shape
     state = {
-        name: _flat(value) if is_wide(value, shape) else value
+        name: _flat(value) if is_per_element(value, shape) else value
         for name, value in entry.state.items()
     }
     return Entry(_flat(entry.param), _flat(cast("Tensor", entry.grad)), state)
@@ -234,7 +234,7 @@ def _device(readable: Readable) -> torch.device:
     return readable.codes.device if isinstance(readable, Coded) else readable.device
 
 
-def draw(name: str, numel: int, count: int) -> Tensor | None:
+def draw_tracked(name: str, numel: int, count: int) -> Tensor | None:
     """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
     if not count or not numel:
         return None

@@ -121,7 +121,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
     """
     scalar = "scalars[t, {0}]"
     names = Names(recorded.program, OPERATIONS, f"real({scalar})", scalar)
-    stages = _staged(recorded)
+    stages = _split_passes(recorded)
     pad, inner = " " * 8, " " * 12
     lines = [
         HEAD.format(
@@ -135,7 +135,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
             least=-0x8000000000000000 if exact else -0x80000000,
         )
     ]
-    lines += [pad + text for text in names.hoisted([*stages.first, *stages.second])]
+    lines += [pad + text for text in names.hoisted([*stages.element_lines, *stages.rate_lines])]
     for at, (leaf, dtype) in enumerate(zip(recorded.program.leaves, dtypes, strict=True)):
         _, kind, size = LOADED[dtype]
         lines.append(
@@ -147,7 +147,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
     for at, dtype in enumerate(dtypes):
         if f"x{at}" in stages.leaves:
             lines.append(f"{inner}x{at} = real({LOADED[dtype][0].format(f'p{at}[i]')})")
-    lines += [inner + names.printed(line) for line in stages.first]
+    lines += [inner + names.printed(line) for line in stages.element_lines]
     lines += [inner + accumulator.add for accumulator in stages.sums]
     if recorded.rate is not None and recorded.moves is not None:
         rate, moves = recorded.rate.label, recorded.moves.label
@@ -158,7 +158,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
         lines += [f"{inner}low = min(low, key)", f"{inner}high = max(high, key)"]
         bits = f"ordered32(np.float32({rate}))"
         lines.append(f"{inner}bins[i] = ({bits} >> np.int32({SHIFT})) + np.int32({ZERO})")
-        lines += [inner + names.printed(line) for line in stages.second]
+        lines += [inner + names.printed(line) for line in stages.rate_lines]
         lines += [inner + accumulator.add for accumulator in stages.rate_sums]
         fixed = {"exact": EXACT, "stride": STRIDE, "lanes": LANES, "shift": SHIFT, "zero": ZERO}
         lines.append(COUNT.format(**fixed).rstrip())
@@ -215,24 +215,24 @@ class _Accumulator:
 
 @dataclass(slots=True)
 class _Stages:
-    """What belongs to the pass over all tensors, and what to that over the rates.
+    """The program split into the pass over all tensors and the pass over the rates.
 
     Attributes:
-        first, second: lines of either.
-        leaves: variables that are read in the first.
-        sums, rate_sums: accumulators of either.
-        results: number of a figure to what it is in the end.
+        element_lines, rate_lines: the lines of each pass.
+        leaves: variables that the first pass reads from memory.
+        sums, rate_sums: the accumulators of each pass.
+        results: number of a figure to the expression of its value after the loops.
     """
 
-    first: list[Line]
-    second: list[Line]
+    element_lines: list[Line]
+    rate_lines: list[Line]
     leaves: set[str]
     sums: list[_Accumulator] = field(default_factory=list)
     rate_sums: list[_Accumulator] = field(default_factory=list)
     results: dict[int, str] = field(default_factory=dict)
 
 
-def _staged(recorded: Recorded) -> _Stages:
+def _split_passes(recorded: Recorded) -> _Stages:
     program = recorded.program
     made = {line.target: line for line in program.lines}
     rate = None if recorded.rate is None else recorded.rate.label

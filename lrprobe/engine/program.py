@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import there
+from lrprobe.rules.base import to_device
 
 REAL, WIDE, BOOL = "real", "wide", "bool"
 """What a variable is: in the precision of the elements; in that of the sums; a condition."""
@@ -61,20 +61,20 @@ class Program:
     _known: dict[tuple[Any, ...], tuple[Symbol, Line]] = field(default_factory=dict)
     _read: dict[str, Symbol] = field(default_factory=dict)
     _slots: dict[int, int] = field(default_factory=dict)
-    _noted: set[str] = field(default_factory=set)
-    _before: tuple[list[Line], list[str]] | None = None
+    _emitted: set[str] = field(default_factory=set)
+    _previous: tuple[list[Line], list[str]] | None = None
     _number: int | None = None
 
     def rewind(self) -> None:
         """Note the same operations again, with the scalars of another step."""
-        self._before = self.lines, self.leaves
+        self._previous = self.lines, self.leaves
         self.lines, self.leaves, self.scalars = [], [], []
-        self._slots, self._noted = {}, set()
+        self._slots, self._emitted = {}, set()
 
     @property
     def repeated(self) -> bool:
         """Whether since ``rewind`` the same was noted as before it."""
-        return (self.lines, self.leaves) == self._before
+        return (self.lines, self.leaves) == self._previous
 
     @property
     def number(self) -> int:
@@ -120,8 +120,8 @@ class Program:
             line = Line(f"t{len(self._known)}", op, tuple(names), kind)
             known = self._known[key] = Symbol(self, line.target, kind), line
         symbol, line = known
-        if line.target not in self._noted:
-            self._noted.add(line.target)
+        if line.target not in self._emitted:
+            self._emitted.add(line.target)
             self.lines.append(line)
         return symbol
 
@@ -138,7 +138,7 @@ class Program:
             columns_of[:, at] = value.detach().numpy().reshape(-1) if is_tensor else float(value)
         if device.type == "cpu" or not any(map(_is_far, self.scalars)):
             return near
-        sent = iter(there(near, device).unbind(1))
+        sent = iter(to_device(near, device).unbind(1))
         for value in self.scalars:
             if _is_far(value):
                 columns.append(value.detach().double().reshape(-1).expand(self.rows))
@@ -176,8 +176,8 @@ class Symbol(Tensor):
         """Note what is one operation already here, which is many times as fast as below."""
         name = func.__name__
         name = _SPELLED.get(name, name)
-        if name in _AT_ONCE:
-            return _noted(name, args, kwargs or {})
+        if name in _DIRECT:
+            return _emit(name, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -186,14 +186,14 @@ class Symbol(Tensor):
     ) -> Symbol:
         """Note an operation of those that torch makes of any function."""
         name = func.overloadpacket.__name__
-        if name not in _NOTED:
+        if name not in _EMITTERS:
             raise UnknownOperationError(str(func.overloadpacket))
-        return _noted(name, args, kwargs or {})
+        return _emit(name, args, kwargs or {})
 
 
-def _noted(name: str, args: Any, kwargs: Any) -> Symbol:
+def _emit(name: str, args: Any, kwargs: Any) -> Symbol:
     program = next(each.program for each in (*args, *kwargs.values()) if type(each) is Symbol)
-    return _NOTED[name](program, name, args, kwargs)
+    return _EMITTERS[name](program, name, args, kwargs)
 
 
 def wide(value: Any) -> Any:
@@ -337,7 +337,7 @@ def _filled(program: Program, name: str, args: Any, _: Any) -> Symbol:
 
 
 _RENAMED = {"maximum": "max", "minimum": "min", "absolute": "abs", "sgn": "sign"}
-_NOTED: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
+_EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     **dict.fromkeys(("add", "sub", "rsub"), _add),
     **dict.fromkeys(
         (
@@ -372,7 +372,7 @@ _SPELLED = {
     "__or__": "bitwise_or",
     "__invert__": "bitwise_not",
 }
-_AT_ONCE = frozenset(
-    name for name, noted in _NOTED.items() if noted not in (_same, _to, _filled, _where)
+_DIRECT = frozenset(
+    name for name, noted in _EMITTERS.items() if noted not in (_same, _to, _filled, _where)
 ) | {"detach"}
 """Functions that take what the ATen operation of their name does."""

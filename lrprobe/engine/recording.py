@@ -74,13 +74,13 @@ def record(
     """
     if known is not None and known.rows == len(entries):
         known.rewind()
-        again = _noted(known, table, entries, group, rule, rates, kept, memo)
+        again = _record_into(known, table, entries, group, rule, rates, kept, memo)
         if known.repeated:
             return again
-    return _noted(Program(len(entries)), table, entries, group, rule, rates, kept, memo)
+    return _record_into(Program(len(entries)), table, entries, group, rule, rates, kept, memo)
 
 
-def _noted(
+def _record_into(
     program: Program,
     table: Sequence[Figure],
     entries: Sequence[Entry],

@@ -296,7 +296,7 @@ class Steps:
                 one.show_before(tracked.at, tap.before)
                 one.before()
             one.show_step(tracked.at, tap, one.lr(-1), tracked.step)
-        tracked.hooks.passed(one.host.gradient_accumulation_steps or 1)
+        tracked.hooks.add_passes(one.host.gradient_accumulation_steps or 1)
         one.after()
         if tracked.due:
             one.forget(tracked.at)

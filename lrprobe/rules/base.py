@@ -436,17 +436,17 @@ def nonzero(value: Any) -> Tensor:
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
-def there(host: Tensor, device: torch.device) -> Tensor:
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to a device, without waiting."""
     if device.type in ("cpu", "mps"):
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
 
 
-def brought(number: Tensor, device: torch.device) -> Tensor:
+def to_device_float64(number: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from any device, in float64, without waiting."""
     if number.device.type == "cpu":
-        return there(number.double(), device)
+        return to_device(number.double(), device)
     return number.to(device, torch.float64, non_blocking=True)
 
 
@@ -464,4 +464,4 @@ def column(values: Sequence[Any], device: torch.device) -> Tensor:
         if (numbers == numbers[0]).all():
             return column[0]
     column = column.unsqueeze(1)
-    return there(column, device) if column.device.type == "cpu" else column.to(device)
+    return to_device(column, device) if column.device.type == "cpu" else column.to(device)

@@ -66,7 +66,7 @@ _TABLE: dict[str, dict[Rule, tuple[str, ...]]] = {
         adaptive.ADEMAMIX: ("AdEMAMix",),
         adapted.DADAPT_ADAM: ("DAdaptAdam",),
         adapted.PRODIGY: ("Prodigy",),
-        layerwise.LAMB_TOLD: ("Lamb",),
+        layerwise.LAMB_STORED_TRUST: ("Lamb",),
         lion.LION: ("Lion",),
         schedulefree.ADAMW: ("ScheduleFreeAdamW",),
         schedulefree.RADAM: ("ScheduleFreeRAdam",),

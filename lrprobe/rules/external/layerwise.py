@@ -103,7 +103,7 @@ def _lamb(s: Slice) -> Update:
     )
 
 
-def _lamb_told(s: Slice) -> Update:
+def _lamb_stored_trust(s: Slice) -> Update:
     """The same, where the state tells the trust ratio, and v is not corrected.
 
     ``pytorch_optimizer/optimizer/lamb.py``.
@@ -156,5 +156,5 @@ def _lars(s: Slice) -> Update:
 
 
 LAMB = Rule("lamb", _lamb, before=norm_before, whole=_lamb_whole)
-LAMB_TOLD = Rule("lamb", _lamb_told)
+LAMB_STORED_TRUST = Rule("lamb", _lamb_stored_trust)
 LARS = Rule("lars", _lars, before=norm_before, whole=_lars_whole, needs_grad=True)

@@ -1,4 +1,4 @@
-"""Which way figures are taken: eager, or by code generated for the device the elements are on."""
+"""How figures are computed: eagerly, or by code generated for the device of the tensors."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 
 from lrprobe.text import warn
 
-Way = Literal["auto", "eager", "cpu", "cuda"]
+EngineName = Literal["auto", "eager", "cpu", "cuda"]
 VARIABLE = "LRPROBE_ENGINE"
 
 
-def chosen() -> Way:
-    """What the environment variable LRPROBE_ENGINE says.
+def engine_from_env() -> EngineName:
+    """Read the environment variable LRPROBE_ENGINE.
 
     Raises:
-        ValueError: if it is none of the ways.
+        ValueError: if its value is not an engine.
     """
     value = os.environ.get(VARIABLE, "").strip().lower() or "auto"
-    for way in ("auto", "eager", "cpu", "cuda"):
-        if value == way:
-            return way
+    for name in ("auto", "eager", "cpu", "cuda"):
+        if value == name:
+            return name
     raise ValueError(f"{VARIABLE}={value!r}: it may be auto, eager, cpu or cuda")
 
 
-def generators(way: Way) -> dict[str, ModuleType]:
+def backends_for(engine: EngineName) -> dict[str, ModuleType]:
     """Type of a device to what generates code for it; a device that is not there is eager."""
     found: dict[str, ModuleType] = {}
-    if way in ("auto", "cpu"):
+    if engine in ("auto", "cpu"):
         from lrprobe.engine import cpu
 
         _add(found, "cpu", cpu, cpu.unavailable())
-    if way == "cuda" or (way == "auto" and torch.cuda.is_available()):
+    if engine == "cuda" or (engine == "auto" and torch.cuda.is_available()):
         from lrprobe.engine import cuda
 
         for device in cuda.DEVICES:  # Triton's interpreter takes what is on the CPU
@@ -45,12 +45,12 @@ def generators(way: Way) -> dict[str, ModuleType]:
 
 def _add(found: dict[str, ModuleType], device: str, module: ModuleType, reason: str) -> None:
     if reason:
-        notice(f"{reason}, so that a recorded step costs about ten times as much")
+        warn_eager_once(f"{reason}, so that a recorded step costs about ten times as much")
     else:
         found[device] = module
 
 
 @cache
-def notice(reason: str) -> None:
+def warn_eager_once(reason: str) -> None:
     """Say once why figures are taken eagerly."""
     warn(f"figures are taken by plain tensor operations, since {reason}")

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrprobe.engine.pieces import local, real
+from lrprobe.engine.pieces import local, local_real
 from lrprobe.text import listed
 
 if TYPE_CHECKING:
     from lrprobe.distributed.ranks import Kind
 
 
-def content_of(tensor: Tensor) -> str:
+def content_digest(tensor: Tensor) -> str:
     """What tells a tensor from another one, by its values; where these are all one, by the rank."""
     rank = torch.distributed.get_rank()
-    values = real(local(tensor)).detach().flatten()
+    values = local_real(local(tensor)).detach().flatten()
     if not len(values) or values.device.type == "meta" or bool((values == values[0]).all()):
         return f"nothing, on rank {rank}"
     raw = values.cpu().view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()[:16]
 
 
-def named_apart(
+def rename_differing(
     kinds: Sequence[Kind], optimizer: str, ranks: Sequence[int]
 ) -> tuple[list[Kind], list[dict[str, str]]]:
     """Give tensors that differ between ranks names of their own.
@@ -68,7 +68,7 @@ def named_apart(
     return result, renamed
 
 
-def told(names: Mapping[str, str], why: str) -> str:
+def unmerged_warning(names: Mapping[str, str], why: str) -> str:
     """A warning that speaks of them."""
     new = next(iter(names.values()))
     what = f"{listed(list(names))}{f' ({why})' if why else ''}"

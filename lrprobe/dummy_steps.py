@@ -18,7 +18,7 @@ def device_of(optimizer: Optimizer) -> torch.device:
     return min(far, key=str) if far else torch.device("cpu")
 
 
-def at_rest(optimizer: Optimizer) -> bool | None:
+def all_rates_zero(optimizer: Optimizer) -> bool | None:
     """Whether every rate is 0; None where a device would have to be asked."""
     known: bool | None = True
     for group in optimizer.param_groups:
@@ -30,7 +30,7 @@ def at_rest(optimizer: Optimizer) -> bool | None:
     return known
 
 
-def moves(optimizer: Optimizer) -> bool:
+def any_gradient(optimizer: Optimizer) -> bool:
     """Whether some gradient has an element that is not 0, or none has elements; asks the device."""
     grads = _gradients(optimizer)
     return not grads or any(bool(each.any()) for each in grads)
@@ -45,12 +45,12 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [each.detach() for each in values]
 
 
-def moved(optimizer: Optimizer, device: torch.device) -> Any:
+def step_moved(optimizer: Optimizer, device: torch.device) -> Any:
     """1 where some rate and some gradient is not 0, or there is no gradient; no device is asked.
 
     Checkpoint libraries take a step with neither, so that there is a state to load into.
     """
-    if at_rest(optimizer) is False:
+    if all_rates_zero(optimizer) is False:
         return 1.0
     grads = _gradients(optimizer)
     if not grads:
