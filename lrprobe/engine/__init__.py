@@ -1,9 +1,9 @@
-"""How a step becomes figures: what is kept before it, and what is read after it.
+"""How a step becomes figures: what is kept before it, and what is computed after it.
 
     before: a check sample of each parameter, its state and its gradient
-    after:  rule → figures of each local piece, by one call for all pieces of a kind
+    after:  rule → figures of each local piece, in one call for all pieces of a kind
 
-Nothing here reads a value that is on a device.
+Nothing here reads device values on the host, so no hook synchronizes.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from lrprobe.rules.base import Entry, Rule, Scalar, to_device, to_device_float64
 _MOST_PROGRAMS = 256
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
-"""Of a parameter that has no gradient."""
+"""The figures of a parameter without a gradient."""
 
 
 @dataclass(slots=True)
 class PreStep:
-    """What is kept from before a step; keys are numbers of parameters.
+    """What is kept from before a step; keys are indices of watched parameters.
 
     Attributes:
         samples: check samples of parameters, their state, and gradients that may be overwritten.
-        grads: gradients, which the step may drop.
-        gradient: ``GRADIENT`` figures of those that may be overwritten.
-        scalars: what rules asked for.
+        grads: references to the gradients, because the step may set ``grad`` to None.
+        gradient: ``GRADIENT`` figures of the gradients that may be overwritten.
+        scalars: what ``Rule.before`` returned.
         tracked: tracked elements of the parameter, and of a gradient that may be overwritten.
-        failed: what a rule raised.
+        failed: the error that ``Rule.before`` raised.
     """
 
     samples: Samples
@@ -66,17 +66,17 @@ class PreStep:
 
 
 def empty_pre_step() -> PreStep:
-    """Of a step before which nothing was kept: no parameter takes it."""
+    """Return a ``PreStep`` without samples; with it, no parameter counts as stepped."""
     return PreStep(Samples({}))
 
 
 class Engine:
-    """Takes the figures of steps, in the backend that was chosen."""
+    """Computes the figures of steps, with generated code where a backend is available."""
 
     def __init__(self, engine: EngineName) -> None:
         self.backends = backends_for(engine)
         self._programs: dict[Any, Program] = {}
-        """By table, first parameter of a batch and number of its parameters: the last recorded."""
+        """(table, first parameter of a batch, size of the batch) to its last recorded program."""
 
     def before(
         self,
@@ -85,11 +85,11 @@ class Engine:
         *,
         closure: bool = False,
     ) -> PreStep:
-        """Keep what cannot be told after the step; with a closure there is no gradient yet."""
+        """Keep what the step overwrites; with a closure the gradients do not exist yet."""
         pre = PreStep(Samples(self.backends))
         for i, w in enumerate(watched):
             param = w.place()
-            # What is frozen is stepped all the same where an old gradient was left.
+            # An optimizer also steps a frozen parameter that still has a gradient.
             if param is None or not (param.requires_grad or param.grad is not None):
                 continue
             group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
@@ -124,7 +124,7 @@ class Engine:
         group: Mapping[str, Any],
         pre: PreStep,
     ) -> None:
-        """Where the optimizer may leave something else in its stead."""
+        """Keep samples and figures of a gradient that the optimizer may overwrite."""
         grad = param.grad
         overwrites = w.rule is None or (w.rule.overwrites is not None and w.rule.overwrites(group))
         if not overwrites:
@@ -150,9 +150,10 @@ class Engine:
 
         Args:
             watched: the parameters.
-            optimizer: theirs.
+            optimizer: their optimizer.
             pre: what ``before`` kept.
-            grads: id of a parameter to the gradient that stands in for its own; None: unknown.
+            grads: id of a parameter to the gradient to use instead of its own; None marks a
+                gradient that is unknown.
         """
         found = StepFigures(failed=dict(pre.failed))
         found.skipped = copied(getattr(optimizer, "found_inf", None))
@@ -195,7 +196,7 @@ class Engine:
         batches: dict[Any, Batch],
         found: StepFigures,
     ) -> None:
-        """Put a piece beside others of its kind; one without elements is done at once."""
+        """Add a piece to the batch of its kind; compute an empty piece's figures directly."""
         rule = None if i in pre.failed else w.rule
         if entry.param.numel() == 0:
             found.vectors.append(_empty_figures(i, entry, group, rule, found))
@@ -207,16 +208,16 @@ class Engine:
         batches[key].add(i, entry, addresses)
 
     def _batch_figures(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
-        """Figures of a batch by its rule; of what that cannot read, measured ones."""
+        """Figures of a batch by its rule; measured figures for pieces on which the rule fails."""
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
                     add_batch_statistics(self.backends, batch)
                 return [self._checked_figures(batch, pre)]
-            except torch.OutOfMemoryError:  # which is no fault of the rule's
+            except torch.OutOfMemoryError:  # not the rule's fault
                 raise
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-                if len(batch.at) > 1:  # which of them it cannot explain
+                if len(batch.at) > 1:  # find the pieces on which it fails
                     return [
                         vectors
                         for i, entry in zip(batch.at, batch.entries, strict=True)
@@ -251,9 +252,9 @@ class Engine:
         rates: bool,
         samples: Samples | None = None,
     ) -> Vectors:
-        """Figures of a batch, of all elements or of the check sample.
+        """Figures of a batch: of all elements, or of the check sample if ``samples`` is given.
 
-        Generated code reads what lies densely in memory, plain tensor operations anything else.
+        Generated code reads tensors that are dense in memory; eager code handles all others.
         """
         backend = self.backends.get(batch.entries[0].param.device.type)
         recorded = None
@@ -276,7 +277,7 @@ class Engine:
     def _recorded(
         self, table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
     ) -> Recorded | None:
-        """The batch's program; None where it has to be eager."""
+        """The batch's program; None if the batch has to be computed eagerly."""
         kept = () if samples is None else [samples.names(i) for i in batch.at]
         key = table[0].name, batch.at[0], len(batch.at)
         if len(self._programs) > _MOST_PROGRAMS:
@@ -296,7 +297,7 @@ class Engine:
             name = batch.rule.name if batch.rule is not None else "the table"
             warn_eager_once(f"no code can be generated for {error} in the rule {name!r}")
             return None
-        except Exception:  # noqa: BLE001 - eager code tells whether it is the rule's own
+        except Exception:  # noqa: BLE001 - if it is the rule's own error, eager code raises it too
             return None
         self._programs[key] = recorded.program
         return recorded
@@ -331,7 +332,7 @@ class Engine:
     ) -> None:
         """Keep the check sample of each gradient for the next recorded step."""
         for i, entry in zip(batch.at, batch.entries, strict=True):
-            if "grad" in pre.samples.names(i):  # which the optimizer may have overwritten
+            if "grad" in pre.samples.names(i):  # the optimizer may have overwritten p.grad
                 latest.put(i, "previous", pre.samples.tensor(i, "grad").clone())
             elif isinstance(entry.grad, Tensor):
                 latest.request(i, "previous", entry.grad)
@@ -340,14 +341,14 @@ class Engine:
             watched[i].previous = latest, i
 
     def _resting(self, param: Tensor, span: slice | None) -> Tensor:
-        """Σθ² of a parameter that took no step; NaN where its values cannot be read."""
+        """Σθ² of a parameter that took no step; NaN if its values cannot be read."""
         unknown = torch.tensor(torch.nan, dtype=torch.float64)
-        if param.device.type == "meta":  # which has none
+        if param.device.type == "meta":  # it has no values
             return unknown
         try:
             return self._tensor_figures(PARAM, local_real(param, span))[0]
         except (RuntimeError, NotImplementedError, TypeError):
-            return unknown  # of a subclass that holds its values in a way of its own
+            return unknown  # a tensor subclass with its own storage format
 
     def _tensor_figures(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""
@@ -358,7 +359,7 @@ class Engine:
 def _eager(
     table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
 ) -> Vectors:
-    """The figures of a batch, piece by piece."""
+    """Compute the figures of a batch piece by piece, with plain tensor operations."""
     values, bins, folds, numel = [], [], [], []
     for place, (i, entry) in enumerate(zip(batch.at, batch.entries, strict=True)):
         numel.append(entry.param.numel())
@@ -424,7 +425,7 @@ def _read_flat(flat: Tensor, at: Tensor) -> Tensor:
 
 
 def _checked(numel: int) -> int:
-    """Elements of a piece in its check sample."""
+    """Number of elements in the check sample of a piece."""
     runs, run, _ = sample_runs(numel)
     return runs * run
 
@@ -435,10 +436,10 @@ def _rate_of(group: Mapping[str, Any]) -> Scalar:
 
 
 def copied(value: Any) -> Any:
-    """A hyperparameter as it stands now: a tensor's copy, anything else itself."""
+    """A hyperparameter's current value: a tensor is copied, anything else returned as it is."""
     return local(value).detach().clone() if isinstance(value, Tensor) else value
 
 
 def cause(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The type and message of an error."""
     return f"{type(error).__name__}: {error}"

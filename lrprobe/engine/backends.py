@@ -29,7 +29,7 @@ def engine_from_env() -> EngineName:
 
 
 def backends_for(engine: EngineName) -> dict[str, ModuleType]:
-    """Type of a device to what generates code for it; a device that is not there is eager."""
+    """Device type to the module that generates code for it; other devices are eager."""
     found: dict[str, ModuleType] = {}
     if engine in ("auto", "cpu"):
         from lrprobe.engine import cpu
@@ -38,19 +38,19 @@ def backends_for(engine: EngineName) -> dict[str, ModuleType]:
     if engine == "cuda" or (engine == "auto" and torch.cuda.is_available()):
         from lrprobe.engine import cuda
 
-        for device in cuda.DEVICES:  # Triton's interpreter takes what is on the CPU
+        for device in cuda.DEVICES:  # "cpu" under Triton's interpreter
             _add(found, device, cuda, cuda.unavailable())
     return found
 
 
 def _add(found: dict[str, ModuleType], device: str, module: ModuleType, reason: str) -> None:
     if reason:
-        warn_eager_once(f"{reason}, so that a recorded step costs about ten times as much")
+        warn_eager_once(f"{reason}; a recorded step then costs about ten times as much")
     else:
         found[device] = module
 
 
 @cache
 def warn_eager_once(reason: str) -> None:
-    """Say once why figures are taken eagerly."""
-    warn(f"figures are taken by plain tensor operations, since {reason}")
+    """Warn once that figures are computed eagerly, and why."""
+    warn(f"figures are computed with plain tensor operations, because {reason}")

@@ -1,4 +1,4 @@
-"""Pieces of one kind, which one call reads together, and the addresses of their elements."""
+"""Batches: pieces of one kind that one call processes together, and their memory addresses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lrprobe.engine.recording import Recorded
 from lrprobe.rules.base import Coded, Entry, Rule, SparseRows
 
 Backends = Mapping[str, ModuleType]
-"""Type of a device to what generates code for it."""
+"""Device type to the module that generates code for it."""
 
 
 @dataclass(slots=True)
@@ -27,13 +27,13 @@ class Batch:
     """Pieces of one kind: the same rule, group, dtypes, device and state entries.
 
     Attributes:
-        at: numbers of their parameters.
-        entries: what rules read of each.
-        group, rule: theirs.
-        columns: name of a tensor of elements to its address in each piece; nothing where the
-            tensors cannot all be read by address.
-        whole: whether all of those are contiguous.
-        memo: scalars that its programs share.
+        at: indices of their parameters.
+        entries: the tensors of each piece.
+        group, rule: shared by all pieces.
+        columns: name of an element-wise tensor to its address in each piece; empty unless every
+            such tensor can be read by address.
+        whole: whether all of these tensors are contiguous.
+        memo: scalars that the programs of the batch share.
     """
 
     at: list[int]
@@ -48,7 +48,7 @@ class Batch:
         return iter(range(len(self.at)))
 
     def add(self, i: int, entry: Entry, addresses: Mapping[str, int]) -> None:
-        """Take a piece."""
+        """Add a piece."""
         self.at.append(i)
         self.entries.append(entry)
         for name, address in addresses.items():
@@ -66,10 +66,9 @@ def batch_of(
 
 
 def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
-    """What pieces that are read together have in common; the addresses of the elements.
+    """The batch key of a piece, the addresses of its tensors, and whether it is contiguous.
 
-    There are none where the tensors have not all one dense layout. And whether that is the
-    contiguous one.
+    There are no addresses unless all tensors have the same dense layout.
     """
     param, grad = entry.param, entry.grad
     shape, strides, device = param.shape, param.stride(), param.device
@@ -98,7 +97,7 @@ def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[st
             else:
                 addresses[name] = value.data_ptr()
         elif value.dim() and is_per_element(value, shape):
-            backend = None  # it is broadcast
+            backend = None  # generated code does not broadcast
     contiguous = param.is_contiguous()
     if backend is None or not (contiguous or is_dense(param)):
         addresses = {}
@@ -106,7 +105,7 @@ def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[st
 
 
 def add_batch_statistics(backends: Backends, batch: Batch) -> None:
-    """Add figures of whole parameters, whose tensors then have addresses too."""
+    """Add what ``Rule.whole`` computes to each entry, and refresh the addresses."""
     if batch.rule is not None:
         for entry in batch.entries:
             add_whole_statistics(entry, batch.group, batch.rule)
@@ -119,9 +118,9 @@ def add_batch_statistics(backends: Backends, batch: Batch) -> None:
 def addresses_of(
     recorded: Recorded, batch: Batch, samples: Samples | None, backend: ModuleType
 ) -> tuple[NDArray[np.int64], list[torch.dtype], list[Tensor]] | None:
-    """Addresses and dtypes of the leaves of each piece, and what must live until they are read.
+    """Addresses and dtypes of the leaves of each piece, and tensors to keep alive meanwhile.
 
-    None where a tensor that the program reads has none.
+    None if a tensor that the program reads has no address.
     """
     columns, dtypes, alive = [], [], []
     wanted: list[tuple[list[int], int, Tensor]] = []
@@ -159,7 +158,7 @@ def addresses_of(
 
 
 def leaf_of(entry: Entry, name: str) -> Any:
-    """A tensor of an entry, by the name that programs have for it."""
+    """A tensor of an entry, by its name in programs."""
     if name in ("param", "grad"):
         return entry.param if name == "param" else entry.grad
     return entry.state.get(name)

@@ -1,7 +1,7 @@
-"""The figures of one step as buffers that merge by ``+`` and ``max``, wherever their pieces are.
+"""The figures of one step as buffers that merge by ``+`` and ``max``.
 
-Rows are those of the frame. What one process has is added up here; ranks add their buffers up with
-an all-reduce; and the host reads them all in the same way.
+A row is a row of the frame. Each process merges its pieces here, ranks merge their buffers with an
+all-reduce, and the host reads the result the same way in both cases.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from lrprobe.engine.figures import CHECKS, FIGURES
 from lrprobe.rules.base import Scalar, to_device, to_device_float64
 
 _COUNTS = ("pieces", "elements", "with_grad")
-"""Pieces that took the step, and their elements; pieces with a gradient."""
+"""Pieces that took the step, their elements, and pieces with a gradient."""
 _SUM_FIGURES = tuple(f.name for f in (*FIGURES, *CHECKS) if f.merge == "sum")
 SUMS = (*_COUNTS, *_SUM_FIGURES)
-"""Merged by ``+``: (rows, SUMS)."""
+"""Columns merged by ``+``: (rows, SUMS)."""
 
 _MAX_FIGURES = tuple(f.name for f in FIGURES if f.merge != "sum")
 MAXIMA = (*_MAX_FIGURES, "lr", "initial_lr", "failed")
-"""Merged by ``max``, what merges by ``min`` negated: (rows, MAXIMA); −∞ where there is nothing.
+"""Columns merged by ``max``: (rows, MAXIMA); −∞ where there is no value.
 
-``failed`` is 1 where a rule raised.
+Figures that merge by ``min`` are negated. ``failed`` is 1 where a rule raised an error.
 """
 
 _STAYS = ("with_grad", "param_square", "grad_square", "nonfinite")
-"""Sums that are known of a step that a fused optimizer skipped for the gradient scaler."""
+"""Sums that stay valid if a fused optimizer skipped the step for the gradient scaler."""
 
 _NAMES = tuple(f.name for f in (*FIGURES, *CHECKS))
 WIDTH = len(_NAMES)
@@ -41,20 +41,20 @@ WIDTH = len(_NAMES)
 
 
 def column(name: str) -> int:
-    """Where a figure is in a ``Vectors`` table."""
+    """Index of a figure's column in a ``Vectors`` table."""
     return _NAMES.index(name)
 
 
 @dataclass(slots=True)
 class Vectors:
-    """Figures of some pieces, where these are.
+    """Figures of some pieces, on the device of the pieces.
 
     Attributes:
-        at: numbers of their parameters.
+        at: indices of their parameters.
         table: (pieces, WIDTH), float64.
         numel: elements of each piece.
-        bins: how their rates are distributed, if the host knows: owners are places in ``at``.
-        folded: the same on a device: (pieces, FOLDED).
+        bins: distribution of their rates, if computed on the host; owners are indices into ``at``.
+        folded: distribution of their rates, if computed on a device: (pieces, FOLDED).
     """
 
     at: list[int]
@@ -66,17 +66,18 @@ class Vectors:
 
 @dataclass(slots=True)
 class StepFigures:
-    """All that is known of one recorded step, before anything crosses to the host.
+    """Everything computed for one recorded step, before it is copied to the host.
+
+    Keys are indices of watched parameters.
 
     Attributes:
-        vectors: of the parameters that had a gradient.
-        resting: number of a parameter without one to Σθ².
-        lr, initial_lr: number of a parameter to its group's rates.
-        failed: number of a parameter to what its rule raised.
-        tracked: number of a parameter to the rate, update, gradient and value of its tracked
-            elements: (4, elements).
-        skipped: nonzero where a fused optimizer skipped the step; None where none can.
-        scale: what is then still in the gradients.
+        vectors: figures of the parameters that had a gradient.
+        resting: Σθ² of the parameters without a gradient.
+        lr, initial_lr: the rates of the parameter's group.
+        failed: the error that the parameter's rule raised.
+        tracked: rate, update, gradient and value of the tracked elements: (4, elements).
+        skipped: nonzero if a fused optimizer skipped the step; None if it cannot skip.
+        scale: the loss scale, by which the gradients of a skipped step are still multiplied.
     """
 
     vectors: list[Vectors] = field(default_factory=list)
@@ -91,15 +92,15 @@ class StepFigures:
 
 @dataclass(slots=True)
 class Buffers:
-    """What one process adds to the figures of a step.
+    """The contribution of one process to the figures of a step.
 
     Attributes:
         sums: (rows, SUMS), float64.
-        maxima: (rows + 1, MAXIMA), float64; the last row is the caller's.
+        maxima: (rows + 1, MAXIMA), float64; the last row holds flags of the caller.
         tracked: values of tracked elements, row by row: (values,), float64.
-        added: ``sums`` and ``tracked``, which are views of it: flat, one message.
-        folded: distributions on a device or on their way between ranks: (rows, FOLDED); or None.
-        folded_rows: which rows those are; None for all.
+        added: one flat buffer for the all-reduce; ``sums`` and ``tracked`` are views of it.
+        folded: distributions on a device, or for the all-reduce: (rows, FOLDED); or None.
+        folded_rows: the rows in ``folded``; None for all.
         bins: distributions on the host; owners are rows.
     """
 
@@ -112,12 +113,12 @@ class Buffers:
     bins: Bins | None = None
 
     def set_flag(self, column: int, value: float | Tensor) -> None:
-        """Put a number of the caller's into the last row."""
+        """Set a flag in the last row."""
         target = self.maxima[-1, column]
         target.copy_(value) if isinstance(value, Tensor) else target.fill_(value)
 
     def fold_rows(self, rows: list[int]) -> Tensor:
-        """Keep the distributions of some rows only, as a message between ranks."""
+        """Reduce ``folded`` to the given rows, for the all-reduce, and return it."""
         if self.folded is None:
             shape = len(rows), FOLDED
             self.folded = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
@@ -128,7 +129,7 @@ class Buffers:
 
 
 def blank(rows: int, tracked: int, device: torch.device) -> Buffers:
-    """Buffers to which nothing was added."""
+    """Create buffers without figures."""
     dtype = torch.float64
     added = torch.zeros(rows * len(SUMS) + tracked, dtype=dtype, device=device)
     sums, values = torch.split(added, [rows * len(SUMS), tracked])
@@ -144,14 +145,14 @@ def fill(
     *,
     folds: bool,
 ) -> None:
-    """Add the figures of a step.
+    """Add the figures of a step to the buffers.
 
     Args:
-        buffers: where to.
-        figures: the step's.
-        row_of: number of a parameter to its row; −1 where it is not for this process to add.
-        slots: number of a parameter to where its tracked elements go: (4, elements).
-        folds: whether distributions are to be folded, since other ranks add to them.
+        buffers: what to add to.
+        figures: those of the step.
+        row_of: index of a parameter to its row; −1 if another process adds it.
+        slots: index of a parameter to positions in ``Buffers.tracked``: (4, elements).
+        folds: whether to fold distributions, so that ranks can add them up.
     """
     device = buffers.sums.device
     skip = None
@@ -185,7 +186,7 @@ def _add_vectors(
     *,
     folds: bool,
 ) -> None:
-    """Add figures of some pieces; of those of a skipped step only what is known all the same."""
+    """Add the figures of some pieces; for a skipped step, only those that stay valid."""
     device = buffers.sums.device
     rows = [row_of[i] for i in vectors.at]
     mine = [place for place, row in enumerate(rows) if row >= 0]
@@ -203,7 +204,7 @@ def _add_vectors(
     sums = torch.cat([counted, sums], 1)
     most = most.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     if skip is not None:
-        if figures.scale is not None:  # which is then still in the gradients
+        if figures.scale is not None:  # the gradients of a skipped step are still scaled
             grad = SUMS.index("grad_square")
             scale = to_device_float64(figures.scale.detach().reshape(()), device)
             sums[:, grad] = torch.where(skip, sums[:, grad] / scale**2, sums[:, grad])
@@ -220,7 +221,7 @@ def _add_vectors(
 
 @cache
 def _merging(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns of what merges by ``+``, then by ``max``; signs of the latter; sums that stay."""
+    """Column order (sums, then maxima), signs of the maxima, and a mask of ``_STAYS``."""
     figures = (*FIGURES, *CHECKS)
     added = [i for i, f in enumerate(figures) if f.merge == "sum"]
     greatest = [i for i, f in enumerate(figures) if f.merge != "sum"]
@@ -262,7 +263,7 @@ def _add_rates(
 
 
 def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -> None:
-    """Rates of the groups: numbers cross to the device together."""
+    """Add the rates of the groups; plain numbers are copied to the device together."""
     names = ("lr", "initial_lr")
     numbers = np.full((len(buffers.sums), len(names)), -np.inf)
     tensors: list[tuple[int, int, Tensor]] = []
@@ -275,8 +276,8 @@ def _fill_known(buffers: Buffers, figures: StepFigures, row_of: Sequence[int]) -
                 numbers[row_of[i], at] = value
     device, first = buffers.sums.device, MAXIMA.index(names[0])
     target = buffers.maxima[: len(buffers.sums), first : first + len(names)]
-    told = to_device(_nan_to_minus_inf(torch.from_numpy(numbers)), device)
-    torch.maximum(target, told, out=target)  # other calls of the same step may have told of others
+    known = to_device(_nan_to_minus_inf(torch.from_numpy(numbers)), device)
+    torch.maximum(target, known, out=target)  # keeps what earlier calls of this step have set
     if tensors:
         unique = {id(value): value for _, _, value in tensors}
         read = {key: to_device_float64(x.detach().reshape(()), device) for key, x in unique.items()}
@@ -303,6 +304,6 @@ class Arrived:
         return self.sums[:, SUMS.index(name)]
 
     def maximum(self, name: str) -> NDArray[np.float64]:
-        """One of ``MAXIMA``, NaN where there is nothing: (rows,)."""
+        """One of ``MAXIMA``, NaN where there is no value: (rows,)."""
         values = self.maxima[: len(self.sums), MAXIMA.index(name)]
         return np.where(values == -np.inf, np.nan, values)

@@ -1,6 +1,6 @@
-"""Figures to columns, on the host: merge what the parameters have, then finish each row.
+"""Turns figures into columns, on the host: merges parameters into rows, then finishes each row.
 
-The parameter's own row is a merge of one, so that every level goes through the same arithmetic.
+A row of the parameter level is a merge of one parameter, so every level uses the same arithmetic.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Row:
     Attributes:
         name, group, group_name: as in the frame.
         shape: of the whole parameter (complex: with a last dimension of 2).
-        rule: name of its rule; ``measured`` where there is none.
-        tolerance: error of a reconstruction above which the rule does not explain a step.
+        rule: name of its rule; ``measured`` if there is none.
+        tolerance: reconstruction error above which the rule does not explain a step.
         tracked: flat positions of tracked elements, or None.
-        shared_rate: whether all its elements share one rate, by its rule.
-        bad_steps: recorded steps in a row that the rule did not explain.
+        shared_rate: whether, by its rule, all its elements share one rate.
+        bad_steps: consecutive recorded steps that the rule did not explain.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Row:
 
     @property
     def numel(self) -> int:
-        """Its real elements."""
+        """Number of real elements."""
         return math.prod(self.shape)
 
 
 def slots_of(rows: Sequence[Row]) -> tuple[dict[int, Tensor], int]:
-    """Number of a row to where its tracked elements go, and how many values there are in all."""
+    """Row index to positions of its tracked values: (4, elements); and the total of values."""
     slots: dict[int, Tensor] = {}
     end = 0
     for at, row in enumerate(rows):
@@ -75,13 +75,13 @@ def slots_of(rows: Sequence[Row]) -> tuple[dict[int, Tensor], int]:
 
 @dataclass(slots=True)
 class StepInfo:
-    """What the hooks know of a step without asking the device.
+    """What the hooks know about a step without reading from the device.
 
     Attributes:
-        step: its number; one less where an earlier step turns out to have been none.
+        step: its number; decremented if an earlier step turns out to be a dummy step.
         time, optimizer, samples, run: as in the record.
-        recorded: whether it is to be recorded.
-        attempt: known when the figures are passed on.
+        recorded: whether it is recorded.
+        attempt: set when the figures are passed on.
     """
 
     step: int
@@ -94,14 +94,14 @@ class StepInfo:
 
 
 def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
-    """Rows whose rule turns out not to explain their steps, and why; they are measured from then.
+    """Turn rows whose rule does not explain their steps to ``measured``; return them and why.
 
-    All ranks come to the same, as they see the same figures.
+    All ranks see the same figures, so all come to the same result.
     """
     with np.errstate(all="ignore"):
         moved = np.maximum(arrived.sum("intended"), arrived.sum("observed"))
         error = np.sqrt(arrived.sum("residual") / moved)
-    # A rule that says NaN of a step that was taken does not explain it.
+    # A rule that gives NaN for an actual step does not explain it.
     error = np.where(np.isnan(error) & (arrived.sum("observed") > 0), np.inf, error)
     stepped = arrived.sum("pieces") > 0
     raised = arrived.maximum("failed") > 0
@@ -114,7 +114,7 @@ def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
         elif stepped[at] and not np.isnan(error[at]):
             row.bad_steps = row.bad_steps + 1 if error[at] > row.tolerance else 0
             if row.bad_steps >= 2:
-                failed[at] = f"error {error[at]:.2g} of the step really taken"
+                failed[at] = f"reconstruction error {error[at]:.2g}"
     for at in failed:
         rows[at].rule = "measured"
     return failed
@@ -123,13 +123,13 @@ def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
 def record_of(
     rows: Sequence[Row], rules: Sequence[str], arrived: Arrived, info: StepInfo
 ) -> Record:
-    """One step as a record.
+    """Create the record of one step.
 
     Args:
-        rows: of the frame.
+        rows: the parameters of the frame.
         rules: names of their rules during that step.
         arrived: their figures.
-        info: what else is known of the step.
+        info: what the hooks know about the step.
     """
     summary = _Summary(rows, rules, arrived)
     values = _columns(summary, info)
@@ -163,7 +163,7 @@ _MEASURED = {
     "update_grad": "observed_grad",
     "grad_square": "sample_grad_square",
 }
-"""Sums that need a rule, and what stands for them where a rate is measured."""
+"""Sums that need a rule, and the sums that replace them if the rate is measured."""
 _RULED, _STAND_INS = (
     np.array([_AT[name] for name in names]) for names in zip(*_MEASURED.items(), strict=True)
 )
@@ -189,7 +189,7 @@ class _Summary:
         self.bins = self._bins()
 
     def _bins(self) -> Bins:
-        """Counts that add up to the elements that move; of those of one rate, that rate."""
+        """Distributions, scaled to the number of moving elements; one bin for a shared rate."""
         moving = np.where(self.measured, self.arrived.sum("elements"), self.arrived.sum("moving"))
         total = np.where(self.stepped, moving, 0.0)
         constant = np.flatnonzero((self.low == self.high) & self.stepped & ~self.measured)
@@ -202,7 +202,7 @@ class _Summary:
 
 
 def _columns(summary: _Summary, info: StepInfo) -> dict[str, NDArray[Any]]:
-    """All columns, of the rows of all levels."""
+    """All columns, for the rows of all levels."""
     arrived, levels = summary.arrived, summary.levels
     count = levels.count
     stepped = levels.reduced(np.logical_or, summary.stepped)
@@ -237,10 +237,10 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
         merged = levels.reduced(np.add, sums)
 
     def summed(name: str) -> Floats:
-        """A sum; of measured parameters what stands for it."""
+        """A sum; for measured parameters, its replacement in ``_MEASURED``."""
         return merged[:, _AT[name]]
 
-    # A NaN among the rates may leave either: that of both shows in their sum.
+    # fmin and fmax ignore NaN, but the sum of the rates does not.
     low = levels.reduced(np.fmin, np.where(summary.stepped, summary.low, np.nan))
     high = levels.reduced(np.fmax, np.where(summary.stepped, summary.high, np.nan))
     with np.errstate(all="ignore"):
@@ -255,7 +255,7 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
         applied = np.sqrt(summed("moved_square") / summed("direction_square"))
         sampled = np.sqrt(summed("sample_grad_square") * summed("previous_square"))
         moved = np.maximum(summed("intended"), summed("observed"))
-        # The norm of a parameter is known, whether it stepped or not.
+        # The norm of a parameter is known whether or not it stepped.
         param_norm = np.sqrt(levels.reduced(np.add, arrived.sum("param_square")))
         figures = {
             "effective_lr_mean": mean,
@@ -288,7 +288,7 @@ def _finished(summary: _Summary) -> dict[str, Floats]:
 
 
 def _state_error(summed: Callable[[str], Floats]) -> Floats:
-    """The largest error of the state entries that the rule speaks of."""
+    """The largest error of the state entries that ``Rule.advance`` computes."""
     errors = []
     for i in range(STATES):
         residual, change = summed(f"state{i}_residual"), summed(f"state{i}_change")
@@ -301,7 +301,7 @@ def _state_error(summed: Callable[[str], Floats]) -> Floats:
 def _add_unused_gradients(
     summary: _Summary, values: dict[str, NDArray[Any]], stepped: Bools
 ) -> None:
-    """Norm and nonfinite count of gradients that were not used, in rows without a step."""
+    """Add norm and nonfinite count of unused gradients to rows without a step."""
     if not summary.unused.any():
         return
     arrived, unused, levels = summary.arrived, summary.unused, summary.levels

@@ -1,4 +1,4 @@
-"""Which parameters are merged in a row of the frame, at all its levels at once."""
+"""Which parameters each row of the frame merges, for all levels at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Bools = NDArray[np.bool_]
 
 
 class Parameter(NamedTuple):
-    """What decides in which rows a parameter is."""
+    """What decides which rows a parameter belongs to."""
 
     name: str
     group: int
@@ -27,11 +27,11 @@ class Parameter(NamedTuple):
 
 
 class Levels:
-    """Rows of all levels below each other, each made of one or more parameters.
+    """The rows of all levels, concatenated; each row merges one or more parameters.
 
     Attributes:
         count: number of rows.
-        spans: where the rows of a level are.
+        spans: the range of rows of each level.
         keys: columns that do not change from step to step: (count,).
     """
 
@@ -63,41 +63,41 @@ class Levels:
         }
 
     def reduced(self, merge: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
-        """Values of the parameters to those of rows: (parameters, ...) to (count, ...)."""
+        """Reduce values of parameters to values of rows: (parameters, ...) to (count, ...)."""
         if not self.count:
             return values[:0]
         merged: NDArray[Any] = merge.reduceat(values[self._member], self._starts, axis=0)
         return merged
 
     def same(self, values: NDArray[Any]) -> Floats:
-        """The value that the parameters of a row share, NaN where they differ; NaN does not count.
+        """The value that the parameters of a row share, ignoring NaN; NaN if they differ.
 
         Args:
-            values: of the parameters.
+            values: one per parameter.
         """
         low, high = self.reduced(np.fmin, values), self.reduced(np.fmax, values)
         return np.where(low == high, low, np.nan)
 
     def labels(self, use: Bools) -> tuple[Ints, Ints]:
-        """Each parameter in use, by number, beside each row that it is in: (pairs,) twice."""
+        """Pairs of each parameter in use and each row that it is in: two arrays (pairs,)."""
         taken = use[self._member]
         return self._member[taken], self._label[taken]
 
 
 def _key(level: Level, at: int, each: Parameter) -> Any:
-    """The same for parameters in one row."""
+    """A key that the parameters of one row share."""
     keys = {"parameter": at, "module": module_of(each.name), "group": each.group, "model": 0}
     return keys[level]
 
 
 @lru_cache(maxsize=64)
 def levels_of(parameters: tuple[Parameter, ...]) -> Levels:
-    """The rows that these parameters make."""
+    """The rows of these parameters, cached."""
     return Levels(parameters)
 
 
 def strings(values: Sequence[str]) -> NDArray[Any]:
-    """A column of text."""
+    """A text column, with dtype object."""
     result = np.empty(len(values), dtype=object)
     result[:] = list(values)
     return result

@@ -1,7 +1,7 @@
-"""A recorded program as the text of a loop that numba compiles.
+"""Prints a recorded program as the source of a loop that numba compiles.
 
-A chunk of elements is gone through up to three times, while it is in the first cache: once for the
-rule and most sums; then, over the rates alone, for their sums and extremes; then to count them.
+Up to three passes go over a chunk of elements while it is in the L1 cache: one for the rule and
+most sums, one over the rates for their sums and extremes, and one to count the rates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lrprobe.engine.program import BOOL, REAL, WIDE, Line, Program, Symbol
 from lrprobe.engine.recording import Recorded
 
 CHUNK = 4096
-"""Elements that are added up before they are added to others."""
+"""Elements that are summed separately before their sums are combined."""
 LANES = 4
-"""Tables that take turns in counting, so that no count waits for the one before it."""
+"""Counting tables used in turn, so that a count does not wait for the store of the previous one."""
 
 LOADED = {
     torch.float32: ("{0}", "np.float32", 4),
@@ -27,7 +27,7 @@ LOADED = {
     torch.bfloat16: ("from_bfloat16({0})", "np.uint16", 2),
     torch.float16: ("from_float16({0})", "np.uint16", 2),
 }
-"""Dtype of a tensor to how an element is read, its type in NumPy, and its bytes."""
+"""Dtype of a tensor to the expression that reads an element, its NumPy type, and its size."""
 
 OPERATIONS = {
     **{op: f"{{0}} {sign} {{1}}" for op, sign in
@@ -112,10 +112,10 @@ COUNT = """\
 
 
 def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) -> str:
-    """The text of a module with a function ``kernel``.
+    """The source of a module with a function ``kernel``.
 
     Args:
-        recorded: what it computes.
+        recorded: what to compute.
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
     """
@@ -169,12 +169,12 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
 
 
 def differing(recorded: Recorded) -> list[int]:
-    """Numbers of the figures whose values differ by element, which the loop adds up."""
+    """Indices of the figures whose values differ by element, which the loop reduces."""
     return [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
 
 
 class Names:
-    """Lines of a program in a dialect: its operations, and how it reads a scalar."""
+    """Prints lines in a target language: templates of its operations, and of reading a scalar."""
 
     def __init__(
         self, program: Program, operations: Mapping[str, str], real: str, wide: str
@@ -194,7 +194,7 @@ class Names:
         return f"{line.target} = {self._operations[line.op].format(*args)}"
 
     def hoisted(self, lines: Iterable[Line]) -> list[str]:
-        """The scalars that they use, read once a chunk."""
+        """Statements that read the scalars of these lines, once per chunk."""
         used: dict[str, str] = {}
         for line in lines:
             is_wide = self._is_wide(line) or line.op == "ulp"
@@ -207,7 +207,7 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class _Accumulator:
-    """A variable that a figure is added up in: how it begins, and how it takes an element."""
+    """A variable that accumulates a figure: its initialisation, and its update per element."""
 
     begin: str
     add: str
@@ -252,7 +252,7 @@ def _split_passes(recorded: Recorded) -> _Stages:
     for i in differing(recorded):
         label = recorded.values[i].label
         reads = needed(label, {rate or ""}, set())
-        # Of the rates alone: nothing else is read on the way.
+        # It depends on the rates only, so the second pass can compute it.
         if rate in reads and not any(_is_leaf(name) and name != rate for name in reads):
             of_rates.add(i)
             second |= reads - {rate}
@@ -270,7 +270,7 @@ def _split_passes(recorded: Recorded) -> _Stages:
 
 
 def _accumulate(recorded: Recorded, stages: _Stages, of_rates: set[int]) -> None:
-    """Give each figure an accumulator; those that add up the same share one."""
+    """Give each figure an accumulator; figures with the same reduction share one."""
     known: dict[tuple[Any, ...], str] = {}
     moving = None if recorded.moves is None else recorded.moves.label
     for i in differing(recorded):

@@ -1,7 +1,8 @@
-"""A rule run once on symbols: operations on elements are noted, scalars stay real tensors.
+"""Traces a rule: runs it once on symbols and records the element-wise operations.
 
-What is not an element is computed at once, in float64, 0-dim or one value a piece. So a rule may
-branch on its hyperparameters, and a hyperparameter that changes changes no program.
+Scalars stay real tensors, 0-dim or one value per piece, and are computed immediately in float64.
+So a rule may branch on its hyperparameters, and changing a hyperparameter does not change the
+program.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 from lrprobe.rules.base import to_device
 
 REAL, WIDE, BOOL = "real", "wide", "bool"
-"""What a variable is: in the precision of the elements; in that of the sums; a condition."""
+"""Kinds of variables: in the precision of the elements, in that of the sums, or a condition."""
 
 _DTYPES = {REAL: torch.float32, WIDE: torch.float64, BOOL: torch.bool}
 
 Argument: TypeAlias = str | int
-"""A variable by name, or a scalar by its number."""
+"""A variable by its name, or a scalar by its index."""
 
 
 _numbers: dict[Any, int] = {}
@@ -30,7 +31,7 @@ _count = itertools.count()
 
 
 class UnknownOperationError(Exception):
-    """The rule does something to elements that cannot be printed."""
+    """The rule uses an element-wise operation for which no code can be generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ class Line:
 
 @dataclass(slots=True)
 class Program:
-    """Operations on one element of each piece.
+    """The recorded operations on one element of each piece.
 
     Attributes:
         rows: number of pieces.
-        lines: what is computed, in order.
-        leaves: what is read, in order of first use.
-        scalars: numbers, 0-dim tensors, or one value a piece: (rows, 1).
+        lines: the operations, in order.
+        leaves: names of the tensors that are read, in order of first use.
+        scalars: numbers, 0-dim tensors, or one value per piece: (rows, 1).
     """
 
     rows: int
@@ -66,26 +67,26 @@ class Program:
     _number: int | None = None
 
     def rewind(self) -> None:
-        """Note the same operations again, with the scalars of another step."""
+        """Start recording the operations of another step, reusing the symbols."""
         self._previous = self.lines, self.leaves
         self.lines, self.leaves, self.scalars = [], [], []
         self._slots, self._emitted = {}, set()
 
     @property
     def repeated(self) -> bool:
-        """Whether since ``rewind`` the same was noted as before it."""
+        """Whether the same operations were recorded since ``rewind`` as before it."""
         return (self.lines, self.leaves) == self._previous
 
     @property
     def number(self) -> int:
-        """The same for all programs that note the same; to be asked of a complete one."""
+        """A number that equal programs share; read it only after recording is complete."""
         if self._number is None:
             key = tuple(self.lines), tuple(self.leaves)
             self._number = _numbers.setdefault(key, next(_count))
         return self._number
 
     def leaf(self, name: str) -> Symbol:
-        """The elements of one tensor of each piece."""
+        """A symbol for the elements of one tensor of each piece."""
         if name not in self.leaves:
             self.leaves.append(name)
         if name not in self._read:
@@ -93,7 +94,7 @@ class Program:
         return self._read[name]
 
     def scalar(self, value: Any) -> int:
-        """A scalar's number; equal numbers stay apart, so that no text depends on values."""
+        """Index of a scalar. Equal values get separate ones, so the program ignores values."""
         if isinstance(value, Tensor):
             if value.dim() and value.shape[-1] != 1:
                 raise UnknownOperationError(f"a tensor of shape {tuple(value.shape)}")
@@ -104,7 +105,7 @@ class Program:
         return len(self.scalars) - 1
 
     def emit(self, op: str, args: Sequence[Any], kind: str | None = None) -> Symbol:
-        """Note an operation, once."""
+        """Record an operation, unless it is recorded already; return its result."""
         names: list[Argument] = []
         widest = REAL
         for arg in args:
@@ -126,13 +127,13 @@ class Program:
         return symbol
 
     def table(self, device: torch.device) -> Tensor:
-        """All scalars: (rows, scalars), float64; on the device only where some are there."""
+        """All scalars: (rows, scalars), float64; on the host unless one of them is on a device."""
         columns: list[Any] = []
         numbers = [
             v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
         ]
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
-        columns_of = near.numpy()  # through which a number is written faster
+        columns_of = near.numpy()  # faster than writing through torch
         for at, value in enumerate(numbers):
             is_tensor = isinstance(value, Tensor)
             columns_of[:, at] = value.detach().numpy().reshape(-1) if is_tensor else float(value)
@@ -152,7 +153,7 @@ def _is_far(value: Any) -> bool:
 
 
 class Symbol(Tensor):
-    """Elements of which only a name is known: (rows, 2), so that scalars broadcast against it."""
+    """A tensor without values, which stands for elements: (rows, 2), so that scalars broadcast."""
 
     program: Program
     label: str
@@ -160,7 +161,7 @@ class Symbol(Tensor):
 
     @staticmethod
     def __new__(cls: type[Symbol], program: Program, label: str, kind: str) -> Symbol:  # noqa: PYI034 - as __init__
-        """Make a tensor without values."""
+        """Create a tensor without values."""
         shape = program.rows, 2
         made: Symbol = Tensor._make_wrapper_subclass(cls, shape, dtype=_DTYPES[kind])  # noqa: SLF001
         return made
@@ -173,9 +174,9 @@ class Symbol(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what is one operation already here, which is many times as fast as below."""
+        """Record a function that is a single operation, much faster than ``__torch_dispatch__``."""
         name = func.__name__
-        name = _SPELLED.get(name, name)
+        name = _OPERATORS.get(name, name)
         if name in _DIRECT:
             return _emit(name, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
@@ -184,7 +185,7 @@ class Symbol(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Symbol:
-        """Note an operation of those that torch makes of any function."""
+        """Record an ATen operation, to which torch decomposes any function."""
         name = func.overloadpacket.__name__
         if name not in _EMITTERS:
             raise UnknownOperationError(str(func.overloadpacket))
@@ -197,14 +198,14 @@ def _emit(name: str, args: Any, kwargs: Any) -> Symbol:
 
 
 def wide(value: Any) -> Any:
-    """A symbol in the precision of sums; of real tensors the caller has chosen it."""
+    """A symbol in the precision of sums; real tensors already have the caller's precision."""
     if isinstance(value, Symbol) and value.kind == REAL:
         return value.program.emit("wide", (value,), WIDE)
     return value
 
 
 def is_elementwise(value: Any) -> bool:
-    """Whether a value differs by element, as a symbol or as a tensor of elements."""
+    """Whether a value is a symbol or an element-wise tensor, and not a scalar."""
     return isinstance(value, Symbol) or (
         isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] != 1
     )
@@ -214,7 +215,7 @@ def is_elementwise(value: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """A condition as 0 and 1; anything else itself."""
+    """Convert a condition to 0 and 1; return anything else unchanged."""
     if type(value) is Symbol and value.kind == BOOL:
         return value.program.emit("float", (value,), REAL)
     return value
@@ -240,7 +241,7 @@ def _div(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
     above, below = map(_number, args)
     if isinstance(below, Symbol):
         return program.emit("div", (above, below))
-    # One division a piece instead of one an element.
+    # One division per piece instead of one per element.
     return program.emit("mul", (above, 1 / torch.as_tensor(below, dtype=torch.float64)))
 
 
@@ -287,7 +288,7 @@ def _compare(program: Program, name: str, args: Any, _: Any) -> Symbol:
 
 def _logic(program: Program, name: str, args: Any, _: Any) -> Symbol:
     if any(not isinstance(arg, Symbol) or arg.kind != BOOL for arg in args):
-        raise UnknownOperationError(f"{name} of what are not conditions on elements")
+        raise UnknownOperationError(f"{name} of values that are not conditions on elements")
     return program.emit(name.removeprefix("bitwise_").removeprefix("logical_"), args, BOOL)
 
 
@@ -363,9 +364,9 @@ _EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     "_to_copy": _to,
     **dict.fromkeys(("ones_like", "zeros_like", "full_like"), _filled),
 }
-"""Name of an ATen operation to what notes it."""
+"""Name of an ATen operation to the function that records it."""
 
-_SPELLED = {
+_OPERATORS = {
     "__rsub__": "rsub",
     "__eq__": "eq",
     "__and__": "bitwise_and",
@@ -373,6 +374,6 @@ _SPELLED = {
     "__invert__": "bitwise_not",
 }
 _DIRECT = frozenset(
-    name for name, noted in _EMITTERS.items() if noted not in (_same, _to, _filled, _where)
+    name for name, emitter in _EMITTERS.items() if emitter not in (_same, _to, _filled, _where)
 ) | {"detach"}
-"""Functions that take what the ATen operation of their name does."""
+"""Functions with the same arguments as the ATen operation of their name."""

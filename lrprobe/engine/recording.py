@@ -1,4 +1,4 @@
-"""A rule and a table of figures, recorded as one program over all pieces of a kind."""
+"""Records a rule and a table of figures as one program for all pieces of a batch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from lrprobe.rules.base import Entry, Rule, Scalar, Slice, column
 
 @dataclass(slots=True)
 class Recorded:
-    """What one call computes of every element.
+    """What a backend computes for a batch in one call.
 
     Attributes:
         program: the operations.
         table: the figures.
-        values: of each figure, a symbol; a scalar where all elements share it; None where there
-            is none.
-        rate: what is counted in logarithmic bins; None where nothing is.
-        moves: which elements count there, and for figures of moving elements.
-        device: where the elements are.
+        values: the value of each figure: a symbol, a scalar if all elements share it, or None.
+        rate: the rate that is counted in logarithmic bins; None if nothing is counted.
+        moves: the elements that are counted, and that figures of moving elements include.
+        device: the device of the elements.
     """
 
     program: Program
@@ -36,7 +35,7 @@ class Recorded:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for programs with the same text."""
+        """A cache key; equal keys generate the same code."""
         names = tuple(v.label if isinstance(v, Symbol) else v is None for v in self.values)
         rate = None if self.rate is None else self.rate.label
         moves = None if self.moves is None else self.moves.label
@@ -54,22 +53,21 @@ def record(
     memo: dict[Any, Any] | None = None,
     known: Program | None = None,
 ) -> Recorded:
-    """Run the rule on symbols, and the table on what it says.
+    """Run the rule on symbols, then compute the table's figures from its update.
 
     Args:
         table: which figures.
-        entries: pieces of one kind: the same rule, group, and names of state entries.
+        entries: pieces of one batch, with the same rule, group and state entries.
         group: their parameter group.
-        rule: their rule; None where there is none.
-        rates: whether the rates are to be counted.
-        kept: of each piece, names of what is known from before the step; nothing for figures that
-            do not ask.
-        memo: keeps scalars for other programs of the same entries.
-        known: what was recorded at an earlier step, which is likely to be the same and is then
-            used again.
+        rule: their rule; None if the rate is measured.
+        rates: whether to count the rates.
+        kept: for each piece, the tensors known from before the step; empty if no figure needs
+            them.
+        memo: caches scalars for other programs of the same entries.
+        known: the program of an earlier step; it is reused if the operations are the same.
 
     Raises:
-        UnknownOperationError: if the rule does something that cannot be printed.
+        UnknownOperationError: if no code can be generated for an operation of the rule.
         Exception: what the rule raises.
     """
     if known is not None and known.rows == len(entries):
@@ -91,7 +89,7 @@ def _record_into(
     memo: dict[Any, Any] | None,
 ) -> Recorded:
     names: set[str] = set()
-    if kept:  # what some pieces lack is read as zeros, so that all steps have one text
+    if kept:  # samples that a piece lacks are read as zeros, so that every step has the same code
         names = {"param", "previous", *entries[0].wide_state(), *kept[0]}
 
     def had(name: str) -> Scalar:
