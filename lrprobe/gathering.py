@@ -1,4 +1,4 @@
-"""What one process gathers of a step, which may be several calls of ``optimizer.step()``."""
+"""Gathers the figures of a step, which may consist of several calls of ``optimizer.step()``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class LocalGatherer:
-    """The steps of one optimizer whose parameters one process has; see ``Exchange``."""
+    """Gathers the steps of an optimizer if this process holds all its parameters.
+
+    ``Exchange`` is its counterpart for parameters that are spread over ranks.
+    """
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
@@ -24,21 +27,21 @@ class LocalGatherer:
 
     @property
     def under_way(self) -> bool:
-        """Whether a step has begun that was not sent."""
+        """Whether a step has begun and has not been sent."""
         return self._buffers is not None or self._broken
 
     def catch_up(self) -> None:
-        """Nobody else has anything to tell."""
+        """Do nothing: there are no other ranks to agree with."""
 
     def before(self, optimizer: Any, *, closure: bool) -> PreStep:
-        """In the pre-hook: what to keep."""
+        """Keep what the step will overwrite; called in the pre-hook."""
         return self._hooks.engine.before(self._hooks.watched, optimizer, closure=closure)
 
     def add(self, optimizer: Any, kept: PreStep) -> None:
-        """In the post-hook: the figures of what was stepped."""
+        """Add the figures of one call of ``step``; called in the post-hook."""
         hooks, buffers = self._hooks, self._buffers
         first = not self.under_way
-        self._broken = True  # until all is well
+        self._broken = True  # stays so if an error interrupts this method
         figures = hooks.engine.after(hooks.watched, optimizer, kept)
         slots, end = slots_of(hooks.rows)
         if first:
@@ -48,25 +51,25 @@ class LocalGatherer:
             return
         fill(buffers, figures, range(len(hooks.rows)), slots, folds=False)
         hooks.reasons |= {hooks.rows[i].name: why for i, why in figures.failed.items()}
-        if hooks.parts is None:  # libraries that step flat tensors have taken such steps before
+        if hooks.parts is None:  # libraries that step flat tensors took dummy steps before `attach`
             buffers.set_flag(MOVED, step_moved(optimizer, buffers.maxima.device))
         else:
             buffers.set_flag(MOVED, 1.0)
         self._buffers, self._broken = buffers, False
 
-    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:  # noqa: ARG002 - all is known here
-        """A step that was skipped after the last one; its parameters are as they were."""
+    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:  # noqa: ARG002 - as in Exchange
+        """Gather a step that was skipped after the last one; the parameters are unchanged."""
         self.add(optimizer, empty_pre_step())
         return self.send(info)
 
-    def send(self, info: StepInfo, *, dummy: bool = False) -> StepInFlight | None:  # noqa: ARG002 - the device tells
-        """At the end of the step: what was added is on its way."""
+    def send(self, info: StepInfo, *, dummy: bool = False) -> StepInFlight | None:  # noqa: ARG002 - as in Exchange
+        """Finish the step: start the copy of its figures to the host."""
         buffers, self._buffers, self._broken = self._buffers, None, False
         return None if buffers is None else StepInFlight(self._hooks.rows, buffers, info)
 
 
 def unrecorded_step(optimizer: Any, info: StepInfo) -> StepInFlight:
-    """Of a step that is not recorded: whether it was one at all."""
+    """A step in flight without figures, which only shows whether it was a dummy step."""
     buffers = blank(0, 0, device_of(optimizer))
     buffers.set_flag(MOVED, step_moved(optimizer, buffers.maxima.device))
     return StepInFlight((), buffers, info)

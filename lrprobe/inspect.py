@@ -64,7 +64,7 @@ class Steps(Mapping[str, StepView]):
         self._taken = False
 
     def set(self, views: Mapping[str, StepView]) -> None:
-        """Take the views of a step."""
+        """Set the views of a step."""
         self._views.update(views)
         self._taken = True
 
@@ -110,7 +110,7 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
     steps = Steps()
     handles = []
     for each in find_optimizers(optimizer).values():
-        watch = _StepWatcher(_Held(each, names), steps)
+        watch = _StepWatcher(_OptimizerParameters(each, names), steps)
         handles.append(each.register_step_pre_hook(watch.before))
         handles.append(each.register_step_post_hook(watch.after))
     try:
@@ -120,8 +120,8 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
             handle.remove()
 
 
-class _Held:
-    """What an optimizer has: parameters, or flat tensors with ranges of some."""
+class _OptimizerParameters:
+    """The parameters of an optimizer: tensors of their own, or ranges of flat tensors."""
 
     def __init__(self, optimizer: Optimizer, names: Names) -> None:
         self._names = names
@@ -130,7 +130,7 @@ class _Held:
     def all_of(
         self, optimizer: Optimizer, *, now: bool = False
     ) -> Iterator[tuple[Mapping[str, Any], str, Tensor, slice | None]]:
-        """(group, name, tensor, range of it); ``now`` asks for those that are being stepped."""
+        """(group, name, tensor, range of it); with ``now``, only those of the current call."""
         groups: list[dict[str, Any]] = optimizer.param_groups
         if self._parts is None:
             for index, name, param in name_parameters(optimizer, self._names.now()):
@@ -147,7 +147,7 @@ class _Held:
 
 
 class _StepWatcher:
-    def __init__(self, held: _Held, steps: Steps) -> None:
+    def __init__(self, held: _OptimizerParameters, steps: Steps) -> None:
         self._held = held
         self._steps = steps
         self._kept: dict[str, tuple[int, Tensor, dict[str, Any], Tensor | None]] = {}
@@ -168,7 +168,7 @@ class _StepWatcher:
         views: dict[str, StepView] = {}
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
-            return  # a fused optimizer took no step, for the gradient scaler
+            return  # a fused optimizer skipped the step for the gradient scaler
         own = find_rule(type(optimizer))
         unexplained = []
         for group, name, param, span in self._held.all_of(optimizer, now=True):
@@ -188,7 +188,7 @@ class _StepWatcher:
         if unexplained:
             warn(
                 f"the rule {own.name if own else ''!r} does not explain the step of "
-                f"{listed(unexplained)}: shown as measured"
+                f"{listed(unexplained)}, so it is shown as measured"
             )
         self._steps.set(views)
 
@@ -196,9 +196,9 @@ class _StepWatcher:
 def reconstruct(
     entry: Entry, group: Mapping[str, Any], rule: Rule, old: Mapping[str, Tensor] | None = None
 ) -> tuple[Slice, Update]:
-    """A whole parameter as one slice, flat, and what its rule says of the step.
+    """A whole parameter as one flat slice, and the update of its rule.
 
-    ``old`` has what is known from before the step, flat.
+    ``old`` has flat tensors from before the step.
     """
     add_whole_statistics(entry, group, rule)
     everything = slice(0, entry.param.numel())
@@ -219,7 +219,7 @@ def _view(
     if rule is None:
         everything = slice(0, len(after))
         e = Elements(slice_of(entry, group, everything, torch.float64, old={"param": before}), None)
-        # Where nothing moved the rate is 0, and any direction will do.
+        # If the rate is 0, nothing moved, and the direction is arbitrary.
         rate: Any = torch.where(e.has_grad, e.measured_rate, torch.nan)
         direction = torch.where(rate == 0, e.grad, -e.observed / rate)
         change, decay, name = e.observed, 0.0, "measured"
@@ -284,8 +284,8 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
                 "use lrprobe.inspect_step around optimizer.step()"
             )
         found = {}
-        held = _Held(each, names)
-        # All of them zero: zero_grad(set_to_none=False) has been there.
+        held = _OptimizerParameters(each, names)
+        # If all gradients are zero, zero_grad(set_to_none=False) was called.
         gradients = [p.grad for g in each.param_groups for p in g["params"] if p.grad is not None]
         zeroed = rule.needs_grad and not any(bool(torch.count_nonzero(g)) for g in gradients)
         for group, name, param, span in held.all_of(each):
