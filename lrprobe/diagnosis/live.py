@@ -1,10 +1,10 @@
-"""Findings while a run goes on: the same checks, over a bounded history of its records.
+"""Findings during a run: the same checks, over a bounded history of its records.
 
-What a record costs does not grow with the run. Kept are the newest :data:`NEWEST` records of each
-optimizer, and of the older ones every second, fourth, … one, together :data:`MOST` at most. The
-checks look at them after the first few records, after each that begins an attempt or has figures
-that are not finite, and else after every :data:`PERIOD`: with 150 parameters that is 0.6 ms a
-record in the mean.
+The cost per record does not grow with the run. The history has the newest :data:`NEWEST` records of
+each optimizer, and every second, fourth, … of the older ones, :data:`MOST` in total. The checks run
+after the first few records, after a record that begins an attempt or has values that are not
+finite, and otherwise after every :data:`PERIOD` records. With 150 parameters, that takes 0.6 ms per
+record on average.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEWEST, MOST = 24, 64
-"""Records of an optimizer that are kept: all of the newest, and in all."""
+"""Records kept per optimizer: the newest without gaps, and in total."""
 MOST_BYTES = 64 * 2**20
-"""The same in bytes, of an optimizer; the newest few are kept all the same."""
+"""Limit of the kept records of an optimizer in bytes; the newest few are kept in any case."""
 PERIOD = 40
-"""Records between two looks, once there are many."""
+"""Records between two runs of the checks, after the first few."""
 
 _LOOKS = {1, 4, 8, 16}
 _AGAIN = ("state-lost", "lr-jumps", "schedule-stalled", "decay-jumps")
-"""Codes of what may happen anew at each resume."""
+"""Codes of findings that may occur again at each resume."""
 _TEXT = ("optimizer", "parameter", "rule")
 _OTHERS = ("step", "attempt", "group", "numel", "stepped")
 _FIGURES = tuple(
@@ -44,18 +44,17 @@ _FIGURES = tuple(
 )
 
 Key = tuple[str, str, str, int]
-"""What makes a finding the same as one that was told: code, optimizer, parameter; of those that may
-happen at each resume, the step."""
+"""Identifies a finding: code, optimizer, parameter, and the step if it may occur at each resume."""
 
 
 @dataclass(slots=True)
 class _KeptRecord:
-    """What checks ask for of one record.
+    """The columns of one record that checks need.
 
     Attributes:
-        figures: (columns of figures, parameters), as the names of its record say.
-        names: those of the figures.
-        others: the other columns, text as numbers.
+        figures: the float columns: (columns, parameters).
+        names: names of these columns.
+        others: the other columns, with text encoded as integers.
     """
 
     figures: NDArray[np.float64]
@@ -63,7 +62,7 @@ class _KeptRecord:
     others: dict[str, NDArray[Any]]
 
     def of(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """Some of the figures."""
+        """The float columns with these names."""
         if list(self.names) == names:
             return self.figures
         return self.figures[[self.names.index(name) for name in names]]
@@ -91,7 +90,7 @@ class LiveDiagnosis:
         self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}
         self._count = 0
         self._looked_at = 0
-        self._attempts: dict[str, tuple[int, int]] = {}  # the latest, and its records so far
+        self._attempts: dict[str, tuple[int, int]] = {}  # latest attempt, and its records so far
         self._runs: dict[str, Mapping[str, Any]] = {}
         self._descriptions: list[Description] = []
         self._before: dict[str, Any] = {}
@@ -109,9 +108,9 @@ class LiveDiagnosis:
         """Findings reported so far."""
         return sorted(self._reported)
 
-    def mark_reported(self, told: Iterable[Iterable[Any]]) -> None:
-        """Do not report these again: another instance has."""
-        for code, optimizer, parameter, step in told:
+    def mark_reported(self, keys: Iterable[Iterable[Any]]) -> None:
+        """Mark findings as reported, because another instance has reported them."""
+        for code, optimizer, parameter, step in keys:
             self._reported.add((str(code), str(optimizer), str(parameter), int(step)))
 
     def describe(self, run: Mapping[str, Any]) -> None:
@@ -119,10 +118,10 @@ class LiveDiagnosis:
         self._about = run
 
     def write(self, record: Record) -> None:
-        """Take one record, and run the checks when they are due."""
+        """Keep one record, and run the checks if they are due."""
         if self._history is not None:
             history, self._history = self._history, None
-            with contextlib.suppress(OSError, ValueError):  # without it, less is known
+            with contextlib.suppress(OSError, ValueError):  # the history is optional
                 self._begin_after(history())
         name = record.optimizer
         if self._runs.get(name) is not record.run:
@@ -142,7 +141,7 @@ class LiveDiagnosis:
             self._look(ongoing=True)
 
     def flush(self) -> None:
-        """Check what has arrived since the last time."""
+        """Run the checks if records have arrived since the last time."""
         if self._count > self._looked_at:
             self._look(ongoing=True)
 
@@ -166,12 +165,12 @@ class LiveDiagnosis:
         kept = self._kept.setdefault(name, [])
         kept.append(_KeptRecord(figures, names, others))
         most = max(NEWEST // 4, min(MOST, MOST_BYTES // max(figures.nbytes, 1)))
-        if len(kept) > most:  # every second of the older ones, but for the first
+        if len(kept) > most:  # drop every second of the older ones, but not the first
             older = max(2, len(kept) - min(NEWEST, most // 2))
             kept[:older] = kept[:older:2]
 
     def _is_urgent(self, name: str, columns: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether a record has, for the first time, what must be reported at once."""
+        """Whether a record shows, for the first time, something to report immediately."""
         with np.errstate(invalid="ignore"):
             signs = {
                 (name, "nonfinite"): bool((columns["nonfinite"] > 0).any()),
@@ -233,7 +232,7 @@ class LiveDiagnosis:
             self._raised = True
 
     def _begin_after(self, history: pd.DataFrame | None) -> None:
-        """Treat what an earlier attempt recorded as the beginning of this run."""
+        """Treat the records of earlier attempts as the beginning of this run."""
         if history is None or not len(history):
             return
         self._before = description(history)

@@ -1,4 +1,4 @@
-"""From a frame to findings."""
+"""``diagnose``: runs the checks on a frame."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _overlay(series: Series, hyperparameters: Mapping[str, Mapping[str, Any]]) -
 def _without_steps(
     frame: pd.DataFrame, every: Sequence[Series]
 ) -> Iterator[tuple[tuple[bool, int, str, str, float], Finding]]:
-    """Optimizers that the run describes and that have no recorded step."""
+    """Findings about optimizers in the run's description that have no recorded step."""
     runs = frame.attrs.get(KEY, {}).get("runs", {"": None})
     rank = next(at for at, check in enumerate(CHECKS) if check.find is no_steps)
     for run in runs:
@@ -140,7 +140,7 @@ def _without_steps(
 
 
 def _few_steps(most: int) -> Iterator[str]:
-    """A sentence on what the recorded steps are too few for."""
+    """A sentence that says for which checks there are too few recorded steps."""
     few = f"Only {counted(most, 'step')} recorded" if most else "Nothing was recorded"
     if most < FEW:
         yield f"{few}: most checks need {FEW} steps"
@@ -149,7 +149,7 @@ def _few_steps(most: int) -> Iterator[str]:
 
 
 def _without_columns(frame: pd.DataFrame) -> Iterator[str]:
-    """A sentence on the checks whose columns are missing."""
+    """A sentence that lists the checks whose columns are missing."""
     missing = {check.code: [c for c in check.needs if c not in frame] for check in CHECKS}
     codes = [code for code, columns in missing.items() if columns]
     if codes:
@@ -161,7 +161,7 @@ def _without_columns(frame: pd.DataFrame) -> Iterator[str]:
 
 
 def _without_description(every: Sequence[Series]) -> Iterator[str]:
-    """A sentence on the checks that lack the run's description, or a part of it."""
+    """A sentence that lists the checks for which the run's description is incomplete."""
     unknown: dict[str, None] = {}
     for series in every:
         for check in CHECKS:
