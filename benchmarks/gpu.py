@@ -1,7 +1,7 @@
-"""What a recorded step costs on a CUDA device, whether it waits, and whether it is right.
+"""Measures the overhead of a recorded step on a CUDA device, its synchronizations and its error.
 
-A unit is one ``AdamW(fused=True)`` step on the same parameters, of GPT-2 (124 million elements).
-The last line is ``units: N``, of AdamW.
+A unit is one ``AdamW(fused=True)`` step on the same parameters, those of GPT-2 (124 million
+elements). The last line is ``units: N``, for AdamW.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def milliseconds(function: Callable[[], Any], times: int = 20) -> float:
-    """Median time on the device."""
+    """Median time of a call on the device."""
     function()
     found = []
     for _ in range(times):
@@ -48,7 +48,7 @@ def milliseconds(function: Callable[[], Any], times: int = 20) -> float:
 
 
 def watched(optimizer: torch.optim.Optimizer) -> list[WatchedParameter]:
-    """Its parameters."""
+    """The optimizer's parameters, as the engine takes them."""
     rule = find_rule(type(optimizer))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [
@@ -58,7 +58,7 @@ def watched(optimizer: torch.optim.Optimizer) -> list[WatchedParameter]:
 
 
 def recorded(engine: Engine, optimizer: torch.optim.Optimizer, *, step: bool = True) -> Any:
-    """One step with what is kept before and taken after it; the merged buffers."""
+    """Take one recorded step; return its figures, and the merged buffers."""
     found = watched(optimizer)
     with torch.no_grad():
         pre = engine.before(found, optimizer)
@@ -72,7 +72,7 @@ def recorded(engine: Engine, optimizer: torch.optim.Optimizer, *, step: bool = T
 
 
 def model(shapes: Any, device: str) -> list[nn.Parameter]:
-    """Parameters with gradients."""
+    """Create parameters with gradients."""
     params = [nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in shapes]
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
@@ -80,7 +80,7 @@ def model(shapes: Any, device: str) -> list[nn.Parameter]:
 
 
 def agreement() -> float:
-    """Largest relative difference from the same step on the CPU, in float64 there."""
+    """Largest relative difference from the same step on the CPU, computed eagerly in float64."""
     torch.manual_seed(0)
     near = model([(300, 1000), (77,), (5, 3), ()], "cpu")
     far = [nn.Parameter(p.detach().cuda()) for p in near]
@@ -102,7 +102,7 @@ def agreement() -> float:
 
 
 def syncs(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
-    """How often the host waits during what a recorded step adds."""
+    """The number of synchronizations that recording a step adds."""
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -112,7 +112,7 @@ def syncs(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
 
 
 def main() -> None:
-    """All of it."""
+    """Run all measurements."""
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device")
     print(torch.cuda.get_device_name())
