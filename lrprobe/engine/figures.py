@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine.program import Symbol, is_elementwise, wide
-from lrprobe.rules.base import Rule, Slice, Update, writes_of
+from lrprobe.rules.base import Rule, Slice, Update, as_tensor, writes_of
 
 STATES = 3
 """Maximum number of state entries of a rule that the check compares."""
@@ -229,13 +229,13 @@ def unexplained(
     return ((change - (after - before)).abs() - slack).clamp(min=0)
 
 
-def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+def ulp(values: Any, dtype: torch.dtype) -> Tensor:
     """Distance from float64 values to the next number of ``dtype``; shaped like ``values``."""
     info = torch.finfo(dtype)
     least = info.smallest_normal * info.eps
     if isinstance(values, Symbol):
-        return values.program.emit("ulp", (values, info.eps, least))
-    power = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
+        return values.program.emit("ulp", (values, info.eps, least))  # type: ignore[return-value]
+    power: Tensor = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
     return power.mul_(info.eps).clamp_(min=least)
 
 
@@ -269,7 +269,7 @@ def _wide(name: str) -> Callable[[Elements], Any]:
 def _log_rate(e: Elements) -> Any:
     if e.rate is None:
         return None
-    size = torch.as_tensor(e.rate).abs()
+    size: Any = as_tensor(e.rate).abs()
     return size.program.emit("fast_log2", (size,)) if isinstance(size, Symbol) else size.log2()
 
 

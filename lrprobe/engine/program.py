@@ -101,7 +101,7 @@ class Program:
             if id(value) in self._slots:
                 return self._slots[id(value)]
             self._slots[id(value)] = len(self.scalars)
-        self.scalars.append(value)
+        self.scalars.append(value if isinstance(value, Tensor) else float(value))
         return len(self.scalars) - 1
 
     def emit(self, op: str, args: Sequence[Any], kind: str | None = None) -> Symbol:
@@ -152,49 +152,54 @@ def _is_far(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-class Symbol(Tensor):
-    """A tensor without values, which stands for elements: (rows, 2), so that scalars broadcast."""
+class Symbol:
+    """A placeholder for elements, which acts like a tensor (rows, 2), so that scalars broadcast."""
 
-    program: Program
-    label: str
-    kind: str
-
-    @staticmethod
-    def __new__(cls: type[Symbol], program: Program, label: str, kind: str) -> Symbol:  # noqa: PYI034 - as __init__
-        """Create a tensor without values."""
-        shape = program.rows, 2
-        made: Symbol = Tensor._make_wrapper_subclass(cls, shape, dtype=_DTYPES[kind])  # noqa: SLF001
-        return made
+    __slots__ = ("kind", "label", "program")
+    __hash__ = object.__hash__
+    __array_ufunc__ = None  # makes NumPy scalars defer to our operators
 
     def __init__(self, program: Program, label: str, kind: str) -> None:
         self.program, self.label, self.kind = program, label, kind
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"<{self.kind} {self.label}>"
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Record a function that is a single operation, much faster than ``__torch_dispatch__``."""
-        name = func.__name__
-        name = _OPERATORS.get(name, name)
-        if name in _DIRECT:
-            return _emit(name, args, kwargs or {})
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that it stands for."""
+        return torch.Size([self.program.rows, 2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its values in a float32 computation."""
+        return _DTYPES[self.kind]
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return 2
+
+    def __bool__(self) -> bool:
+        """Raise an error, because a rule must not branch on element values."""
+        raise UnknownOperationError("a branch that depends on elements")
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise an error for tensor methods without generated code."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnknownOperationError(name)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Symbol:
-        """Record an ATen operation, to which torch decomposes any function."""
-        name = func.overloadpacket.__name__
+        """Record an operation instead of computing it."""
+        kwargs = kwargs or {}
+        name = func.__name__
         if name not in _EMITTERS:
-            raise UnknownOperationError(str(func.overloadpacket))
-        return _emit(name, args, kwargs or {})
-
-
-def _emit(name: str, args: Any, kwargs: Any) -> Symbol:
-    program = next(each.program for each in (*args, *kwargs.values()) if type(each) is Symbol)
-    return _EMITTERS[name](program, name, args, kwargs)
+            raise UnknownOperationError(name)
+        program = next(each.program for each in (*args, *kwargs.values()) if type(each) is Symbol)
+        return _EMITTERS[name](program, name, args, kwargs)
 
 
 def wide(value: Any) -> Any:
@@ -233,6 +238,14 @@ def _add(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
     if name == "rsub":
         left, right, name = right, left, "sub"
     return program.emit(name, (left, right))
+
+
+def _rsub(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
+    return _add(program, "rsub", args, kwargs)
+
+
+def _rdiv(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
+    return _div(program, "div", args[::-1], kwargs)
 
 
 def _div(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
@@ -283,13 +296,14 @@ def _clamp(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
 
 
 def _compare(program: Program, name: str, args: Any, _: Any) -> Symbol:
-    return program.emit(name, [_number(arg) for arg in args], BOOL)
+    return program.emit(name.strip("_"), [_number(arg) for arg in args], BOOL)
 
 
 def _logic(program: Program, name: str, args: Any, _: Any) -> Symbol:
     if any(not isinstance(arg, Symbol) or arg.kind != BOOL for arg in args):
         raise UnknownOperationError(f"{name} of values that are not conditions on elements")
-    return program.emit(name.removeprefix("bitwise_").removeprefix("logical_"), args, BOOL)
+    name = name.strip("_").removeprefix("bitwise_").removeprefix("logical_")
+    return program.emit("not" if name == "invert" else name, args, BOOL)
 
 
 def _where(program: Program, _: str, args: Any, __: Any) -> Symbol:
@@ -320,8 +334,11 @@ def _same(_: Program, __: str, args: Any, ___: Any) -> Symbol:
     return value
 
 
-def _to(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
-    value, dtype = args[0], kwargs.get("dtype")
+def _to(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
+    value = args[0]
+    dtype = _CONVERTED.get(name) or next(
+        (each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)), None
+    )
     if value.kind == BOOL:
         return value if dtype is torch.bool else program.emit("float", (value,), REAL)
     if dtype in (torch.bfloat16, torch.float16):
@@ -337,6 +354,8 @@ def _filled(program: Program, name: str, args: Any, _: Any) -> Symbol:
     return program.emit("copy", (args[1] if value is None else value,), REAL)
 
 
+_CONVERTED = {"float": torch.float32, "double": torch.float64, "bool": torch.bool}
+_SAME = ("alias", "detach", "expand", "clone", "contiguous", "reshape", "view")
 _RENAMED = {"maximum": "max", "minimum": "min", "absolute": "abs", "sgn": "sign"}
 _EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     **dict.fromkeys(("add", "sub", "rsub"), _add),
@@ -360,20 +379,42 @@ _EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
         ("bitwise_and", "logical_and", "bitwise_or", "logical_or", "bitwise_not", "logical_not"),
         _logic,
     ),
-    **dict.fromkeys(("alias", "detach", "expand", "clone", "contiguous"), _same),
-    "_to_copy": _to,
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(("to", "float", "double", "bool"), _to),
     **dict.fromkeys(("ones_like", "zeros_like", "full_like"), _filled),
+    **dict.fromkeys(("__rsub__", "rsub"), _rsub),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), _rdiv),
+    "true_divide": _div,
+    "__eq__": _compare,
+    **dict.fromkeys(("__and__", "__or__", "__invert__"), _logic),
 }
-"""Name of an ATen operation to the function that records it."""
+"""Name of a torch function or method to the function that records it."""
 
-_OPERATORS = {
-    "__rsub__": "rsub",
-    "__eq__": "eq",
-    "__and__": "bitwise_and",
-    "__or__": "bitwise_or",
-    "__invert__": "bitwise_not",
-}
-_DIRECT = frozenset(
-    name for name, emitter in _EMITTERS.items() if emitter not in (_same, _to, _filled, _where)
-) | {"detach"}
-"""Functions with the same arguments as the ATen operation of their name."""
+
+def _method(name: str) -> Callable[..., Symbol]:
+    emitter = _EMITTERS[name]
+
+    def method(self: Symbol, *args: Any, **kwargs: Any) -> Symbol:
+        return emitter(self.program, name, (self, *args), kwargs)
+
+    return method
+
+
+def _reflected(name: str) -> Callable[..., Symbol]:
+    emitter = _EMITTERS[name]
+    return lambda self, other: emitter(self.program, name, (other, self), {})
+
+
+for _name in _EMITTERS:
+    setattr(Symbol, _name.strip("_"), _method(_name))
+for _sign, _name in {
+    **{each: each for each in ("add", "sub", "mul", "pow", "neg", "abs")},
+    **{each: each for each in ("gt", "lt", "ge", "le", "eq", "ne")},
+    "truediv": "div",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "invert": "bitwise_not",
+}.items():
+    setattr(Symbol, f"__{_sign}__", _method(_name))
+for _name in ("add", "sub", "mul", "div"):
+    setattr(Symbol, f"__r{'truediv' if _name == 'div' else _name}__", _reflected(_name))

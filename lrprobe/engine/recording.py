@@ -95,7 +95,8 @@ def _record_into(
     def had(name: str) -> Scalar:
         return column([float(name in each) for each in kept], entries[0].param.device)
 
-    s = Slice(entries, group, program.leaf, memo, kept=names, had=had)
+    fetch: Any = program.leaf  # symbols stand for the tensors that a rule reads
+    s = Slice(entries, group, fetch, memo, kept=names, had=had)
     e = Elements(s, rule)
     values = [figure.of(e) for figure in table]
     counted: Any = None

@@ -291,7 +291,7 @@ class Slice:
             return direction
         before = self.before
         if before is None:
-            left = torch.as_tensor(1.0 - decay - effective_lr * (share * weight_decay))
+            left = as_tensor(1.0 - decay - effective_lr * (share * weight_decay))
             # The share of θ_before in θ_after: if nothing is left, θ_before cannot be recovered.
             least = 0.0 if left.dim() and left.shape[-1] != 1 else _LEAST_LEFT
             left = torch.where(left.abs() <= least, torch.nan, left)
@@ -431,9 +431,14 @@ def power(base: Scalar, exponent: Tensor) -> Tensor:
     return base**exponent
 
 
+def as_tensor(value: Any) -> Tensor:
+    """Convert a number to a tensor; return a tensor, or a symbol of a traced rule, unchanged."""
+    return cast("Tensor", value) if hasattr(value, "dim") else torch.as_tensor(value)
+
+
 def nonzero(value: Any) -> Tensor:
     """Replace 0 by 1, so that it can be a divisor."""
-    value = torch.as_tensor(value)
+    value = as_tensor(value)
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
