@@ -13,7 +13,7 @@ from lrprobe.diagnosis import Finding
 
 
 class _Alert:
-    """Reports the first finding of each code and optimizer, and notes if asked to."""
+    """Reports the first finding per code and optimizer, and notes if ``notes`` is set."""
 
     def __init__(self, *, notes: bool) -> None:
         self._notes = notes
