@@ -379,4 +379,4 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"is no regular expression: {error}") from error
+        raise argparse.ArgumentTypeError(f"is not a regular expression: {error}") from error

@@ -99,7 +99,7 @@ class Hooks:
         if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
-                "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
+                "|Δθ|/|g| on a sample. To reconstruct it, add a rule with lrprobe.register_rule"
             )
         # The hooks and their owner keep each other alive until the optimizer is collected.
         self._finalizer = weakref.finalize(optimizer, self._release)
@@ -405,8 +405,8 @@ class Hooks:
         if self.failures == 1:
             warn(
                 f"step {self._number} of {self.name} could not be recorded: "
-                f"{type(error).__name__}: {error}. Training goes on; more such steps are counted, "
-                "and close() says how many"
+                f"{type(error).__name__}: {error}. Training continues. Further failures are only "
+                "counted, and close() reports the count"
             )
 
     def _refresh(self, optimizer: Optimizer) -> None:
@@ -449,8 +449,8 @@ class Hooks:
         """Warn about parameters that are measured from now on."""
         warn(
             f"the rule does not explain the steps of {type(self._optimizer()).__name__}: "
-            f"{listed(names)} ({reason}). From now on the effective rate there is measured "
-            "as |Δθ|/|g| on a sample; lrprobe.register_rule teaches lrprobe an optimizer"
+            f"{listed(names)} ({reason}). From now on, their effective rate is measured as "
+            "|Δθ|/|g| on a sample. To reconstruct it, add a rule with lrprobe.register_rule"
         )
 
 

@@ -320,8 +320,8 @@ def _last_rate(
 ) -> Tensor:
     if rule.needs_grad and (param.grad is None or zeroed):
         raise RuntimeError(
-            f"the effective rate of {kind} depends on the gradient of the step, which is gone: "
-            "call effective_lr before zero_grad(), or use lrprobe.inspect_step"
+            f"the effective rate of {kind} depends on the gradient of the step, which no longer "
+            "exists: call effective_lr before zero_grad(), or use lrprobe.inspect_step"
         )
     if param.grad is None:
         blank = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)

@@ -148,7 +148,7 @@ def _attached(
         recorder.hooks.append(Hooks(name, each, options, recorder))
     now = options.names.now()
     if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
-        warn("the model has none of the optimizer's parameters, so it does not name them")
+        warn("the model has none of the optimizer's parameters, so it cannot name them")
     _remember_names(recorder.hooks, shared)
     recorder.describe()
     return recorder
@@ -280,7 +280,8 @@ class Probe:
         if self._recorder.memory is None:
             raise RuntimeError(
                 f"this is rank {self._recorder.rank} of the probe's process group, and only rank 0 "
-                "has the records: ask there (if rank == 0: ...), or lrprobe.read() what it writes"
+                "has the records: call this on rank 0 (if rank == 0: ...), or lrprobe.read() its "
+                "dataset"
             )
         return self._recorder.memory
 

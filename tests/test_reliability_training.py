@@ -491,7 +491,7 @@ def test_the_check_sees_pytorch_191763() -> None:
     assert frame["rule"].tolist()[-2:] == ["measured"] * 2
     assert truth == [0.0] * 4
     (message,) = said
-    assert "does not explain the steps of SGD: group0.param0 (error 0.99 of the step" in message
+    assert "does not explain the steps of SGD: group0.param0 (reconstruction error 0.99" in message
 
 
 # --- Dummy steps --------------------------------------------------------------------------------

@@ -217,7 +217,9 @@ class Steps:
         self._made_of: Callable[[Any], Any] | None = None
         optimizers = optimizers_in(model.optimizer)
         if self._calls > 1 and any(o.gradient_accumulation_steps for o in optimizers):
-            raise NotImplementedError("steps_per_execution with gradient_accumulation_steps")
+            raise NotImplementedError(
+                "steps_per_execution is combined with gradient_accumulation_steps"
+            )
         self._counts = (  # each call steps each optimizer once, so the count need not be read
             type(model).train_step is keras.Model.train_step
             and self._calls == 1
