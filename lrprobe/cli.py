@@ -229,7 +229,7 @@ def _follow(options: argparse.Namespace) -> int:
         raise ValueError(f"--follow prints text, not {options.format}")
     _end_with_ctrl_c()
     seen: Any = None
-    told: dict[tuple[str, str, str, str], Finding] = {}
+    reported: dict[tuple[str, str, str, str], Finding] = {}
     began = False
     try:
         while True:
@@ -238,15 +238,15 @@ def _follow(options: argparse.Namespace) -> int:
                 seen = now
                 found = diagnose(load(*options.runs).frame, ongoing=True)
                 keys = {(f.code, f.run, f.optimizer, f.parameter): f for f in found}
-                new = [finding for key, finding in keys.items() if key not in told]
-                told |= keys
+                new = [finding for key, finding in keys.items() if key not in reported]
+                reported |= keys
                 if new or not began:
                     print(Findings(new, found.looked_at, () if began else found.left_out))
                     print(flush=True)
                 began = True
             time.sleep(options.interval)
     except KeyboardInterrupt:
-        return FOUND if any(each.severity == "finding" for each in told.values()) else NONE
+        return FOUND if any(each.severity == "finding" for each in reported.values()) else NONE
 
 
 def _end_with_ctrl_c() -> None:

@@ -496,4 +496,4 @@ def _undisturbed() -> Iterator[None]:
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
 _MOST_CHANGES = 3
-"""With more changes, a hyperparameter is scheduled: a new description starts a new dataset part."""
+"""A hyperparameter that changes more often counts as scheduled, to avoid many dataset parts."""

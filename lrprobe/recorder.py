@@ -90,13 +90,13 @@ class Recorder:
         if not self.closed:
             self.collect(wait=True)
             self._delivery.drain(near=True)
-            self._tell()
+            self._warn_problems()
 
     def flush(self) -> None:
         """Write everything recorded so far, and flush sinks that buffer."""
         self.collect(wait=True)
         self._delivery.flush()
-        self._tell()
+        self._warn_problems()
 
     def close(self) -> None:
         """Remove the hooks, write the remaining records, close the owned sinks; idempotent."""
@@ -116,7 +116,7 @@ class Recorder:
         for hooks in self.hooks:
             if hooks.failures > 1:  # the first had its own warning
                 warn(f"{hooks.failures:,} steps of {hooks.name} could not be recorded")
-        self._tell()
+        self._warn_problems()
 
     def steps(self) -> dict[str, int]:
         """The step count of each optimizer, by name."""
@@ -199,7 +199,7 @@ class Recorder:
             if wait:
                 for hooks in self.hooks:
                     hooks.settle()
-        self._tell()
+        self._warn_problems()
 
     def _pass_on(self, hooks: Hooks, pending: StepInFlight) -> None:
         if pending.is_dummy:
@@ -227,7 +227,7 @@ class Recorder:
         self._lock = threading.RLock()
         self._waiting.clear()
 
-    def _tell(self) -> None:
+    def _warn_problems(self) -> None:
         for message in self._delivery.problems():
             warn(message)
 

@@ -164,16 +164,16 @@ def _columns_of(path: Path, also: Sequence[str]) -> pd.DataFrame | None:
                     column[start:end] = values.to_numpy(zero_copy_only=False)
     except (pa.ArrowException, ValueError, KeyError, OSError):
         return None
-    told = [Description(0, 0, "", run) for run in runs[:1]]
+    descriptions = [Description(0, 0, "", run) for run in runs[:1]]
     optimizers = list(codes["optimizer"])
     for run, start, end in zip(runs, [0, *ends], ends, strict=False):
         code, at = np.unique(columns["optimizer"][start:end], return_index=True)
         attempts, steps = (columns[name][start:end][at] for name in ("attempt", "step"))
-        told += of_rows(run, [optimizers[each] for each in code], attempts, steps)
+        descriptions += of_rows(run, [optimizers[each] for each in code], attempts, steps)
     for name, known in codes.items():
         columns[name] = pd.Categorical.from_codes(columns[name], categories=pd.Index(list(known)))
     frame = pd.DataFrame(columns, copy=False)
-    frame.attrs[KEY] = merged(told)
+    frame.attrs[KEY] = merged(descriptions)
     return frame
 
 

@@ -11,7 +11,7 @@ from lrprobe.arguments import Every, Step
 
 
 class Schedule:
-    """Counts the steps of one optimizer, and decides which are recorded."""
+    """The step count of one optimizer, and its recording schedule."""
 
     def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
         self._every = every

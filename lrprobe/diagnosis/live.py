@@ -72,7 +72,7 @@ class LiveDiagnosis:
     """Reports each finding once while records arrive; a sink with its own thread.
 
     Args:
-        tell: called with each new finding.
+        callback: called with each new finding.
         history: returns what earlier attempts recorded in the dataset being continued; findings
             from them count as reported.
     """
@@ -81,10 +81,10 @@ class LiveDiagnosis:
 
     def __init__(
         self,
-        tell: Callable[[Finding], object],
+        callback: Callable[[Finding], object],
         history: Callable[[], pd.DataFrame | None] | None = None,
     ) -> None:
-        self._callback = tell
+        self._callback = callback
         self._history = history
         self._kept: dict[str, list[_KeptRecord]] = {}
         self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}

@@ -128,14 +128,14 @@ def dtypes_of(series: Series) -> list[set[str]]:
 def eps_underflows(series: Series) -> Iterator[Hit]:
     """Groups whose ε rounds to 0 in the dtype in which it is added."""
     dtypes, fused = dtypes_of(series), series.option("fused")
-    told = set()
+    reported = set()
     for column, eps in enumerate(series.option("eps")):
         group = float(series.group[column])
-        if not isinstance(eps, int | float) or not eps > 0 or group in told or fused[column]:
+        if not isinstance(eps, int | float) or not eps > 0 or group in reported or fused[column]:
             continue  # fused kernels add it in float32
         for dtype in sorted(dtypes[column] & HALF_SMALLEST.keys()):
             if eps <= HALF_SMALLEST[dtype]:
-                told.add(group)
+                reported.add(group)
                 values = {"eps": eps, "smallest": 2 * HALF_SMALLEST[dtype]}
                 evidence = f"ε = {{eps:.2g}} rounds to 0 in {dtype}, whose smallest positive "
                 evidence += "number is {smallest:.2g}"

@@ -91,11 +91,11 @@ def _is(thing: Any, module: str, name: str) -> bool:
     return type(thing) is getattr(sys.modules.get(f"deepspeed.runtime.{module}"), name, None)
 
 
-def _flats(wrapper: Any, names: Mapping[int, str], told: Mapping[Any, str]) -> Iterator[Flat]:
-    """The flat tensors in step order; names from the user's model precede DeepSpeed's."""
+def _flats(wrapper: Any, names: Mapping[int, str], given: Mapping[Any, str]) -> Iterator[Flat]:
+    """The flat tensors in step order; names from the user's model override DeepSpeed's."""
 
     def name_of(param: Tensor, group: int, at: int) -> str:
-        name = names.get(id(param)) or told.get(param, f"group{group}.param{at}")
+        name = names.get(id(param)) or given.get(param, f"group{group}.param{at}")
         # In DeepSpeed's mixture of experts, experts on different ranks have the same names.
         return name if getattr(param, "allreduce", True) else f"{_expert(param)}.{name}"
 

@@ -52,7 +52,7 @@ class Exchange:
 
     def _take(self, merged: MergedRows) -> None:
         self._union = merged
-        self._told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
+        self._described = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
         self._changed = False
         self._watched: list[WatchedParameter] = []
         self._held: list[WatchedParameter] = []
@@ -65,7 +65,7 @@ class Exchange:
             return
         self._watched = watched
         here = holdings_of(watched, self._layouts)
-        self._changed = tuple(holding for holding, *_ in here) != self._told
+        self._changed = tuple(holding for holding, *_ in here) != self._described
         rows = self._union.rows
         index = {row.name: at for at, row in enumerate(rows)}
         slots, _ = slots_of(rows)
@@ -265,8 +265,8 @@ class Exchange:
 
     def _join_again(self) -> None:
         name = self._hooks.name
-        told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
-        kinds = self._world.kinds(Spec(((name, told),)), self._device)
+        holdings = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
+        kinds = self._world.kinds(Spec(((name, holdings),)), self._device)
         kinds = rename_by_rank(self._hooks, kinds, self._world)
         known = {row.name: row for row in self._union.rows}
         merged = merge_rows(name, kinds, self._world.ranks, self._hooks.options.track)

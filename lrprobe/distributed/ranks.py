@@ -116,9 +116,11 @@ class World:
                 return [Kind(tuple(range(self.size)), spec)]
             kinds = []
             for ranks in members.values():
-                told: list[Any] = [spec if self.rank == ranks[0] else None]
-                distributed.broadcast_object_list(told, src=self.ranks[ranks[0]], group=self._group)
-                kinds.append(Kind(tuple(ranks), told[0]))
+                received: list[Any] = [spec if self.rank == ranks[0] else None]
+                distributed.broadcast_object_list(
+                    received, src=self.ranks[ranks[0]], group=self._group
+                )
+                kinds.append(Kind(tuple(ranks), received[0]))
         return kinds
 
     def new_group(self) -> Any:

@@ -85,7 +85,7 @@ def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateC
 
 
 def fold(table: Tensor) -> Tensor:
-    """Fold counts for the copy to the host and the all-reduce: (..., BINS) to (..., FOLDED)."""
+    """Fold counts for the copy to the host or the all-reduce: (..., BINS) to (..., FOLDED)."""
     octaves = table.reshape(*table.shape[:-1], OCTAVES, -1).sum(-1)
     fine = table.reshape(*table.shape[:-1], -1, FINE).sum(-2)
     return torch.cat([octaves, fine], -1).double()
@@ -122,7 +122,7 @@ class Bins:
 
     @classmethod
     def joined(cls, each: Sequence[Bins]) -> Bins:
-        """Of all owners of several; counts of the same bin of an owner are added up."""
+        """Join several instances; counts of the same owner and bin add up."""
         if not each:
             return cls.empty()
         if len(each) == 1:

@@ -199,7 +199,7 @@ class Elements:
         if self._rule is None or self._rule.advance is None:
             return []
         found = []
-        for name, told in self._rule.advance(self._s).items():
+        for name, expected in self._rule.advance(self._s).items():
             if name not in self._s:
                 continue
             after, before = self._s[name], self._s.old(name)
@@ -207,7 +207,7 @@ class Elements:
             if isinstance(before, Tensor):
                 most = torch.maximum(most, before.abs())
             slack = 2 * ulp(most, self._s.dtype_of(name))
-            found.append((((told - after).abs() - slack).clamp(min=0), after - before))
+            found.append((((expected - after).abs() - slack).clamp(min=0), after - before))
         return found[:STATES]
 
 
@@ -220,7 +220,7 @@ def unexplained(
     writes: int,
     decays: bool,
 ) -> Tensor:
-    """The part of |Δθ − observed| that rounding in ``writes`` writes of the parameter exceeds."""
+    """The part of |Δθ − observed| that rounding in so many writes does not explain."""
     # Half an ulp per write, and half an ulp for the arithmetic.
     most = torch.maximum(before.abs(), after.abs())
     slack = (0.5 + 0.5 * writes) * ulp(most, dtype)
