@@ -69,7 +69,7 @@ def test_a_part_alone_is_an_error(told: dict[str, list[Any]], wrap: str) -> None
         for (message,) in filter(None, (alone, few)):
             assert "is sharded over ranks 0-1, of which rank" in message
             assert f"rank {1 - rank} did not attach" in message
-            assert "Call attach on all ranks that hold a part" in message
+            assert "Call attach on all ranks that hold a shard" in message
 
 
 def test_a_mesh_of_one_rank_is_not_sharded(told: dict[str, list[Any]]) -> None:
