@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lrprobe.about import KEY, Description, description, merged, of_rows, of_several
+from lrprobe.about import (
+    KEY,
+    Description,
+    description,
+    from_json,
+    merged,
+    of_rows,
+    of_several,
+)
 from lrprobe.record import KEYS, LEVELS, Level
 from lrprobe.text import warn
 
@@ -67,7 +75,7 @@ def read(
     Returns:
         The rows in the order in which they were recorded, with a plain ``RangeIndex``. What
         describes the run is in ``attrs["lrprobe"]``, as in ``Probe.frame()``; of several paths, in
-        ``attrs["lrprobe"]["runs"]`` by the name of each. A logdir has none.
+        ``attrs["lrprobe"]["runs"]`` by the name of each.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -290,6 +298,7 @@ def _read_logdir(folder: Path, by: Level, last: bool) -> pd.DataFrame:
             + ", ".join(map(repr, levels))
         )
     frame = scalars.frame(by)
+    frame.attrs[KEY] = merged(scalars.descriptions)
     return _without_superseded(frame, scalars.first_steps()) if last else frame
 
 
@@ -313,6 +322,7 @@ class _Scalars:
         self._sinks: dict[str, list[str]] = {}
         self._sink: dict[str, str] = {}
         self._found: dict[_Event, dict[tuple[str, Any], dict[str, float]]] = {}
+        self.descriptions: list[Description] = []
 
     @property
     def levels(self) -> set[str]:
@@ -326,11 +336,15 @@ class _Scalars:
         return first
 
     def take(self, event: Any) -> None:
+        from lrprobe.sinks.tab import RUN_PLUGIN
         from lrprobe.sinks.tensorboard import MAP_PLUGIN
 
         for value in event.summary.value:
-            if value.metadata.plugin_data.plugin_name == MAP_PLUGIN:
+            plugin = value.metadata.plugin_data
+            if plugin.plugin_name == MAP_PLUGIN:
                 self._learn(json.loads(value.tensor.string_val[0]))
+            elif plugin.plugin_name == RUN_PLUGIN:
+                self._describe(event.step, plugin.content, value.tensor.string_val[0])
             elif value.tag in self._known and value.HasField("simple_value"):
                 optimizer, level, key, column = self._known[value.tag]
                 attempt = self._sinks[optimizer].index(self._sink[optimizer])
@@ -355,6 +369,17 @@ class _Scalars:
                         row["group_name"] = self._group_names[event.optimizer, group]
                     rows.append(row)
         return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
+
+    def _describe(self, step: int, content: bytes, text: bytes) -> None:
+        """Take in a description of the run; one that is broken is left out, with a warning."""
+        try:
+            optimizer = _text(json.loads(content)["optimizer"])
+            attempt = self._sinks[optimizer].index(self._sink[optimizer])
+            run = from_json(text)
+        except (ValueError, KeyError, TypeError) as error:
+            warn(f"a description of the run at step {step:,} cannot be read: {error}")
+            return
+        self.descriptions.append(Description(attempt, step, optimizer, run))
 
     def _learn(self, content: Mapping[str, Any]) -> None:
         """Take in the map that a sink writes before its first scalars: which tag is what."""

@@ -20,11 +20,6 @@ from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-unty
 from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]
     HistogramProto,
     Summary,
-    SummaryMetadata,
-)
-from tensorboard.compat.proto.tensor_pb2 import TensorProto  # type: ignore[import-untyped]
-from tensorboard.compat.proto.tensor_shape_pb2 import (  # type: ignore[import-untyped]
-    TensorShapeProto,
 )
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
@@ -32,7 +27,7 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 from lrprobe.names import kind
 from lrprobe.record import SCHEMA_VERSION, Record
 from lrprobe.sinks.merge import MergedRows
-from lrprobe.sinks.tab import TabTable
+from lrprobe.sinks.tab import TabTensors, add_text
 from lrprobe.sinks.tags import Plan, Tags, TagStyle
 
 MAP_PLUGIN = "lrprobe"
@@ -85,9 +80,10 @@ class TensorBoard:
     """Writes each record as one TensorBoard event.
 
     Besides scalars and histograms, each event has a tensor with all columns of every parameter, for
-    the tab LRPROBE. Above ``MAX_NAMES`` parameters, the tags of scalars are per module, at the
-    greatest depth with at most that many modules; their quantiles are merged from the parameters'
-    histograms. The wall time and the step of an event are those of the record.
+    the tab LRPROBE. The description of the run is another tensor, written again if it has changed.
+    Above ``MAX_NAMES`` parameters, the tags of scalars are per module, at the greatest depth with
+    at most that many modules; their quantiles are merged from the parameters' histograms. The wall
+    time and the step of an event are those of the record.
 
     Args:
         writer_or_dir: a logdir, which is created if missing, or a
@@ -111,7 +107,7 @@ class TensorBoard:
         """Make the logdir and prove that it can be written."""
         self.prefix = prefix
         self._tags = Tags(prefix, tag_style)
-        self._tab = TabTable(prefix)
+        self._tab = TabTensors(prefix)
         self._target: _EventFile | _Writer
         if isinstance(writer_or_dir, SummaryWriter):
             self._target = _Writer(writer_or_dir)
@@ -147,15 +143,17 @@ class TensorBoard:
             self._life = secrets.token_hex(8)
             self._news = True
         self._news |= self._target.begin()
+        news, self._news = self._news, True  # until the event is in the file
+        if news:
+            self._tab.forget()
         known = self._tags.plans.get(record.optimizer)
         plan = self._tags.plan(record)
-        self._news |= plan is not known
         summary = Summary()
-        if self._news:
+        if news or plan is not known:
             summary.MergeFrom(_describe(self._tags.plans.values(), self._tags, self._life))
         merged = plan.merged(record)
         _add_scalars(summary, plan, record, merged)
-        self._tab.add(summary, record, plan, merged, life=self._life, news=self._news)
+        self._tab.add(summary, record, plan, merged, life=self._life)
         self._target.add(Event(summary=summary, step=record.step, wall_time=record.time))
         self._news = False
 
@@ -218,16 +216,7 @@ def _describe(plans: Collection[Plan], tags: Tags, sink: str) -> Any:
         "lr": tags.groups,
         "reconstruction_error": {plan.error: plan.optimizer for plan in plans},
     }
-    value = summary.value.add(tag=f"{prefix}lrprobe/map")
-    plugin = SummaryMetadata.PluginData(plugin_name=MAP_PLUGIN)
-    value.metadata.CopyFrom(SummaryMetadata(plugin_data=plugin))
-    value.tensor.CopyFrom(
-        TensorProto(
-            dtype="DT_STRING",
-            string_val=[json.dumps(content).encode()],
-            tensor_shape=TensorShapeProto(),
-        )
-    )
+    add_text(summary, f"{prefix}lrprobe/map", json.dumps(content), MAP_PLUGIN)
     return summary
 
 

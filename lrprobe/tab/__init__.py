@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorboard.plugins.base_plugin import TBLoader  # type: ignore[import-untyped]
 
-from lrprobe.sinks.tab import PLUGIN
+from lrprobe.sinks.tab import PLUGIN, RUN_PLUGIN
 
 SAMPLES = 2000
 """Records of a run that TensorBoard keeps, unless ``--samples_per_plugin`` says otherwise."""
@@ -20,6 +20,7 @@ class Loader(TBLoader):  # type: ignore[misc]
         kept = flags.samples_per_plugin
         if isinstance(kept, dict):
             kept.setdefault(PLUGIN, SAMPLES)
+            kept.setdefault(RUN_PLUGIN, SAMPLES)
 
     def load(self, context: Any) -> Any:
         """The plugin."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorboard import errors, plugin_util  # type: ignore[import-untyped]
 from tensorboard.backend.http_util import Respond  # type: ignore[import-untyped]
@@ -25,6 +25,11 @@ from lrprobe.tab.store import Entry, Series, Store
 from lrprobe.view import answers, page
 from lrprobe.view.table import COLUMNS
 from lrprobe.view.torn import torn
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lrprobe.diagnosis import Findings
 
 _DIAGNOSED_ROWS = 400_000
 """Rows of a run that its findings are made from; more would take the tab seconds."""
@@ -53,6 +58,8 @@ class Plugin(TBPlugin):  # type: ignore[misc]
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
         self._store = Store(context.data_provider)
+        self._found: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
+        self._diagnosing = threading.Lock()
         self._cut: list[str] = []
         self._looking: threading.Thread | None = None
         logdir = Path(context.logdir).expanduser() if context.logdir else None
@@ -150,14 +157,28 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         )
 
     def _findings(self, request: Request) -> dict[str, Any]:
-        from lrprobe.diagnosis import diagnose
-
-        entry = self._entry(request)
-        with entry.lock:
-            if entry.findings is None:
-                frame = frame_of(entry.table.run, entry.blocks, _DIAGNOSED_ROWS)
-                entry.findings = answers.found(diagnose(frame))
-        result: dict[str, Any] = entry.findings
+        """What is wrong; some checks compare the optimizers of a run, so all are diagnosed."""
+        ctx, experiment = _where(request)
+        run, optimizer = _argument(request, "run"), _argument(request, "optimizer")
+        runs = self._store.runs(ctx, experiment)
+        of_run = {key[1]: series for key, series in runs.items() if key[0] == run}
+        if optimizer not in of_run:
+            raise errors.NotFoundError("no such run")
+        with self._diagnosing:
+            entries = [
+                self._store.entry(ctx, experiment, run, name, series)
+                for name, series in of_run.items()
+            ]
+            version = [entry.version for entry in entries]
+            known, found = self._found.get((experiment, run), (None, {}))
+            if known != version:
+                blocks = [block for entry in entries for block in entry.blocks]
+                told = self._store.descriptions(ctx, experiment, run, blocks)
+                findings = _diagnosed(frame_of(run, blocks, _DIAGNOSED_ROWS, told))
+                by_table = answers.divided(findings, [(run, name) for name in of_run])
+                found = dict(zip(of_run, by_table, strict=True))
+                self._found[experiment, run] = version, found
+        result: dict[str, Any] = found[optimizer]
         return result
 
     def _entry(self, request: Request) -> Entry:
@@ -167,6 +188,17 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         if series is None:
             raise errors.NotFoundError("no such run")
         return self._store.entry(ctx, experiment, *key, series)
+
+
+def _diagnosed(frame: pd.DataFrame) -> Findings:
+    """The findings, without the description of the run if a check cannot make sense of it."""
+    from lrprobe.diagnosis import diagnose
+
+    try:
+        return diagnose(frame)
+    except Exception:  # noqa: BLE001 - anything may be in a log
+        frame.attrs.clear()
+        return diagnose(frame)
 
 
 def _where(request: Request) -> tuple[Any, str]:

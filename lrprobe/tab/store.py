@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.data.provider import RunTagFilter  # type: ignore[import-untyped]
 
-from lrprobe.sinks.tab import PLUGIN
+from lrprobe.about import Description, from_json
+from lrprobe.sinks.tab import PLUGIN, RUN_PLUGIN
 from lrprobe.tab import SAMPLES
+from lrprobe.text import shorter
 from lrprobe.view.table import COLUMNS, Table, unique
 
 _MOST_BYTES = 200 * 2**20
@@ -56,8 +59,6 @@ class Entry:
     version: tuple[Any, ...]
     blocks: list[Block]
     table: Table
-    findings: Any = None
-    lock: Any = field(default_factory=threading.Lock)
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +114,43 @@ class Store:
                     self._entries.popitem(last=False)
         return known
 
+    def descriptions(
+        self, ctx: Any, experiment: str, run: str, blocks: Sequence[Block]
+    ) -> list[Description]:
+        """How the run describes itself, in the order of recording.
+
+        Args:
+            ctx: TensorBoard's, as for all that is asked of its data provider.
+            experiment: TensorBoard's.
+            run: name of the run.
+            blocks: the records of its optimizers, which tell one attempt from the next.
+
+        Returns:
+            None of what is broken, or belongs to an attempt without a record.
+        """
+        where = {
+            "experiment_id": experiment,
+            "plugin_name": RUN_PLUGIN,
+            "run_tag_filter": RunTagFilter(runs=[run]),
+        }
+        listing = self._provider.list_tensors(ctx, **where) or {}
+        texts = self._provider.read_tensors(ctx, downsample=SAMPLES, **where) or {}
+        attempt_of = {
+            (block.about["optimizer"], block.about["sink"]): attempt
+            for block, attempt in zip(blocks, attempts(blocks), strict=True)
+        }
+        found: list[tuple[float, Description]] = []
+        for tag, series in listing.get(run, {}).items():
+            writer = _writer(series.plugin_content)
+            if writer not in attempt_of:
+                continue
+            for datum in texts.get(run, {}).get(tag, ()):
+                with contextlib.suppress(ValueError, TypeError):  # it is broken
+                    about = _shortened(from_json(datum.numpy.item()))
+                    described = Description(attempt_of[writer], datum.step, writer[0], about)
+                    found.append((datum.wall_time, described))
+        return [described for _, described in sorted(found, key=lambda pair: pair[0])]
+
     def _size(self) -> int:
         return sum(entry.nbytes for entry in self._entries.values())
 
@@ -160,10 +198,31 @@ def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
     )
 
 
+def _writer(content: bytes) -> tuple[str, str]:
+    """The optimizer and the sink that the metadata of a description name; empty if broken."""
+    try:
+        about = json.loads(content)
+        return shorter(about["optimizer"]), str(about["sink"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", ""
+
+
+def _shortened(run: dict[str, Any]) -> dict[str, Any]:
+    """A description with the names of optimizers as the tables have them."""
+    optimizers = run.get("optimizers", {})
+    return {**run, "optimizers": {shorter(name): each for name, each in optimizers.items()}}
+
+
 def attempts(blocks: Sequence[Block]) -> list[int]:
-    """Which attempt to record the run each block belongs to."""
-    order = list(dict.fromkeys(block.about["sink"] for block in blocks))
-    return [order.index(block.about["sink"]) for block in blocks]
+    """Which attempt to record its optimizer each block belongs to."""
+    lives: dict[str, list[str]] = {}
+    result = []
+    for block in blocks:
+        known = lives.setdefault(block.about["optimizer"], [])
+        if block.about["sink"] not in known:
+            known.append(block.about["sink"])
+        result.append(known.index(block.about["sink"]))
+    return result
 
 
 def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:

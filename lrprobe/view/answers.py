@@ -14,7 +14,7 @@ from lrprobe.text import shorter
 from lrprobe.view.table import FIGURES, Matrix, Table
 
 if TYPE_CHECKING:
-    from lrprobe.diagnosis import Findings
+    from lrprobe.diagnosis import Finding, Findings
 
 _CELLS = 200_000
 """Cells of a heatmap, about; a screen has not many more."""
@@ -147,6 +147,28 @@ def found(findings: Findings) -> dict[str, Any]:
             for same in findings.grouped()
         ],
     }
+
+
+def divided(findings: Findings, keys: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Findings of several runs and optimizers, as the front end shows them with each table.
+
+    Args:
+        findings: of all of them.
+        keys: run and optimizer of each table. Findings about an optimizer without a table go to
+            the first one of the run, what was left out to the first of all.
+    """
+    from lrprobe.diagnosis import Findings
+
+    parts: list[list[Finding]] = [[] for _ in keys]
+    runs = [run for run, _ in keys]
+    for each in findings:
+        key = shorter(each.run), shorter(each.optimizer)
+        place = keys.index(key) if key in keys else runs.index(key[0]) if key[0] in runs else 0
+        parts[place].append(each)
+    return [
+        found(Findings(part, left_out=() if at else findings.left_out))
+        for at, part in enumerate(parts)
+    ]
 
 
 def picked(
