@@ -139,7 +139,7 @@ _PAGE = """<!doctype html>
 {runs}
 <h2 id="findings">Findings</h2>
 {findings}
-<h2 id="view">Layers over the steps</h2>
+<h2 id="view">Layers over time</h2>
 <div id="lrprobe"><p class="still">This part needs a browser with JavaScript; below are static
 pictures.</p></div>
 <section class="still">

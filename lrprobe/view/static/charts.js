@@ -1,7 +1,7 @@
 // What one parameter did, or several beside each other.
 
 import { number, plain } from "./data.js";
-import { CONFIG, layoutOf } from "./heatmap.js";
+import { draw, layoutOf } from "./heatmap.js";
 
 // Okabe and Ito's colours, which any colour vision tells apart.
 const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
@@ -57,14 +57,17 @@ function histogram(item, step) {
   const knots = Object.entries(LEVELS)
     .map(([name, level]) => [item.figures[`effective_lr_${name}`]?.[row], level])
     .filter(([rate]) => rate > 0 && Number.isFinite(rate));
-  // Quantiles that stand close together are one bar, which has a width to be seen.
+  // Quantiles that are close together share a bar, which is wide enough to be visible.
   const [x, y] = [[], []];
   let start = 0;
   for (let k = 1; k < knots.length; k++) {
     let [low, high] = [Math.log10(knots[start][0]), Math.log10(knots[k][0])];
     const end = k === knots.length - 1;
     if (high - low < NARROW && !end) continue;
-    if (high - low < NARROW) [low, high] = [(low + high - NARROW) / 2, (low + high + NARROW) / 2];
+    if (high - low < NARROW) {
+      if (!x.length) low = (low + high - NARROW) / 2;
+      high = low + NARROW;
+    }
     const density = (knots[k][1] - knots[start][1]) / (high - low);
     x.push(10 ** low, 10 ** high);
     y.push(density, density);
@@ -80,7 +83,7 @@ function histogram(item, step) {
   return {
     type: "scatter", mode: "lines", x, y, name: plain(item.label, 48), fill: "tozeroy",
     fillcolor: faint(colour, 0.25), line: { color: colour, width: 1.5, shape: "linear" },
-    hovertemplate: "rate %{x:.3g}: %{y:.2f} of the elements a decade<extra></extra>",
+    hovertemplate: "rate %{x:.3g}: %{y:.2f} of the elements per decade<extra></extra>",
     step: item.steps[row],
   };
 }
@@ -105,7 +108,7 @@ export function chartsOf(items, view) {
       .map((step) => step?.toLocaleString("en")).join(", ");
     charts.push({
       key: "histogram", title: `Histogram of the rate at step ${when}`, traces: shown,
-      unit: "share a decade", x: "effective rate", histogram: true, linear: true,
+      unit: "share per decade", x: "effective rate", histogram: true, linear: true,
     });
   }
   if (having("update_ratio").length) {
@@ -154,8 +157,7 @@ export function drawChart(element, chart, view) {
     });
     annotations.push({
       xref: "paper", yref: "y", x: 1, y: logarithmic ? Math.log10(chart.guide) : chart.guide,
-      text: "1e-3", showarrow: false, xanchor: "right", yanchor: "bottom", font: { size: 10 },
-      bgcolor: colours.back, opacity: 0.85,
+      text: "1e-3", showarrow: false, xanchor: "left", yanchor: "middle", font: { size: 10 },
     });
   }
   const yaxis = {
@@ -169,13 +171,13 @@ export function drawChart(element, chart, view) {
     Object.assign(yaxis, decades(chart));
   }
   const layout = layoutOf(colours, {
-    height: 144 + (view.last ? 14 : 0), margin: { l: 62, r: 12, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
+    height: 144 + (view.last ? 14 : 0), margin: { l: 62, r: 30, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
     hovermode: chart.histogram ? "closest" : "x unified",
     datarevision: Math.random(),
     xaxis: {
       title: { text: view.last ? chart.x : "", font: { size: 11 }, standoff: 4 },
       type: chart.histogram ? "log" : "linear", exponentformat: chart.histogram ? "e" : "none",
-      separatethousands: true, nticks: 7, zeroline: false,
+      separatethousands: true, nticks: 7, tickangle: 0, zeroline: false,
       uirevision: `${range}`,
       ...(range && !chart.histogram ? { range, autorange: false } : { autorange: true }),
     },
@@ -184,7 +186,7 @@ export function drawChart(element, chart, view) {
   const last = chart.traces.map((trace) => `${trace.name} ${number(trace.y.at(-1) ?? NaN)}`);
   element.setAttribute("role", "img");
   element.setAttribute("aria-label", `${chart.title}. At the end: ${last.slice(0, 6).join(", ")}`);
-  return globalThis.Plotly.react(element, chart.traces, layout, CONFIG);
+  return draw(element, chart.traces, layout);
 }
 
 function decades(chart) {

@@ -34,9 +34,18 @@ export function layoutOf(colours, rest) {
   };
 }
 
-export const CONFIG = { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" };
+/** Draw a plot, or draw it again. */
+export function draw(element, traces, layout) {
+  // Plotly drops the height of the layout when the window is resized, and asks the element.
+  element.style.height = `${layout.height}px`;
+  return globalThis.Plotly.react(element, traces, layout, CONFIG);
+}
 
-/** Lowest and highest of the colours: those of nearly all cells, so that one does not rule. */
+const CONFIG = { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" };
+
+const OUTLIERS = 0.005; // share of the cells at either end that may exceed the colour scale
+
+/** The limits of the colour scale. A few outliers take its end colours instead of stretching it. */
 export function limits(maps, logarithmic) {
   const seen = [];
   for (const values of maps) {
@@ -48,7 +57,7 @@ export function limits(maps, logarithmic) {
   }
   if (!seen.length) return [0, 1];
   seen.sort((a, b) => a - b);
-  const cut = seen.length > 2000 ? Math.floor(seen.length * 0.002) : 0;
+  const cut = Math.floor(seen.length * OUTLIERS);
   const [low, high] = [seen[cut], seen[seen.length - 1 - cut]];
   return high - low > 1e-6 ? [low, high] : [low - 0.5, high + 0.5];
 }
@@ -84,7 +93,9 @@ export class Heatmap {
     if (this.view?.rows.length !== rows.length) this.zoomed = null;
     this.view = view;
     this.cells = fold(rows, map.values, map.steps.length);
-    const shown = logarithmic ? this.cells.map((row) => row.map(Math.log10)) : this.cells;
+    // Zero has the lowest colour; only NaN is a gap.
+    const colour = (value) => (value === 0 ? view.limits[0] : Math.log10(value));
+    const shown = logarithmic ? this.cells.map((row) => row.map(colour)) : this.cells;
     const height = Math.max(
       Math.min(22 * rows.length, 340), Math.min(13 * rows.length, 820), 2.5 * rows.length, 80,
     );
@@ -121,7 +132,7 @@ export class Heatmap {
       `${view.figure.title} of ${rows.length} rows at ${map.steps.length} steps of `
       + `${view.table.title}. Arrow keys move, Enter opens a parameter, Shift and Enter adds it.`
     ));
-    await globalThis.Plotly.react(this.element, [trace], layout, CONFIG);
+    await draw(this.element, [trace], layout);
     this.listen();
   }
 
@@ -167,7 +178,7 @@ export class Heatmap {
       const of = members.map((member) => map.values[member * width + column])
         .filter((each) => !Number.isNaN(each));
       lines.push(`from ${number(Math.min(...of))} to ${number(Math.max(...of))}`);
-      lines.push(`most unlike the others: ${table.names[oddest(rows[row], map.values, width, column)]}`);
+      lines.push(`outlier: ${table.names[oddest(rows[row], map.values, width, column)]}`);
     }
     return [...lines, table.title];
   }

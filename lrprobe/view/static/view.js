@@ -102,7 +102,7 @@ export class View {
     const news = await this.source.overview();
     const version = JSON.stringify(news.tables.map((table) => [table.title, table.version]));
     this.status.textContent = this.source.live
-      ? `looked at ${new Date().toLocaleTimeString()}` : "";
+      ? `updated ${new Date().toLocaleTimeString()}` : "";
     this.say(news.notes);
     if (version === this.version) return;
     this.version = version;
@@ -356,7 +356,7 @@ export class View {
       ...wanted.map(({ table, name }, at) => make("span", { class: "item" }, swatch(at),
         make("code", { title: name }, name), several ? ` ${table.title}` : "",
         parameters.length > 1 ? remove(name) : null)),
-      make("small", {}, "Click a cell to open its parameter, with Shift to compare."),
+      make("small", {}, "Click a cell to open its parameter; Shift-click to compare."),
     );
   }
 
