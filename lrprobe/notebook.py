@@ -37,12 +37,12 @@ def probe_html(probe: Probe) -> str:
         (
             shown(each.name),
             f"{len(each.watched):,}",
-            f"{each.schedule}",
+            f"every {each.schedule}",
         )
         for each in recorder.hooks
     ]
     state = "closed" if recorder.closed else "recording"
-    heads = ("optimizer", "parameters", "every")
+    heads = ("optimizer", "parameters", "recorded")
     return table(heads, rows, f"lrprobe.Probe, step {probe.step:,}, {state}")
 
 

@@ -167,6 +167,23 @@ def test_another_figure_has_another_scale(page: Page, runs: dict[str, object]) -
     assert page.run(HEATMAP + "const [t] = map.element.data; return [t.zmin, t.zmax]") == [0, 1]
 
 
+def test_zero_has_a_colour_and_nearly_equal_figures_have_one(
+    page: Page, runs: dict[str, object]
+) -> None:
+    """Only what is missing is a gap; the scale spans a factor of two at least."""
+    page.run("return void lrprobe.set({figure: 'reconstruction_error', runs: ['sound']})")
+    page.settle()
+    cells, low = page.run(HEATMAP + "const [t] = map.element.data; return [[...t.z[0]], t.zmin]")
+    errors_found = of(runs["sound"], "0.weight", "reconstruction_error")
+    zeros = [cell for cell, error in zip(cells, errors_found, strict=True) if error == 0]
+    assert zeros
+    assert zeros == pytest.approx([low] * len(zeros))
+    page.run("return void lrprobe.set({figure: 'effective_lr_p50', runs: ['faulty']})")
+    page.settle()  # with this ε, every rate is nearly 1e-6
+    low, high = page.run(HEATMAP + "const [t] = map.element.data; return [t.zmin, t.zmax]")
+    assert 10 ** (high - low) == pytest.approx(2)
+
+
 def test_the_state_is_in_the_address(page: Page, browser, address: str) -> None:
     """Who opens it sees the same: figure, parameters, step, zoom, scale."""
     page.run("""return void lrprobe.set({figure: "update_ratio", parameters: ["2.weight", "0.bias"],

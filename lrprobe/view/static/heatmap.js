@@ -59,7 +59,10 @@ export function limits(maps, logarithmic) {
   seen.sort((a, b) => a - b);
   const cut = Math.floor(seen.length * OUTLIERS);
   const [low, high] = [seen[cut], seen[seen.length - 1 - cut]];
-  return high - low > 1e-6 ? [low, high] : [low - 0.5, high + 0.5];
+  // Figures that hardly differ have nearly one colour.
+  const least = logarithmic ? Math.log10(2) : 0.01 * Math.max(Math.abs(low), Math.abs(high), 1e-30);
+  const pad = Math.max(least - (high - low), 0) / 2;
+  return [low - pad, high + pad];
 }
 
 function ticks([low, high], logarithmic, most) {
