@@ -41,7 +41,7 @@ def write(folder: Path) -> None:
         table["update_ratio"][:] = rate / 3
         summary = Summary()
         plan = tags.plan(record)
-        tab.add(summary, record, plan, None, life="a")
+        tab.add(summary, record, plan, None, attempt_id="a")
         file.add(Event(summary=summary, step=step, wall_time=1e9 + step))
     file.close()
 

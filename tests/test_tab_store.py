@@ -154,7 +154,7 @@ def test_a_store_keeps_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write(tmp_path / name, make_record(1))
     store = Store(provider(tmp_path))
     runs = store.runs(RequestContext(), "")
-    monkeypatch.setattr("lrprobe.tab.store._KEPT_BYTES", 1)
+    monkeypatch.setattr("lrprobe.tab.store._CACHE_BYTES", 1)
     kept = [store.entry(RequestContext(), "", *key, series) for key, series in runs.items()]
     assert list(store._entries.values()) == kept[1:]
 
@@ -163,7 +163,7 @@ def test_what_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
     """A description that is broken, or of a later version."""
     store = Store(provider(tmp_path))
     for content in (b"", b"{}", b"[1]", b'{"version": 2, "columns": ["a"], "names": []}'):
-        assert store._describe(content) is None
+        assert store._metadata(content) is None
 
 
 def test_the_routes_answer(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class TabTensors:
         plan: Plan,
         merged: list[MergedRows] | None,
         *,
-        life: str,
+        attempt_id: str,
     ) -> None:
         """Add the tensors of a record to a summary.
 
@@ -84,12 +84,12 @@ class TabTensors:
             record: the record.
             plan: its tags.
             merged: its rows merged to what the tags stand for; used if there are too many modules.
-            life: distinguishes the attempts to record the run.
+            attempt_id: distinguishes the attempts to record the run.
         """
-        self._add_run(summary, record, life)
-        self._add_table(summary, record, plan, merged, life)
+        self._add_run(summary, record, attempt_id)
+        self._add_table(summary, record, plan, merged, attempt_id)
 
-    def _add_run(self, summary: Any, record: Record, life: str) -> None:
+    def _add_run(self, summary: Any, record: Record, attempt_id: str) -> None:
         """Add the description of the run if it differs from the last one."""
         known, text = self._runs.get(record.optimizer, ({}, ""))
         if known is record.run:
@@ -98,8 +98,8 @@ class TabTensors:
         self._runs[record.optimizer] = record.run, latest
         if latest == text:
             return
-        about = {"version": _VERSION, "sink": life, "optimizer": record.optimizer}
-        tag = f"{self._prefix}lrprobe/run/{clean(record.optimizer)}/{life}"
+        about = {"version": _VERSION, "sink": attempt_id, "optimizer": record.optimizer}
+        tag = f"{self._prefix}lrprobe/run/{clean(record.optimizer)}/{attempt_id}"
         add_text(summary, tag, latest, RUN_PLUGIN, json.dumps(about).encode())
 
     def _add_table(
@@ -108,7 +108,7 @@ class TabTensors:
         record: Record,
         plan: Plan,
         merged: list[MergedRows] | None,
-        life: str,
+        attempt_id: str,
     ) -> None:
         level, table = _rows(record, plan, merged)
         columns = [
@@ -116,11 +116,16 @@ class TabTensors:
             for name, values in table.items()
             if name not in _LEFT_OUT and values.dtype == np.float64 and name != "time"
         ]
-        what = (life, level, tuple(columns), *(_key(table, k) for k in (level, "rule", "group")))
+        what = (
+            attempt_id,
+            level,
+            tuple(columns),
+            *(_key(table, k) for k in (level, "rule", "group")),
+        )
         known, tag = self._tables.get(record.optimizer, (None, ""))
         metadata = None
         if known != what:
-            about = _metadata(record, level, table, columns, life)
+            about = _metadata(record, level, table, columns, attempt_id)
             content = json.dumps(about, ensure_ascii=True).encode()
             digest = hashlib.sha256(content).hexdigest()[:12]
             tag = f"{self._prefix}lrprobe/table/{clean(record.optimizer)}/{digest}"
@@ -175,11 +180,11 @@ def _metadata(
     level: str,
     table: Mapping[str, NDArray[Any]],
     columns: list[str],
-    life: str,
+    attempt_id: str,
 ) -> dict[str, Any]:
     return {
         "version": _VERSION,
-        "sink": life,
+        "sink": attempt_id,
         "optimizer": shorter(record.optimizer),
         "level": level,
         "columns": columns,

@@ -1,4 +1,4 @@
-"""The tensors of ``sinks.TensorBoard``, through TensorBoard's data provider, as tables."""
+"""Reads the tensors of ``sinks.TensorBoard`` through TensorBoard's data provider."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lrprobe.tab import SAMPLES
 from lrprobe.text import shorter
 from lrprobe.view.table import COLUMNS, Table, unique
 
-_MOST_BYTES = 200 * 2**20
-"""Of one answer of the data provider, which takes 256 MB at most."""
+_ANSWER_BYTES = 200 * 2**20
+"""Size of one answer of the data provider; its own limit is 256 MB."""
 
-_KEPT_BYTES = 600 * 2**20
-"""Of the runs that were read; the one that was asked for longest ago is dropped first."""
+_CACHE_BYTES = 600 * 2**20
+"""Size of the cache of runs, which drops the least recently used one first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Series:
 
     Attributes:
         tag: the tag.
-        about: its description, as ``sinks.tab`` writes it.
-        version: changes when it has more.
+        about: the metadata that ``sinks.tab`` writes.
+        version: changes with each new record.
     """
 
     tag: str
@@ -54,7 +54,7 @@ class Block:
 
 @dataclass(slots=True)
 class Entry:
-    """What one optimizer of one run recorded."""
+    """The records of one optimizer of one run."""
 
     version: tuple[Any, ...]
     blocks: list[Block]
@@ -62,12 +62,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its figures."""
+        """Size of the figures."""
         return sum(block.cells.nbytes for block in self.blocks)
 
 
 class Store:
-    """Reads what is asked for, and keeps it as long as nothing new comes.
+    """Reads runs on demand, and caches them until they have new records.
 
     Args:
         provider: TensorBoard's data provider.
@@ -81,12 +81,12 @@ class Store:
         self._parsed: dict[bytes, Any] = {}
 
     def runs(self, ctx: Any, experiment: str) -> dict[tuple[str, str], list[Series]]:
-        """Run and optimizer to their tags."""
+        """Map run and optimizer to their tags."""
         listing = self._provider.list_tensors(ctx, experiment_id=experiment, plugin_name=PLUGIN)
         found: dict[tuple[str, str], list[Series]] = {}
         for run in sorted(listing or {}):
             for tag, series in listing[run].items():
-                about = self._describe(series.plugin_content)
+                about = self._metadata(series.plugin_content)
                 if about is not None:
                     version = tag, series.max_step, series.max_wall_time
                     key = run, str(about["optimizer"])
@@ -96,12 +96,12 @@ class Store:
     def entry(
         self, ctx: Any, experiment: str, run: str, optimizer: str, series: Sequence[Series]
     ) -> Entry:
-        """What an optimizer of a run recorded, as new as TensorBoard has it."""
+        """Return the records of an optimizer of a run, as far as TensorBoard has loaded them."""
         key = experiment, run, optimizer
         version = tuple(sorted(each.version for each in series))
         with self._lock:
             reading = self._reading.setdefault(key, threading.Lock())
-        with reading:  # two requests of one page read it once
+        with reading:  # simultaneous requests read it once
             known = self._entries.get(key)
             if known is None or known.version != version:
                 blocks = self._read(ctx, experiment, run, series)
@@ -110,23 +110,22 @@ class Store:
             with self._lock:
                 self._entries[key] = known
                 self._entries.move_to_end(key)
-                while len(self._entries) > 1 and self._size() > _KEPT_BYTES:
+                while len(self._entries) > 1 and self._size() > _CACHE_BYTES:
                     self._entries.popitem(last=False)
         return known
 
     def descriptions(
         self, ctx: Any, experiment: str, run: str, blocks: Sequence[Block]
     ) -> list[Description]:
-        """How the run describes itself, in the order of recording.
+        """Read the descriptions of a run, in the order of recording.
+
+        A broken description is skipped, and so is one of an attempt without a record.
 
         Args:
-            ctx: TensorBoard's, as for all that is asked of its data provider.
-            experiment: TensorBoard's.
+            ctx: TensorBoard's request context.
+            experiment: TensorBoard's experiment id.
             run: name of the run.
-            blocks: the records of its optimizers, which tell one attempt from the next.
-
-        Returns:
-            None of what is broken, or belongs to an attempt without a record.
+            blocks: the records of its optimizers, which determine the attempts.
         """
         where = {
             "experiment_id": experiment,
@@ -154,8 +153,8 @@ class Store:
     def _size(self) -> int:
         return sum(entry.nbytes for entry in self._entries.values())
 
-    def _describe(self, content: bytes) -> Any:
-        """The description of a tag; None where it is none, or of a later version's."""
+    def _metadata(self, content: bytes) -> Any:
+        """Parse the metadata of a tag; None if broken, or written by a later version."""
         if content not in self._parsed:
             try:
                 about = json.loads(content)
@@ -173,7 +172,7 @@ class Store:
             ctx,
             experiment_id=experiment,
             plugin_name=PLUGIN,
-            downsample=max(min(SAMPLES, _MOST_BYTES // max(size, 1) // len(about)), 1),
+            downsample=max(min(SAMPLES, _ANSWER_BYTES // max(size, 1) // len(about)), 1),
             run_tag_filter=RunTagFilter(runs=[run], tags=list(about)),
         )
         blocks = [
@@ -185,7 +184,7 @@ class Store:
 
 
 def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
-    """The records of a tag whose shape is what its description says; None where there is none."""
+    """Stack the records of a tag that have the shape in its metadata; None if there are none."""
     shape = len(about["columns"]), len(about["names"])
     data = [datum for datum in data if datum.numpy.shape == shape]
     if not data:
@@ -199,7 +198,7 @@ def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
 
 
 def _writer(content: bytes) -> tuple[str, str]:
-    """The optimizer and the sink that the metadata of a description name; empty if broken."""
+    """Parse the metadata of a description: optimizer and sink, empty if broken."""
     try:
         about = json.loads(content)
         return shorter(about["optimizer"]), str(about["sink"])
@@ -208,17 +207,17 @@ def _writer(content: bytes) -> tuple[str, str]:
 
 
 def _shortened(run: dict[str, Any]) -> dict[str, Any]:
-    """A description with the names of optimizers as the tables have them."""
+    """Shorten the names of optimizers in a description, as the tables do."""
     optimizers = run.get("optimizers", {})
     return {**run, "optimizers": {shorter(name): each for name, each in optimizers.items()}}
 
 
 def attempts(blocks: Sequence[Block]) -> list[int]:
-    """Which attempt to record its optimizer each block belongs to."""
-    lives: dict[str, list[str]] = {}
+    """Number the attempt that each block belongs to, per optimizer."""
+    sinks: dict[str, list[str]] = {}
     result = []
     for block in blocks:
-        known = lives.setdefault(block.about["optimizer"], [])
+        known = sinks.setdefault(block.about["optimizer"], [])
         if block.about["sink"] not in known:
             known.append(block.about["sink"])
         result.append(known.index(block.about["sink"]))
@@ -226,7 +225,7 @@ def attempts(blocks: Sequence[Block]) -> list[int]:
 
 
 def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
-    """All blocks as one table; what a later attempt recorded anew replaces the earlier."""
+    """Merge blocks into one table; a later attempt replaces the steps of an earlier one."""
     kept = list(zip(blocks, _kept(blocks), strict=True))
     names: dict[str, int] = {}
     groups: dict[str, str] = {}
@@ -245,7 +244,7 @@ def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
         if not having:
             continue
         first = having[0][0]
-        if len(blocks) == 1 and np.array_equal(steps, first.steps):  # as usual: copy nothing
+        if len(blocks) == 1 and np.array_equal(steps, first.steps):  # usual: no copy
             figures[column] = first.cells[:, first.about["columns"].index(column), :]
             continue
         matrix = np.full((len(steps), len(names)), np.nan, dtype=np.float32)
@@ -269,7 +268,7 @@ def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
 
 
 def _kept(blocks: Sequence[Block]) -> list[NDArray[np.int64]]:
-    """Of each block the records before the first of any later attempt."""
+    """For each block, the indices of the records before any later attempt."""
     number = attempts(blocks)
     result = []
     for block, attempt in zip(blocks, number, strict=True):

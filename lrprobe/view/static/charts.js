@@ -1,9 +1,9 @@
-// What one parameter did, or several beside each other.
+// Charts of one parameter, or of several for comparison.
 
 import { number, plain } from "./data.js";
 import { draw, layoutOf } from "./heatmap.js";
 
-// Okabe and Ito's colours, which any colour vision tells apart.
+// Okabe and Ito's palette, which is safe for colour-blind readers.
 const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
 const DARK = ["#4fa9e0", "#f08a48", "#35c79b", "#e2a0c6", "#f0b83d", "#9ad4f7", "#b0b0b0"];
 const DASHES = ["solid", "dash", "dashdot", "dot", "solid", "dash", "dashdot"];
@@ -14,13 +14,13 @@ const NARROW = 0.05; // decades
 const faint = (colour, alpha) => `${colour}${Math.round(alpha * 255).toString(16).padStart(2, "0")}`;
 const list = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
 
-/** How the lines of an item look: a colour, and a dash for grey print. */
+/** The line style of an item: a colour, and a dash pattern for prints without colour. */
 export function styleOf(at, dark) {
   const place = at % LIGHT.length;
   return { colour: (dark ? DARK : LIGHT)[place], dash: DASHES[place] };
 }
 
-/** The index of the last recorded step that is not after this one. */
+/** The index of the last recorded step up to this one. */
 export function indexAt(steps, step) {
   if (step === null) return steps.length - 1;
   let found = 0;
@@ -51,7 +51,7 @@ function band(item) {
   ];
 }
 
-/** The share of the elements for each decade of the rate, between the quantiles of a step. */
+/** The density of the elements over log10 of the rate, from the quantiles at one step. */
 function histogram(item, step) {
   const row = indexAt(item.steps, step);
   const knots = Object.entries(LEVELS)
@@ -90,7 +90,7 @@ function histogram(item, step) {
 
 const AXIS = { rate: "per unit of direction", ratio: "‖Δθ‖ / ‖θ‖", share: "share of the elements" };
 
-/** What the charts are: a title, its traces, and its axes. */
+/** The charts of some items: title, traces, axes. */
 export function chartsOf(items, view) {
   const steps = (traces, title, unit, more = {}) => ({
     title, traces, unit, x: "optimizer step", linear: view.linear, ...more,
@@ -167,7 +167,7 @@ export function drawChart(element, chart, view) {
     rangemode: chart.histogram ? "tozero" : "normal", minor: { nticks: 0 },
   };
   if (logarithmic) {
-    // One number a decade, or a few; Plotly's own would write 2 and 5 between.
+    // One tick label per decade; Plotly's default would add 2 and 5.
     Object.assign(yaxis, decades(chart));
   }
   const layout = layoutOf(colours, {

@@ -1,14 +1,14 @@
-// Parameters × steps as colours.
+// A heatmap of parameters × steps.
 
 import { number, plain } from "./data.js";
 import { fold, oddest } from "./folding.js";
 
-const SCALE = [ // viridis: evenly lighter, for any colour vision and in grey print
+const SCALE = [ // viridis: perceptually uniform, also without colour
   "#440154", "#482878", "#3e4989", "#31688e", "#26828e",
   "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725",
 ].map((colour, at) => [at / 9, colour]);
 
-/** The colours of a page, as its style sheet has them. */
+/** The colours that the style sheet defines. */
 export function theme(element) {
   const style = getComputedStyle(element);
   const colour = (name) => style.getPropertyValue(`--${name}`).trim();
@@ -19,13 +19,13 @@ export function theme(element) {
   };
 }
 
-/** What every plot's layout has. */
-export function layoutOf(colours, rest) {
+/** Complete the layout of a plot with the common settings. */
+export function layoutOf(colours, layout) {
   const axis = {
     gridcolor: colours.line, linecolor: colours.line, zerolinecolor: colours.line,
     tickfont: { size: 11 }, automargin: false,
   };
-  const { xaxis, yaxis, ...others } = rest;
+  const { xaxis, yaxis, ...others } = layout;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colours.ink, family: colours.font, size: 12 },
@@ -34,7 +34,7 @@ export function layoutOf(colours, rest) {
   };
 }
 
-/** Draw a plot, or draw it again. */
+/** Draw or redraw a plot. */
 export function draw(element, traces, layout) {
   // Plotly drops the height of the layout when the window is resized, and asks the element.
   element.style.height = `${layout.height}px`;
@@ -59,7 +59,7 @@ export function limits(maps, logarithmic) {
   seen.sort((a, b) => a - b);
   const cut = Math.floor(seen.length * OUTLIERS);
   const [low, high] = [seen[cut], seen[seen.length - 1 - cut]];
-  // Figures that hardly differ have nearly one colour.
+  // Nearly equal values get nearly equal colours.
   const least = logarithmic ? Math.log10(2) : 0.01 * Math.max(Math.abs(low), Math.abs(high), 1e-30);
   const pad = Math.max(least - (high - low), 0) / 2;
   return [low - pad, high + pad];
@@ -90,7 +90,7 @@ export class Heatmap {
     element.addEventListener("blur", () => this.point(null));
   }
 
-  /** Draw; `view` has table, map (steps, values), rows, figure, logarithmic, range, and so on. */
+  /** Draw a view: table, map (steps and values), rows, figure, logarithmic, range, and so on. */
   async draw(view) {
     const { map, rows, logarithmic, colours, range, mark } = view;
     if (this.view?.rows.length !== rows.length) this.zoomed = null;
@@ -166,8 +166,8 @@ export class Heatmap {
     });
   }
 
-  /** What a cell says, line by line. */
-  words({ row, column }) {
+  /** The lines of a cell's tooltip. */
+  tooltip({ row, column }) {
     const { table, map, rows, figure } = this.view;
     const { label, members } = rows[row];
     const width = map.steps.length;
@@ -217,7 +217,7 @@ export class Heatmap {
     return shapes;
   }
 
-  /** Show what is chosen, without drawing the cells again. */
+  /** Mark the selection without redrawing the cells. */
   choose(chosen, step, mark) {
     if (!this.view) return null;
     Object.assign(this.view, { chosen, step, mark });
@@ -248,7 +248,7 @@ export class Heatmap {
     event.preventDefault();
   }
 
-  /** Where a cell is on the screen. */
+  /** The position of a cell on the screen. */
   place({ row, column }) {
     const { xaxis, yaxis, _size } = this.element._fullLayout;
     const box = this.element.getBoundingClientRect();
