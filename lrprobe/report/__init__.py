@@ -140,8 +140,8 @@ _PAGE = """<!doctype html>
 <h2 id="findings">Findings</h2>
 {findings}
 <h2 id="view">Layers over time</h2>
-<div id="lrprobe"><p class="still">The interactive view requires JavaScript. Static pictures are
-below.</p></div>
+<div id="lrprobe"><p class="still">This view needs a browser with JavaScript. Static pictures
+are below.</p></div>
 <section class="still">
 <h2 id="pictures">Pictures</h2>
 {pictures}

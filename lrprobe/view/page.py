@@ -85,6 +85,6 @@ POLICY = (
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{policy}<title>lrprobe</title>
-<style>{style}</style></head><body><main id="lrprobe">This view requires JavaScript.
+<style>{style}</style></head><body><main id="lrprobe">This view needs a browser with JavaScript.
 </main>{live}</body></html>
 """
