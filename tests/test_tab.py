@@ -126,9 +126,15 @@ def test_axes_are_logarithmic_or_linear(page: Page) -> None:
     axis = CHARTS + "return chart(arguments[0])._fullLayout[arguments[1]].type"
     assert page.run(axis, "rate", "yaxis") == "log"
     assert page.run(axis, "histogram", "xaxis") == "log"
+    labels = page.run(CHARTS + "return chart('ratio')._fullLayout.yaxis.ticktext")
+    assert len(labels) >= 2
+    assert all(float(label) > 0 for label in labels)
     page.browser.find_element("xpath", "//button[.='Logarithmic']").click()
     page.settle()
     assert page.run(axis, "rate", "yaxis") == "linear"
+    low, high = page.run(CHARTS + "return chart('lr')._fullLayout.yaxis.range")
+    assert low == 0  # a constant rate is not drawn as 0
+    assert 1e-3 < high < 2e-3
     first = page.run(HEATMAP + "return [map.element.data[0].z[0][0], map.view.map.values[0]]")
     assert first[0] == first[1]
 

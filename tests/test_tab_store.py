@@ -241,6 +241,31 @@ def test_findings_compare_the_optimizers_of_a_run(tmp_path: Path) -> None:
     assert ("no-steps" in codes["D"]) != ("no-steps" in codes["G"])
 
 
+def test_optimizers_by_parameter_and_by_module_are_diagnosed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only one of them has too many parameters: no row is without a name."""
+    monkeypatch.setattr("lrprobe.sinks.tab.MAX_ROWS", 2)
+    run = {"optimizers": {"G": {}, "D": {}}}
+    names = {"G": NAMES, "D": ("a", "b")}
+    write(
+        tmp_path / "run",
+        *(
+            make_record(step, optimizer=name, names=names[name], run=run)
+            for step in range(20)
+            for name in "GD"
+        ),
+    )
+    store = Store(provider(tmp_path))
+    runs = store.runs(RequestContext(), "")
+    entries = [store.entry(RequestContext(), "", *key, each) for key, each in runs.items()]
+    blocks = [block for found in entries for block in found.blocks]
+    frame = frame_of("run", blocks, 10_000)
+    assert set(frame["parameter"].astype(str)) == {"0", "2", "a", "b"}
+    found = lrprobe.diagnose(frame)
+    assert {each.optimizer for each in found} == {"G", "D"}
+
+
 @pytest.mark.parametrize(
     ("path", "query"),
     [

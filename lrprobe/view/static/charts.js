@@ -1,7 +1,7 @@
 // Charts of one parameter, or of several for comparison.
 
 import { number, plain } from "./data.js";
-import { draw, layoutOf } from "./heatmap.js";
+import { draw, layoutOf, powers, tickLabel } from "./heatmap.js";
 
 // Okabe and Ito's palette, which is safe for colour-blind readers.
 const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
@@ -162,21 +162,18 @@ export function drawChart(element, chart, view) {
   }
   const yaxis = {
     title: { text: chart.unit, font: { size: 11 }, standoff: 6 },
-    type: logarithmic ? "log" : "linear", exponentformat: "e", nticks: 6, dtick: undefined,
+    type: logarithmic ? "log" : "linear", exponentformat: "e", nticks: 6,
     uirevision: `${logarithmic}${chart.title}${chart.traces.map((trace) => trace.name)}`,
-    rangemode: chart.histogram ? "tozero" : "normal", minor: { nticks: 0 },
+    ...(logarithmic ? logAxis(chart) : linearAxis(chart)),
   };
-  if (logarithmic) {
-    // One tick label per decade; Plotly's default would add 2 and 5.
-    Object.assign(yaxis, decades(chart));
-  }
   const layout = layoutOf(colours, {
     height: 144 + (view.last ? 14 : 0), margin: { l: 62, r: 30, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
     hovermode: chart.histogram ? "closest" : "x unified",
     datarevision: Math.random(),
     xaxis: {
       title: { text: view.last ? chart.x : "", font: { size: 11 }, standoff: 4 },
-      type: chart.histogram ? "log" : "linear", exponentformat: chart.histogram ? "e" : "none",
+      type: chart.histogram ? "log" : "linear", exponentformat: "none",
+      ...(chart.histogram ? logTicks(chart.traces.flatMap((trace) => trace.x)) : {}),
       separatethousands: true, nticks: 7, tickangle: 0, zeroline: false,
       uirevision: `${range}`,
       ...(range && !chart.histogram ? { range, autorange: false } : { autorange: true }),
@@ -189,18 +186,36 @@ export function drawChart(element, chart, view) {
   return draw(element, chart.traces, layout);
 }
 
-function decades(chart) {
-  const values = chart.traces.flatMap((trace) => trace.y.filter((y) => y > 0));
-  if (chart.guide) values.push(chart.guide);
+function extent(values) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of values) {
-    low = Math.min(low, Math.log10(value));
-    high = Math.max(high, Math.log10(value));
+    low = Math.min(low, value);
+    high = Math.max(high, value);
   }
+  return [low, high];
+}
+
+/** A range around all positive values, with few tick labels: Plotly's would be "2" and "5". */
+function logAxis(chart) {
+  const values = chart.traces.flatMap((trace) => trace.y.filter((y) => y > 0));
+  if (chart.guide) values.push(chart.guide);
+  const [low, high] = extent(values.map(Math.log10));
   const pad = Math.max(0.06 * (high - low), 0.15);
   const range = [low - pad, high + pad];
-  const count = Math.floor(range[1]) - Math.ceil(range[0]);
-  if (count < 2) return { range, autorange: false, dtick: "D2", nticks: undefined };
-  const every = Math.max(1, Math.ceil(count / 5));
-  return { range, autorange: false, dtick: every, nticks: undefined };
+  return { range, autorange: false, ...logTicks(range.map((power) => 10 ** power)) };
+}
+
+/** A range that includes 0: Plotly would draw a constant rate of 1e-3 at "0", from -1 to 1. */
+function linearAxis(chart) {
+  const [low, high] = extent([0, ...chart.traces.flatMap((trace) => trace.y.filter(Number.isFinite))]);
+  const pad = 0.06 * (high - low) || 1;
+  return { range: [low && low - pad, high && high + pad], autorange: high === low };
+}
+
+function logTicks(values) {
+  const [low, high] = extent(values.filter((value) => value > 0).map(Math.log10));
+  if (!Number.isFinite(high - low)) return {};
+  const found = powers(low, high);
+  const at = found.length ? found : [low, high];
+  return { tickmode: "array", tickvals: at.map((power) => 10 ** power), ticktext: at.map(tickLabel) };
 }

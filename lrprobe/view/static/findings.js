@@ -17,10 +17,12 @@ export function make(name, attributes = {}, ...children) {
 export function findingsOf(answer, table, go) {
   const parts = [make("p", { class: "summary" }, `${table.title}: ${answer.summary}`)];
   for (const group of answer.groups) {
+    // A finding about a whole optimizer; one without records has no table of its own.
+    const whole = group.optimizer === table.optimizer ? table.title : group.optimizer;
     const items = group.items.map((item) => make("li", {}, make(
       "button",
       { type: "button", class: "link", onclick: () => go(table, item), title: "Show this parameter and these steps" },
-      make("code", {}, item.parameter || table.title), `, ${item.steps}: ${item.evidence}`,
+      make("code", {}, item.parameter || whole), `, ${item.steps}: ${item.evidence}`,
     )));
     const rest = items.splice(SHOWN);
     parts.push(make(

@@ -86,7 +86,7 @@ export function fold(rows, values, width) {
   });
 }
 
-/** The median of a typed array without NaN; sorts the array. */
+/** The median of the values other than NaN; sorts the array. */
 function middle(values) {
   values.sort();
   let count = values.length;

@@ -65,16 +65,35 @@ export function limits(maps, logarithmic) {
   return [low - pad, high + pad];
 }
 
-function ticks([low, high], logarithmic, most) {
-  if (!logarithmic) return {};
-  const [first, last] = [Math.ceil(low), Math.floor(high)];
-  const every = Math.max(1, Math.ceil((last - first) / Math.min(most, 8)));
-  const at = [];
-  for (let power = first; power <= last; power += every) at.push(power);
-  if (at.length < 2) at.splice(0, at.length, low, (low + high) / 2, high);
-  return { tickvals: at, ticktext: at.map((power) => (
-    Number.isInteger(power) ? `1e${power}` : Number((10 ** power).toPrecision(2)).toExponential()
-  )) };
+/** The powers of ten at which a logarithmic axis has ticks: decades, or 1, 2 and 5 times these. */
+export function powers(low, high, most = 6) {
+  const count = Math.floor(high) - Math.ceil(low) + 1;
+  const every = Math.max(1, Math.ceil(count / most));
+  const digits = count < 2 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let decade = Math.floor(low); decade <= high; decade++) {
+    if (decade % every === 0) found.push(...digits.map((digit) => decade + Math.log10(digit)));
+  }
+  return found.filter((power) => low <= power && power <= high);
+}
+
+/** The label of a tick at a power of ten. */
+export function tickLabel(power) {
+  const value = Number((10 ** power).toPrecision(2));
+  return value >= 0.01 && value < 1e4 ? String(value) : value.toExponential();
+}
+
+function colorTicks([low, high], height) {
+  const found = powers(low, high, Math.min(Math.floor(height / 24), 8));
+  const at = found.length > 1 ? found : [low, (low + high) / 2, high];
+  return { tickvals: at, ticktext: at.map(tickLabel) };
+}
+
+/** The width of the longest of some labels, in pixels. */
+function widest(texts, font) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = `11px ${font}`;
+  return Math.min(Math.max(...texts.map((text) => context.measureText(text).width)), 240);
 }
 
 /** A heatmap of one table in one element. */
@@ -105,19 +124,18 @@ export class Heatmap {
     const every = Math.max(1, Math.ceil((12 * rows.length) / height));
     const labels = rows.map((_, at) => at).filter((at) => at % every === 0);
     const texts = labels.map((at) => this.label(rows[at]));
-    const longest = Math.min(Math.max(...texts.map((text) => text.length), 8), 30);
     const trace = {
       type: "heatmap", x: map.steps, y: rows.map((_, at) => at), z: shown, colorscale: SCALE,
       zmin: view.limits[0], zmax: view.limits[1], hoverinfo: "none", hoverongaps: true,
       colorbar: {
         title: { text: plain(view.figure.title), side: "right", font: { size: 11 } },
         thickness: 10, outlinewidth: 0, xpad: 6, ypad: 4, lenmode: "pixels", y: 1, yanchor: "top",
-        len: Math.min(height, 280), ...ticks(view.limits, logarithmic, Math.min(height, 280) / 24),
+        len: Math.min(height, 280), ...(logarithmic ? colorTicks(view.limits, Math.min(height, 280)) : {}),
         tickfont: { size: 11 },
       },
     };
     const layout = layoutOf(colours, {
-      height: height + 42, margin: { l: 14 + 6.1 * longest, r: 74, t: 4, b: 38 }, plot_bgcolor: colours.missing,
+      height: height + 42, margin: { l: 14 + widest(texts, colours.font), r: 74, t: 4, b: 38 }, plot_bgcolor: colours.missing,
       dragmode: "zoom", hovermode: "closest", datarevision: Math.random(),
       xaxis: {
         title: { text: "optimizer step", font: { size: 11 }, standoff: 4 }, showgrid: false,
