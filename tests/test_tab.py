@@ -319,6 +319,7 @@ def test_a_truncated_file_says_so(browser, tmp_path: Path) -> None:
         page = open_tab(browser, address)
         assert page.cells() == [4, 19]
         until(lambda: "is truncated" in page.text(), "nothing is said of it")
+        assert page.run("return document.querySelector('.heatmap').offsetParent !== null")
         assert path.name in page.text()
 
 

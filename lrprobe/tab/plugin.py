@@ -116,7 +116,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         if find_spec("plotly") is None:
             notes.append(_NO_PLOTLY)
         if self._folder is not None:
-            notes += self._notes_on_files()
+            notes += [f"{note}." for note in self._notes_on_files()]
         tables = []
         for (run, optimizer), series in runs.items():
             newest = max(series, key=lambda each: each.version[2] or 0)

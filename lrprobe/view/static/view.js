@@ -103,7 +103,7 @@ export class View {
     const version = JSON.stringify(news.tables.map((table) => [table.title, table.version]));
     this.status.textContent = this.source.live
       ? `updated ${new Date().toLocaleTimeString()}` : "";
-    this.say(news.notes);
+    this.say(news.notes, news.tables);
     if (version === this.version) return;
     this.version = version;
     this.overview = news;
@@ -111,8 +111,7 @@ export class View {
     await this.all();
   }
 
-  say(notes) {
-    const tables = this.overview?.tables ?? [];
+  say(notes, tables = this.overview?.tables ?? []) {
     this.root.classList.toggle("empty", !tables.length && notes.length > 0);
     this.notes.replaceChildren(...notes.map((note) => make("p", { role: "status" }, note)));
   }
