@@ -160,10 +160,20 @@ def test_a_store_keeps_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
-    """A description that is broken, or of a later version."""
+    """Metadata that are broken, or of a later version, or have an entry of another type."""
     store = Store(provider(tmp_path))
-    for content in (b"", b"{}", b"[1]", b'{"version": 2, "columns": ["a"], "names": []}'):
+    write(tmp_path / "run", make_record(1))
+    listing = provider(tmp_path).list_tensors(
+        RequestContext(), experiment_id="", plugin_name=PLUGIN
+    )
+    (series,) = listing["run"].values()
+    sound = json.loads(series.plugin_content)
+    assert store._metadata(json.dumps(sound).encode())["names"] == list(NAMES)
+    for content in (b"", b"{}", b"[1]", b"null", b"[" * 100_000, series.plugin_content[:-9]):
         assert store._metadata(content) is None
+    for name in sound:
+        for wrong in (None, 3, [[]], {"a": []}):
+            assert store._metadata(json.dumps({**sound, name: wrong}).encode()) is None
 
 
 def test_the_routes_answer(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from werkzeug import Request, Response
 from lrprobe.sinks.tab import PLUGIN
 from lrprobe.tab.frames import frame_of
 from lrprobe.tab.store import Entry, Series, Store
+from lrprobe.text import shorter
 from lrprobe.view import answers, page
 from lrprobe.view.table import COLUMNS
 from lrprobe.view.torn import torn
@@ -175,7 +176,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]
                 blocks = [block for entry in entries for block in entry.blocks]
                 told = self._store.descriptions(ctx, experiment, run, blocks)
                 findings = _diagnosed(frame_of(run, blocks, _DIAGNOSED_ROWS, told))
-                by_table = answers.divided(findings, [(run, name) for name in of_run])
+                by_table = answers.divided(findings, [(shorter(run), name) for name in of_run])
                 found = dict(zip(of_run, by_table, strict=True))
                 self._found[experiment, run] = version, found
         result: dict[str, Any] = found[optimizer]
@@ -192,8 +193,10 @@ class Plugin(TBPlugin):  # type: ignore[misc]
 
 def _diagnosed(frame: pd.DataFrame) -> Findings:
     """Diagnose a frame; if the description of its run breaks a check, without the description."""
-    from lrprobe.diagnosis import diagnose
+    from lrprobe.diagnosis import Findings, diagnose
 
+    if frame.empty:  # no record has the shape in its metadata
+        return Findings([])
     try:
         return diagnose(frame)
     except Exception:  # noqa: BLE001 - anything may be in a log

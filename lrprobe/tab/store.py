@@ -158,11 +158,10 @@ class Store:
         if content not in self._parsed:
             try:
                 about = json.loads(content)
-                sound = about["version"] == 1 and len(about["columns"]) > 0
-                about["names"] = unique([str(name) for name in about["names"]])
-            except (ValueError, KeyError, TypeError):
-                about, sound = None, False
-            self._parsed[content] = about if sound else None
+                sound = _is_metadata(about)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                sound = False
+            self._parsed[content] = {**about, "names": unique(about["names"])} if sound else None
         return self._parsed[content]
 
     def _read(self, ctx: Any, experiment: str, run: str, series: Sequence[Series]) -> list[Block]:
@@ -183,10 +182,37 @@ class Store:
         return sorted(blocks, key=lambda block: float(block.times.min()))
 
 
+def _is_metadata(about: Any) -> bool:
+    """Whether this is what ``sinks.tab`` writes; a log may contain anything.
+
+    Raises:
+        KeyError: an entry is missing.
+        TypeError, AttributeError: an entry has another type.
+    """
+
+    def are(kind: type, name: str, *lengths: int) -> bool:
+        values = about[name]
+        fits = not lengths or len(values) in lengths
+        return isinstance(values, list) and fits and all(isinstance(v, kind) for v in values)
+
+    size = len(about["names"])
+    return (
+        about["version"] == 1
+        and about["level"] in ("parameter", "module")
+        and all(isinstance(about[name], str) for name in ("optimizer", "sink"))
+        and all(isinstance(name, str) for name in about["group_names"].values())
+        and len(about["columns"]) > 0
+        and are(str, "columns")
+        and are(str, "names")
+        and are(str, "rules", 0, size)
+        and all(are(int, name, 0, size) for name in ("groups", "numel"))
+    )
+
+
 def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
     """Stack the records of a tag that have the shape in its metadata; None if there are none."""
     shape = len(about["columns"]), len(about["names"])
-    data = [datum for datum in data if datum.numpy.shape == shape]
+    data = [datum for datum in data if datum.numpy.shape == shape and datum.numpy.dtype.kind == "f"]
     if not data:
         return None
     return Block(
