@@ -6,6 +6,7 @@ A frame of one run has it in ``DataFrame.attrs["lrprobe"]``, a frame of several 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,44 @@ KEY = "lrprobe"
 
 NOT_IN_OPTIMIZER = "not_in_optimizer"
 IN_TWO_OPTIMIZERS = "in_two_optimizers"
+
+
+def to_json(value: object) -> str:
+    """A description, or a part of one, as it is stored beside the figures."""
+    return json.dumps(value, default=str)
+
+
+def from_json(text: str | bytes) -> dict[str, Any]:
+    """Read a description that ``to_json`` stored.
+
+    Raises:
+        ValueError: the text is not JSON, or does not have the form of a description.
+    """
+    try:
+        run = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the description of the run is not JSON: {error}") from error
+    if not _is_description(run):
+        raise ValueError("the description of the run has an unexpected form")
+    result: dict[str, Any] = run
+    return result
+
+
+def _is_description(run: Any) -> bool:
+    if not isinstance(run, dict):
+        return False
+    optimizers = run.get("optimizers", {})
+    return (
+        isinstance(optimizers, dict)
+        and _are(dict, list(optimizers.values()))
+        and all(_are(dict, each.get("groups", [])) for each in optimizers.values())
+        and _are(str, run.get(NOT_IN_OPTIMIZER) or [])
+        and isinstance(run.get(IN_TWO_OPTIMIZERS) or {}, dict)
+    )
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 class Description(NamedTuple):

@@ -57,7 +57,9 @@ class Schedule:
         return step == self._first or step % self._every == 0
 
     def __repr__(self) -> str:
-        return "step chosen" if callable(self._every) else f"{self._every} steps"
+        if callable(self._every):
+            return "step chosen"
+        return "step" if self._every == 1 else f"{self._every} steps"
 
 
 def _steps_taken(optimizer: Optimizer) -> int:

@@ -21,7 +21,8 @@ def not_in_optimizer(series: Series) -> Iterator[Hit]:
 def in_two_optimizers(series: Series) -> Iterator[Hit]:
     """Parameters that two optimizers step."""
     for name, optimizers in (series.about.get(IN_TWO_OPTIMIZERS) or {}).items():
-        if series is next(each for each in series.siblings if each.optimizer in optimizers):
+        having = [each for each in series.siblings if each.optimizer in optimizers]
+        if having and series is having[0]:  # report it once
             evidence = f"both {' and '.join(map(_plain, optimizers))} step it"
             yield Hit(name, series.steps, evidence, {"optimizers": len(optimizers)})
 

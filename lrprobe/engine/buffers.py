@@ -188,19 +188,20 @@ def _add_vectors(
 ) -> None:
     """Add the figures of some pieces; for a skipped step, only those that stay valid."""
     device = buffers.sums.device
-    rows = [row_of[i] for i in vectors.at]
-    mine = [place for place, row in enumerate(rows) if row >= 0]
-    if not mine:
+    rows = np.array([row_of[i] for i in vectors.at], np.int64)
+    mine = np.flatnonzero(rows >= 0)
+    if not len(mine):
         return
     table = to_device_float64(vectors.table, device)
     if len(mine) < len(rows):
-        table = table[to_device(torch.tensor(mine), device)]
-    at = to_device(torch.tensor([rows[place] for place in mine]), device)
+        table = table[to_device(torch.from_numpy(mine), device)]
+    at = to_device(torch.from_numpy(rows[mine]), device)
     order, signs, stays = _merging(device)
     table = table.index_select(1, order)
     sums, most = table[:, : len(_SUM_FIGURES)], table[:, len(_SUM_FIGURES) :] * signs
-    counts = [[1.0, float(vectors.numel[place]), 1.0] for place in mine]
-    counted = to_device(torch.tensor(counts, dtype=torch.float64), device)
+    counts = np.ones((len(mine), len(_COUNTS)))
+    counts[:, _COUNTS.index("elements")] = np.array(vectors.numel)[mine]
+    counted = to_device(torch.from_numpy(counts), device)
     sums = torch.cat([counted, sums], 1)
     most = most.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     if skip is not None:
@@ -213,9 +214,11 @@ def _add_vectors(
     buffers.sums.index_add_(0, at, sums)
     index = at.unsqueeze(1).expand(-1, len(_MAX_FIGURES))
     buffers.maxima[:, : len(_MAX_FIGURES)].scatter_reduce_(0, index, most, "amax")
-    raised = [rows[place] for place in mine if vectors.at[place] in figures.failed]
-    if raised:
-        buffers.maxima[to_device(torch.tensor(raised), device), MAXIMA.index("failed")] = 1.0
+    failed = np.isin(vectors.at, list(figures.failed)) & (rows >= 0)
+    if failed.any():
+        buffers.maxima[
+            to_device(torch.from_numpy(rows[failed]), device), MAXIMA.index("failed")
+        ] = 1.0
     _add_rates(buffers, vectors, rows, skip, folds=folds)
 
 
@@ -236,14 +239,14 @@ def _merging(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 def _add_rates(
     buffers: Buffers,
     vectors: Vectors,
-    rows: Sequence[int],
+    rows: NDArray[np.int64],
     skip: Tensor | None,
     *,
     folds: bool,
 ) -> None:
     count, device = len(buffers.sums), buffers.sums.device
     if vectors.bins is not None and len(vectors.bins.owner):
-        mine = vectors.bins.merged(np.array(rows, np.int64))
+        mine = vectors.bins.merged(rows)
         if folds or device.type != "cpu":
             sent = to_device(torch.from_numpy(folded(mine, count)), device)
             sent = sent if skip is None else torch.where(skip, 0.0, sent)
@@ -254,11 +257,11 @@ def _add_rates(
     if vectors.folded is not None:
         if buffers.folded is None:
             buffers.folded = torch.zeros((count, FOLDED), dtype=torch.float64, device=device)
-        mine_at = [place for place, row in enumerate(rows) if row >= 0]
-        at = to_device(torch.tensor([rows[place] for place in mine_at]), device)
+        mine_at = np.flatnonzero(rows >= 0)
+        at = to_device(torch.from_numpy(rows[mine_at]), device)
         table = vectors.folded if skip is None else torch.where(skip, 0, vectors.folded)
         if len(mine_at) < len(rows):
-            table = table[to_device(torch.tensor(mine_at), table.device)]
+            table = table[to_device(torch.from_numpy(mine_at), table.device)]
         buffers.folded.index_add_(0, at, to_device_float64(table, device))
 
 

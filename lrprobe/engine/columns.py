@@ -103,21 +103,20 @@ def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
         error = np.sqrt(arrived.sum("residual") / moved)
     # A rule that gives NaN for an actual step does not explain it.
     error = np.where(np.isnan(error) & (arrived.sum("observed") > 0), np.inf, error)
-    stepped = arrived.sum("pieces") > 0
-    raised = arrived.maximum("failed") > 0
-    failed = {}
-    for at, row in enumerate(rows):
-        if row.rule == "measured":
-            continue
-        if raised[at]:
-            failed[at] = "it raised an error"
-        elif stepped[at] and not np.isnan(error[at]):
-            row.bad_steps = row.bad_steps + 1 if error[at] > row.tolerance else 0
-            if row.bad_steps >= 2:
-                failed[at] = f"reconstruction error {error[at]:.2g}"
+    ruled = np.array([row.rule != "measured" for row in rows], np.bool_)
+    raised = ruled & (arrived.maximum("failed") > 0)
+    known = ruled & ~raised & (arrived.sum("pieces") > 0) & ~np.isnan(error)
+    bad = known & (error > np.array([row.tolerance for row in rows]))
+    failed = dict.fromkeys(np.flatnonzero(raised).tolist(), "it raised an error")
+    for at in np.flatnonzero(known & ~bad).tolist():
+        rows[at].bad_steps = 0
+    for at in np.flatnonzero(bad).tolist():
+        rows[at].bad_steps += 1
+        if rows[at].bad_steps >= 2:
+            failed[at] = f"reconstruction error {error[at]:.2g}"
     for at in failed:
         rows[at].rule = "measured"
-    return failed
+    return dict(sorted(failed.items()))
 
 
 def record_of(
