@@ -50,8 +50,8 @@ def main() -> None:
         for name, makers in OPTIMIZERS.items():
             found = [far_device.record(make, shapes, small=True)[0] for make in makers]
             for launches in found:
-                most = ", ".join(f"{count} {op}" for op, count in launches.most_common(8))
-                print(f"{model}, {len(shapes)} tensors, {name}: {launches.total()} ({most})")
+                common = ", ".join(f"{count} {op}" for op, count in launches.most_common(8))
+                print(f"{model}, {len(shapes)} tensors, {name}: {launches.total()} ({common})")
             counts.append(max(launches.total() for launches in found))
     print("launches:", *counts)
 

@@ -62,13 +62,13 @@ def check_callback(on_finding: Any) -> None:
         )
 
 
-def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False) -> None:
+def _check(name: str, value: Any, minimum: int, also: str = "", fine: bool = False) -> None:
     if fine:
         return
-    message = f"{name}= takes a whole number of at least {least}{also}; got {value!r}"
+    message = f"{name}= takes a whole number of at least {minimum}{also}; got {value!r}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(message)
-    if value < least:
+    if value < minimum:
         raise ValueError(message)
 
 

@@ -127,16 +127,16 @@ class StepCount:
         self._before = {at: count for at, count, _ in found}
         for at, count, state in found:
             last, taken, moment = self._after.get(at, (count, self.taken, 0))
-            most = last + self.taken - taken
+            expected = last + self.taken - taken
             if count < last:
                 # Loading a checkpoint also lowers the count, but not to 0 with the same moments.
                 kept = moment == _moment(state)
                 if count or (kept and _remembers(state)):
                     sure = kept and count <= self.taken - taken
-                    self._note(names.get(at, ""), number, last, count, most, sure=sure)
+                    self._note(names.get(at, ""), number, last, count, expected, sure=sure)
                 return
-            if count > most:
-                self._note(names.get(at, ""), number, last, count, most, sure=False)
+            if count > expected:
+                self._note(names.get(at, ""), number, last, count, expected, sure=False)
                 return
 
     def after(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:

@@ -100,9 +100,9 @@ def edges_of(steps: NDArray[Any]) -> NDArray[np.float64]:
     return np.concatenate([[first], middles, [last]])
 
 
-def thinned(count: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` of ``count`` indices, evenly spaced, including the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+def thinned(count: int, limit: int) -> NDArray[np.int64]:
+    """At most ``limit`` of ``count`` indices, evenly spaced, including the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 def grid_of(edges: Sequence[Any], bins: int = 80) -> NDArray[np.float64]:
@@ -159,9 +159,9 @@ def need(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
         raise ValueError(f"the table has no column {missing[0]!r}; a table from {source} has it")
 
 
-def short(name: str, most: int = 40) -> str:
+def short(name: str, limit: int = 40) -> str:
     """The end of a name, if it is too long for a label."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
 
 
 # Matplotlib would parse text between "$" signs in a name as a formula, so that is turned off.

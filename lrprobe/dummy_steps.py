@@ -62,6 +62,6 @@ def step_moved(optimizer: Optimizer, device: torch.device) -> Any:
     alike: dict[Any, list[Tensor]] = {}
     for value in {id(each): each for each in (*rates, *sizes)}.values():
         alike.setdefault((value.device, value.dtype), []).append(value)
-    most = [torch.stack(each).abs().amax() for each in alike.values()]
-    sent = [each.to(device, torch.float64, non_blocking=True) for each in most]
+    largest = [torch.stack(each).abs().amax() for each in alike.values()]
+    sent = [each.to(device, torch.float64, non_blocking=True) for each in largest]
     return (torch.stack(sent) != 0).any().double()

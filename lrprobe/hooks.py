@@ -418,7 +418,7 @@ class Hooks:
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
         """Update the run's description if a hyperparameter changed that is not scheduled."""
-        moved = {key for key, count in self._changes.items() if count > _MOST_CHANGES}
+        moved = {key for key, count in self._changes.items() if count > _MAX_CHANGES}
         moved.update(_SCHEDULED)
         fixed = [_fixed(group, moved) for group in optimizer.param_groups]
         if fixed == self._fixed:
@@ -495,5 +495,5 @@ def _undisturbed() -> Iterator[None]:
 
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
-_MOST_CHANGES = 3
+_MAX_CHANGES = 3
 """A hyperparameter that changes more often counts as scheduled, to avoid many dataset parts."""

@@ -83,8 +83,8 @@ class Passes:
         """Watch the first and last parameter that qualifies, and some in between."""
         found = [(ref, p) for ref in self._params if (p := ref()) is not None and which(p)]
         last = len(found) - 1
-        most = min(_WATCHED, len(found))
-        chosen = [found[last * i // max(most - 1, 1)] for i in range(most)]
+        count = min(_WATCHED, len(found))
+        chosen = [found[last * i // max(count - 1, 1)] for i in range(count)]
         # Keep existing counters: their hooks may be running now, and must not be removed then.
         known = {id(p): c for c in self._counters if (p := c.param()) is not None}
         counters = [known.get(id(p)) or _PassCounter(ref, p, every=self._all) for ref, p in chosen]

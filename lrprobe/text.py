@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Sequence
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
+def listed(names: Sequence[str], limit: int = 3) -> str:
     """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def counted(number: int, what: str) -> str:
@@ -19,10 +19,10 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
-def shown(name: str, most: int = 120) -> str:
+def shown(name: str, limit: int = 120) -> str:
     """A name for the terminal: shortened, and without control characters."""
-    if len(name) > most:
-        name = f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+    if len(name) > limit:
+        name = f"{name[: limit // 2]}…{name[1 - limit // 2 :]}"
     return "".join(c if c.isprintable() else "?" for c in name)
 
 
@@ -46,10 +46,10 @@ def parts_of(name: str) -> tuple[str, str, str]:
     return name.rpartition(separator)
 
 
-def shorter(name: str, most: int = 200) -> str:
+def shorter(name: str, limit: int = 200) -> str:
     """Shorten a long name to its two ends with a checksum between, so that it stays unique."""
     name = name.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be encoded
-    if len(name) <= most:
+    if len(name) <= limit:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: most // 2]}…{digest}…{name[12 - most // 2 :]}"
+    return f"{name[: limit // 2]}…{digest}…{name[12 - limit // 2 :]}"

@@ -10,18 +10,18 @@ import numpy as np
 from lrprobe.diagnosis.shared import FEW, Hit, matrices
 from lrprobe.series import Bools, Floats, Ints, Series, quantile
 
-ALONG, MOST = 0.3, 1.1
+MIN_COSINE, MAX_NORM = 0.3, 1.1
 """Bounds on a sum of gradients: minimum of its cosine, over that of a sum of independent gradients;
 maximum of its norm, over that of a sum of equal gradients."""
 HORIZON, DISTANT = 9, 40
 """Steps over which the norm's growth is checked; the second if recorded steps are far apart."""
-FASTER, FASTER_DISTANT = 1.2, 1.4
+MAX_RISE, MAX_RISE_DISTANT = 1.2, 1.4
 """Maximum factor by which the norm per term may rise again. A gradient that leaves a saddle grows
 faster and faster; a sum does not."""
-NEW = 0.4
+MIN_ADDED = 0.4
 """Minimum norm that a recorded step adds, over the first norm. A slowly changing gradient adds
 little."""
-PERSISTENT = 0.6
+MIN_PERSISTENCE = 0.6
 ONGOING_ROWS = 8
 
 
@@ -89,15 +89,15 @@ def _sums(
     far = len(terms) > 2 and bool(terms[2] > TERMS)
     early = terms <= (DISTANT if far else HORIZON)
     each = (grown / terms[:, None])[early]
-    most = (FASTER_DISTANT if far else FASTER) * np.fmin.accumulate(each, axis=0)
-    large = large & ~(each > most).any(axis=0)
+    limit = (MAX_RISE_DISTANT if far else MAX_RISE) * np.fmin.accumulate(each, axis=0)
+    large = large & ~(each > limit).any(axis=0)
     old, new = grown[:-1], grown[1:]
     added = np.sqrt(np.maximum(old**2 + new**2 - 2 * along[1:] * old * new, 0.0))
-    large &= quantile(added[early[1:]], 0.5) >= NEW
+    large &= quantile(added[early[1:]], 0.5) >= MIN_ADDED
     for law in GROWTH_LAWS:
         rows = _as_a_sum(law.growth, terms, grown, along)
         wrong = large & (rows >= _least_rows(law, terms))
-        wrong &= (cosine >= PERSISTENT) & (usual >= law.lasting)
+        wrong &= (cosine >= MIN_PERSISTENCE) & (usual >= law.lasting)
         if wrong.any() and wrong.sum() >= law.share * matrices(series).sum():
             return rows, wrong
     return rows, np.zeros(len(large), dtype=bool)
@@ -106,8 +106,8 @@ def _sums(
 def _least_rows(law: _GrowthLaw, terms: Floats) -> int:
     """Minimum number of rows that behave like a sum: four, or more if they are far apart."""
     far = len(terms) > 2 and terms[2] > law.terms
-    most = DISTANT if far else law.terms
-    return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, most)) + 1))
+    limit = DISTANT if far else law.terms
+    return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, limit)) + 1))
 
 
 def _as_a_sum(growth: float, terms: Floats, grown: Floats, along: Floats) -> Ints:
@@ -115,8 +115,8 @@ def _as_a_sum(growth: float, terms: Floats, grown: Floats, along: Floats) -> Int
     fits: Bools = np.ones(grown.shape, dtype=bool)
     shared = np.sqrt(terms[:-1] / terms[1:])[:, None]
     fits[1:] = (grown[1:] >= growth * np.sqrt(terms[1:, None])) & (
-        (along[1:] >= ALONG * shared) | (shared < 0.5)  # with few common terms, it is noise
+        (along[1:] >= MIN_COSINE * shared) | (shared < 0.5)  # with few common terms, it is noise
     )
-    fits[1:] &= grown[1:] <= MOST * terms[1:, None]  # else it diverges
+    fits[1:] &= grown[1:] <= MAX_NORM * terms[1:, None]  # else it diverges
     result: Ints = np.logical_and.accumulate(fits, axis=0).sum(axis=0)
     return result

@@ -119,8 +119,8 @@ def _moves_at_zero(series: Series) -> Iterator[Hit]:
     large = matrices(series)
     for column in np.flatnonzero(moves.any(axis=0)):
         seen = lasting(zero[:, column], series.stepped[:, column])
-        least = max(FEW, (LASTING if large[column] else 0.5) * count)
-        if len(seen) < least or moves[seen, column].mean() < 0.5:
+        needed = max(FEW, (LASTING if large[column] else 0.5) * count)
+        if len(seen) < needed or moves[seen, column].mean() < 0.5:
             continue
         norms = series["param_norm"][seen, column]
         values = {"count": len(seen), "all": count, "from": norms[0], "to": norms[-1]}

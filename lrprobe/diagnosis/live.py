@@ -1,10 +1,10 @@
 """Findings during a run: the same checks, over a bounded history of its records.
 
 The cost per record does not grow with the run. The history has the newest :data:`NEWEST` records of
-each optimizer, and every second, fourth, … of the older ones, :data:`MOST` in total. The checks run
-after the first few records, after a record that begins an attempt or has values that are not
-finite, and otherwise after every :data:`PERIOD` records. With 150 parameters, that takes 0.6 ms per
-record on average.
+each optimizer, and every second, fourth, … of the older ones, at most :data:`MAX_RECORDS` in total.
+The checks run after the first few records, after a record that begins an attempt or has values that
+are not finite, and otherwise after every :data:`PERIOD` records. With 150 parameters, that takes
+0.6 ms per record on average.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lrprobe.series import series_of
 if TYPE_CHECKING:
     import pandas as pd
 
-NEWEST, MOST = 24, 64
+NEWEST, MAX_RECORDS = 24, 64
 """Records kept per optimizer: the newest without gaps, and in total."""
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 """Limit of the kept records of an optimizer in bytes; the newest few are kept in any case."""
 PERIOD = 40
 """Records between two runs of the checks, after the first few."""
@@ -164,9 +164,9 @@ class LiveDiagnosis:
         figures = np.array([columns[each] for each in names], dtype=np.float64)
         kept = self._kept.setdefault(name, [])
         kept.append(_KeptRecord(figures, names, others))
-        most = max(NEWEST // 4, min(MOST, MOST_BYTES // max(figures.nbytes, 1)))
-        if len(kept) > most:  # drop every second of the older ones, but not the first
-            older = max(2, len(kept) - min(NEWEST, most // 2))
+        limit = max(NEWEST // 4, min(MAX_RECORDS, MAX_BYTES // max(figures.nbytes, 1)))
+        if len(kept) > limit:  # drop every second of the older ones, but not the first
+            older = max(2, len(kept) - min(NEWEST, limit // 2))
             kept[:older] = kept[:older:2]
 
     def _is_urgent(self, name: str, columns: Mapping[str, NDArray[Any]]) -> bool:

@@ -75,10 +75,10 @@ def unexplained(series: Series) -> Iterator[Hit]:
     ruled = series.present & ~measured
     large = np.logical_and(ruled, error > UNEXPLAINED)
     turned = np.logical_and(ruled.any(axis=0), measured.any(axis=0))
-    most = np.fmax.reduce(np.where(ruled, error, np.nan), axis=0)
-    for column in np.flatnonzero((turned & ~(most < TURNED)) | (large.sum(axis=0) >= 2)):
+    largest = np.fmax.reduce(np.where(ruled, error, np.nan), axis=0)
+    for column in np.flatnonzero((turned & ~(largest < TURNED)) | (large.sum(axis=0) >= 2)):
         wrong = large[:, column] if large[:, column].any() else measured[:, column]
-        worst = float(most[column])
+        worst = float(largest[column])
         evidence = "the reconstructed and the actual step differ by up to {error:.2g} of the step"
         if turned[column]:
             evidence += "; its rate has been measured since"

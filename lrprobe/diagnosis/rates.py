@@ -27,11 +27,11 @@ def adam_scale(series: Series) -> Iterator[Hit]:
     if "decay" in series and "param_norm" in series:  # subtract the part due to weight decay
         decay = np.nan_to_num(series["decay"])
         own = np.where(decay > 0, scale - decay * series["param_norm"] / (lr * root), scale)
-    most = _longest(series)
-    high = own > ADAM_MARGIN * most
+    longest = _longest(series)
+    high = own > ADAM_MARGIN * longest
     for column in np.flatnonzero(high.sum(axis=0) >= 2):
         row = int(np.where(high[:, column], own[:, column], -np.inf).argmax())
-        values = {"scale": own[row, column], "most": most[row, column]}
+        values = {"scale": own[row, column], "most": longest[row, column]}
         evidence = "update_norm/(lr·√numel) reaches {scale:.2g}; with these betas "
         evidence += "Adam cannot exceed {most:.2g}"
         steps = series.steps[high[:, column]]
@@ -71,9 +71,9 @@ def _longest(series: Series) -> Floats:
         )
         # NAdam weights the newest gradient more, as if with one factor β₁ fewer.
         nadam = usual + longest_step(series.steps, 0.0, two)[:, None]
-        most = np.where(maximum, largest[:, None], np.where(nesterov, nadam, usual))
+        longest = np.where(maximum, largest[:, None], np.where(nesterov, nadam, usual))
         its = [isinstance(e, list | tuple) and tuple(e[:2]) == betas for e in given]
-        result[:, its] = most[:, its]
+        result[:, its] = longest[:, its]
     return result
 
 

@@ -108,10 +108,10 @@ def _fresh_moments(series: Series) -> Iterator[Hit]:
 
 def _jumps(series: Series, row: int) -> Floats:
     """Change of rate and spread of rates at a row, over their usual changes: (parameters,)."""
-    most = np.full(len(series.names), np.nan)
+    largest = np.full(len(series.names), np.nan)
     columns = ("lr", *(f"effective_lr_{q}" for q in ("p05", "p50", "p95")))
     if not all(column in series for column in columns):
-        return most
+        return largest
     rate = second_moment_rate(series)
     spread = np.log10(series["effective_lr_p95"] / series["effective_lr_p05"])
     spread[np.isnan(rate)] = np.nan
@@ -119,8 +119,8 @@ def _jumps(series: Series, row: int) -> Floats:
     for figure in (rate, spread):
         change = abs(np.diff(figure[max(0, row - 6) : row + 1], axis=0))
         usual = np.maximum(np.fmax.reduce(change[:-1], axis=0), SMALL_JUMP)
-        most = np.fmax(most, change[-1] / usual)
-    return most
+        largest = np.fmax(largest, change[-1] / usual)
+    return largest
 
 
 def _without_momentum(series: Series) -> Floats:

@@ -73,12 +73,12 @@ def diagnose(
         raise ValueError("this is not an lrprobe frame: it has no column 'step'")
     found: list[tuple[tuple[bool, int, str, str, float], Finding]] = []
     counts = []
-    most = 0
+    longest = 0
     every = list(series_of(frame))
     for series in every:
         _overlay(series, hyperparameters or {})
         series.ongoing = ongoing
-        most = max(most, len(series.steps))
+        longest = max(longest, len(series.steps))
         counts.append(f"{len(series.steps):,} steps × {counted(len(series.names), series.key)}")
         found += _look(series, CHECKS)
     if not ongoing:
@@ -90,7 +90,7 @@ def diagnose(
     )
     if len(set(counts)) > 3:
         looked_at += "; and others"
-    left_out = (*_few_steps(most), *_without_columns(frame), *_without_description(every))
+    left_out = (*_few_steps(longest), *_without_columns(frame), *_without_description(every))
     return Findings([finding for _, finding in found], looked_at, left_out)
 
 
@@ -139,12 +139,12 @@ def _without_steps(
                 yield (False, rank, run, name, 0.0), CHECKS[rank].finding(nothing, hit)
 
 
-def _few_steps(most: int) -> Iterator[str]:
+def _few_steps(longest: int) -> Iterator[str]:
     """A sentence that says for which checks there are too few recorded steps."""
-    few = f"Only {counted(most, 'step')} recorded" if most else "Nothing was recorded"
-    if most < FEW:
+    few = f"Only {counted(longest, 'step')} recorded" if longest else "Nothing was recorded"
+    if longest < FEW:
         yield f"{few}: most checks need {FEW} steps"
-    elif most < MANY:
+    elif longest < MANY:
         yield f"{few}: it takes {MANY} to see rates collapse or explode"
 
 

@@ -38,7 +38,7 @@ from lrprobe.engine.program import Program, UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
 from lrprobe.rules.base import Entry, Rule, Scalar, to_device, to_device_float64
 
-_MOST_PROGRAMS = 256
+_MAX_PROGRAMS = 256
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
 """The figures of a parameter without a gradient."""
@@ -280,7 +280,7 @@ class Engine:
         """The batch's program; None if the batch has to be computed eagerly."""
         kept = () if samples is None else [samples.names(i) for i in batch.at]
         key = table[0].name, batch.at[0], len(batch.at)
-        if len(self._programs) > _MOST_PROGRAMS:
+        if len(self._programs) > _MAX_PROGRAMS:
             self._programs.clear()
         try:
             recorded = record(

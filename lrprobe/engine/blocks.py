@@ -23,7 +23,7 @@ PIECES, ROUNDS, CHUNK, FULL_ROWS, WIDTH, FIRST, BEGIN, NUMEL, ADDRESSES, COLUMNS
 """Fields of a table's header: numbers, then the offsets of its parts."""
 HEAD = tl.constexpr(16)
 
-SUM, MIN, MAX, NOTHING, SHARED, LEAST, MOST, MEAN, SPREAD = map(tl.constexpr, range(9))
+SUM, MIN, MAX, NOTHING, SHARED, SHARED_MIN, SHARED_MAX, MEAN, SPREAD = map(tl.constexpr, range(9))
 """How a column of the result is made: from rows of sums, from nothing, from a scalar, or from means
 and spreads."""
 
@@ -74,11 +74,11 @@ def rounded(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def ulp(x, eps, least):
+def ulp(x, eps, smallest):
     """Distance from a non-negative float64 to the next number of a dtype with this ``eps``."""
     bits = x.to(tl.float64).to(tl.int64, bitcast=True)
     power = (bits & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-    return tl.maximum(power * eps, least)
+    return tl.maximum(power * eps, smallest)
 
 
 @triton.jit
@@ -206,15 +206,15 @@ def combine(
                 moved += tl.sum(n, axis=0)
                 low = tl.where(ok & ((x < low) | (x != x)), x, low)
                 high = tl.where(ok & ((x > high) | (x != x)), x, high)
-        least, most = tl.min(low, axis=0), tl.max(high, axis=0)
-        least = tl.where(tl.max((low != low).to(tl.int32), axis=0) > 0, float("nan"), least)
-        most = tl.where(tl.max((high != high).to(tl.int32), axis=0) > 0, float("nan"), most)
-        value = tl.where(kind == MIN, least, tl.where(kind == MAX, most, total))
+        lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+        lowest = tl.where(tl.max((low != low).to(tl.int32), axis=0) > 0, float("nan"), lowest)
+        highest = tl.where(tl.max((high != high).to(tl.int32), axis=0) > 0, float("nan"), highest)
+        value = tl.where(kind == MIN, lowest, tl.where(kind == MAX, highest, total))
         given = (kind > NOTHING) & (kind < MEAN)
         shared = tl.load(scalars + t * tl.load(table + WIDTH) + at, mask=given, other=float("nan"))
         numel = tl.load(table + tl.load(table + NUMEL) + t).to(tl.float64)
         n = tl.where(moving >= 0, moved, numel)
-        none = tl.where(kind == LEAST, float("inf"), float("-inf"))
+        none = tl.where(kind == SHARED_MIN, float("inf"), float("-inf"))
         none = tl.where(kind == SHARED, 0.0, none)
         shared = tl.where(n > 0, tl.where(kind == SHARED, n * shared, shared), none)
         value = tl.where(given, shared, tl.where(kind == NOTHING, float("nan"), value))

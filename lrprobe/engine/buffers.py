@@ -198,22 +198,22 @@ def _add_vectors(
     at = to_device(torch.from_numpy(rows[mine]), device)
     order, signs, stays = _merging(device)
     table = table.index_select(1, order)
-    sums, most = table[:, : len(_SUM_FIGURES)], table[:, len(_SUM_FIGURES) :] * signs
+    sums, maxima = table[:, : len(_SUM_FIGURES)], table[:, len(_SUM_FIGURES) :] * signs
     counts = np.ones((len(mine), len(_COUNTS)))
     counts[:, _COUNTS.index("elements")] = np.array(vectors.numel)[mine]
     counted = to_device(torch.from_numpy(counts), device)
     sums = torch.cat([counted, sums], 1)
-    most = most.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    maxima = maxima.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     if skip is not None:
         if figures.scale is not None:  # the gradients of a skipped step are still scaled
             grad = SUMS.index("grad_square")
             scale = to_device_float64(figures.scale.detach().reshape(()), device)
             sums[:, grad] = torch.where(skip, sums[:, grad] / scale**2, sums[:, grad])
         sums = torch.where(skip & ~stays, 0.0, sums)
-        most = torch.where(skip, -torch.inf, most)
+        maxima = torch.where(skip, -torch.inf, maxima)
     buffers.sums.index_add_(0, at, sums)
     index = at.unsqueeze(1).expand(-1, len(_MAX_FIGURES))
-    buffers.maxima[:, : len(_MAX_FIGURES)].scatter_reduce_(0, index, most, "amax")
+    buffers.maxima[:, : len(_MAX_FIGURES)].scatter_reduce_(0, index, maxima, "amax")
     failed = np.isin(vectors.at, list(figures.failed)) & (rows >= 0)
     if failed.any():
         buffers.maxima[

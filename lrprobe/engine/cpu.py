@@ -23,7 +23,7 @@ from lrprobe.engine.recording import Recorded
 
 _THREADED = 1 << 20
 """Elements above which starting several threads pays off."""
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 _ALIGNED = 64
 """Alignment of a check sample in bytes: one cache line."""
 _RANGES = 8
@@ -184,7 +184,7 @@ def _layout(sizes: tuple[int, ...], threads: int) -> _Layout:
 
 
 def _threads(elements: int) -> int:
-    return min(torch.get_num_threads(), _MOST_THREADS) if elements >= _THREADED else 1
+    return min(torch.get_num_threads(), _MAX_THREADS) if elements >= _THREADED else 1
 
 
 _local = threading.local()

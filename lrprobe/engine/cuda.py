@@ -29,8 +29,8 @@ from lrprobe.rules.base import to_device
 
 _CHUNK = 4096
 """Elements of a chunk, which one program processes; doubled until the chunks are not too many."""
-_MOST_CHUNKS = 1 << 17
-_MOST_COUNTED = 1 << 10
+_MAX_CHUNKS = 1 << 17
+_MAX_COUNTED = 1 << 10
 """Pieces counted in one launch, which bounds the memory of their counts."""
 _ALIGNED = 16
 """Bytes that a thread loads at once."""
@@ -115,19 +115,19 @@ def figures(
     columns = _columns(recorded)  # before `table`: it adds the figures' scalars to the program's
     scalars = recorded.program.table(recorded.device)
     counted = recorded.rate is not None and recorded.moves is not None
-    most = _MOST_COUNTED if counted else len(numel)
+    size = _MAX_COUNTED if counted else len(numel)
     results = [
         _figures(
             module,
-            addresses[at : at + most],
-            numel[at : at + most],
-            scalars[at : at + most],
+            addresses[at : at + size],
+            numel[at : at + size],
+            scalars[at : at + size],
             columns,
             exact=exact,
             counted=counted,
             device=recorded.device,
         )
-        for at in range(0, len(numel), most)
+        for at in range(0, len(numel), size)
     ]
     tables, folds = zip(*results, strict=True)
     if len(tables) == 1:
@@ -199,7 +199,7 @@ def _table(
     from lrprobe.engine import blocks
 
     chunk = _CHUNK
-    while numel.sum() > _MOST_CHUNKS * chunk:
+    while numel.sum() > _MAX_CHUNKS * chunk:
         chunk *= 2
     aligned = (addresses % _ALIGNED == 0).all(1) & (numel.max() > chunk)  # else one launch does
     full = np.where(aligned, numel // chunk, 0)
@@ -223,7 +223,7 @@ def _columns(recorded: Recorded) -> NDArray[np.int64]:
     place = {one.name: at for at, one in enumerate(sums)}
     by_name = {one.name: one for one in sums}
     plain = {"sum": b.SUM, "min": b.MIN, "max": b.MAX}
-    shared = {"sum": b.SHARED, "min": b.LEAST, "max": b.MOST}
+    shared = {"sum": b.SHARED, "min": b.SHARED_MIN, "max": b.SHARED_MAX}
     about = [len(sums) + 1]
     for figure, value in zip(recorded.table, recorded.values, strict=True):
         moving = place.get("moving", -1) if figure.moving else -1

@@ -227,9 +227,9 @@ def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
     inside = bins.bins[at]
     value = (edges(inside) + edges(inside + 1)) / 2
     value = np.where(inside >= _INFINITE, np.inf, np.where(inside == 0, 0.0, value))
-    least = np.where(np.isnan(low), -np.inf, low)[rows, None]
-    most = np.where(np.isnan(high), np.inf, high)[rows, None]
-    result[rows] = np.fmax(np.fmin(value, most), least)
+    lowest = np.where(np.isnan(low), -np.inf, low)[rows, None]
+    highest = np.where(np.isnan(high), np.inf, high)[rows, None]
+    result[rows] = np.fmax(np.fmin(value, highest), lowest)
     return result
 
 

@@ -135,8 +135,8 @@ class Elements:
         found: Any = None
         for tensor in (self._s.param, self._s.grad, *map(self._s.__getitem__, self._s.states)):
             real = isinstance(tensor, Symbol) or tensor.dtype != torch.float64
-            most = torch.finfo(torch.float32 if real else torch.float64).max
-            bad = (tensor.abs() <= most).logical_not()
+            largest = torch.finfo(torch.float32 if real else torch.float64).max
+            bad = (tensor.abs() <= largest).logical_not()
             found = bad if found is None else found | bad
         return found
 
@@ -203,10 +203,10 @@ class Elements:
             if name not in self._s:
                 continue
             after, before = self._s[name], self._s.old(name)
-            most = after.abs()
+            largest = after.abs()
             if isinstance(before, Tensor):
-                most = torch.maximum(most, before.abs())
-            slack = 2 * ulp(most, self._s.dtype_of(name))
+                largest = torch.maximum(largest, before.abs())
+            slack = 2 * ulp(largest, self._s.dtype_of(name))
             found.append((((expected - after).abs() - slack).clamp(min=0), after - before))
         return found[:STATES]
 
@@ -222,21 +222,21 @@ def unexplained(
 ) -> Tensor:
     """The part of |Δθ − observed| that rounding in so many writes does not explain."""
     # Half an ulp per write, and half an ulp for the arithmetic.
-    most = torch.maximum(before.abs(), after.abs())
-    slack = (0.5 + 0.5 * writes) * ulp(most, dtype)
+    largest = torch.maximum(before.abs(), after.abs())
+    slack = (0.5 + 0.5 * writes) * ulp(largest, dtype)
     if decays:  # torch also rounds the factor 1 − decay to the dtype
-        slack = slack + 0.5 * torch.finfo(dtype).eps * most
+        slack = slack + 0.5 * torch.finfo(dtype).eps * largest
     return ((change - (after - before)).abs() - slack).clamp(min=0)
 
 
 def ulp(values: Any, dtype: torch.dtype) -> Tensor:
     """Distance from float64 values to the next number of ``dtype``; shaped like ``values``."""
     info = torch.finfo(dtype)
-    least = info.smallest_normal * info.eps
+    smallest = info.smallest_normal * info.eps
     if isinstance(values, Symbol):
-        return values.program.emit("ulp", (values, info.eps, least))  # type: ignore[return-value]
+        return values.program.emit("ulp", (values, info.eps, smallest))  # type: ignore[return-value]
     power: Tensor = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
-    return power.mul_(info.eps).clamp_(min=least)
+    return power.mul_(info.eps).clamp_(min=smallest)
 
 
 _EXPONENT = 0x7FF << 52  # exponent bits of a float64

@@ -169,11 +169,11 @@ def fast_log2_64(value):
 
 
 @njit(inline="always")
-def ulp(value, eps, least):
+def ulp(value, eps, smallest):
     """Distance from a non-negative float64 to the next number of a dtype with this ``eps``."""
     power = float64_of(bits64(value) & np.int64(0x7FF0000000000000))
     step = power * eps
-    return max(least, step)
+    return max(smallest, step)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

@@ -154,7 +154,7 @@ class Entry:
         }
 
 
-_LEAST_LEFT = 1e-3
+_MIN_SHARE = 1e-3
 """Smallest share of θ_before left in θ_after from which it is recovered; below, rounding wins."""
 
 
@@ -293,8 +293,8 @@ class Slice:
         if before is None:
             left = as_tensor(1.0 - decay - effective_lr * (share * weight_decay))
             # The share of θ_before in θ_after: if nothing is left, θ_before cannot be recovered.
-            least = 0.0 if left.dim() and left.shape[-1] != 1 else _LEAST_LEFT
-            left = torch.where(left.abs() <= least, torch.nan, left)
+            threshold = 0.0 if left.dim() and left.shape[-1] != 1 else _MIN_SHARE
+            left = torch.where(left.abs() <= threshold, torch.nan, left)
             before = (self.param + effective_lr * direction) / left
         total: Tensor = direction + (share * weight_decay) * before
         return total

@@ -33,8 +33,8 @@ def _rate(s: Slice) -> Tensor:
     group, t = s.group, s.t()
     rate = s.lr if not group["relative_step"] else t**-0.5
     if group["relative_step"]:
-        most = 1e-6 * t if group["warmup_init"] else torch.full_like(t, 1e-2)
-        rate = torch.minimum(rate, most)
+        limit = 1e-6 * t if group["warmup_init"] else torch.full_like(t, 1e-2)
+        rate = torch.minimum(rate, limit)
     if group["scale_parameter"]:
         rms: Any = s.scalar("RMS")
         rate = rate * torch.as_tensor(rms, dtype=torch.float64).clamp(min=group["eps"][1])

@@ -103,10 +103,10 @@ def _bnb_lamb_whole(whole: Whole) -> dict[str, Any]:
     return {**moments, "trust": trust}
 
 
-def _bounded(most: float, whole: Whole, squares: Tensor) -> Tensor:
-    """The factor that limits ‖u‖ to ``most``·‖θ‖; bitsandbytes has no other trust ratio."""
+def _bounded(limit: float, whole: Whole, squares: Tensor) -> Tensor:
+    """The factor that limits ‖u‖ to ``limit``·‖θ‖; bitsandbytes has no other trust ratio."""
     norm = torch.as_tensor(whole.state["norm_before"])
-    return layerwise.ratio(most * norm, squares.sqrt()).clamp(max=1.0)
+    return layerwise.ratio(limit * norm, squares.sqrt()).clamp(max=1.0)
 
 
 def _bnb_lamb(s: Slice) -> Update:
