@@ -1,7 +1,7 @@
-"""What describes a run: hyperparameters, versions, names; as a frame carries it.
+"""The description of a run: hyperparameters, versions and names, stored with its frame.
 
-A frame of one run has it in ``DataFrame.attrs["lrprobe"]``, a frame of several has there
-``{"runs": {name: description}}``. All of it is plain JSON.
+A frame of one run has it in ``DataFrame.attrs["lrprobe"]``; a frame of several runs has
+``{"runs": {name: description}}`` there. All values are plain JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KEY = "lrprobe"
-"""Where ``DataFrame.attrs`` has it."""
+"""Key of the description in ``DataFrame.attrs``."""
 
 NOT_IN_OPTIMIZER = "not_in_optimizer"
 IN_TWO_OPTIMIZERS = "in_two_optimizers"
@@ -59,11 +59,11 @@ def _are(kind: type, values: Any) -> bool:
 
 
 class Description(NamedTuple):
-    """What a record says of its run, and since when.
+    """The description in some records of an optimizer.
 
     Attributes:
-        attempt, step: of the first record that says so.
-        optimizer: whose record it is.
+        attempt, step: those of the first of these records.
+        optimizer: name of the optimizer; empty before its first record.
         run: as in ``Record.run``.
     """
 
@@ -74,10 +74,11 @@ class Description(NamedTuple):
 
 
 def merged(found: Iterable[Description]) -> dict[str, Any]:
-    """One description of a run out of those of its records, in the order of recording.
+    """Merge the descriptions in a run's records, in the order of recording.
 
-    Each optimizer has its latest, with a ``history``: its ``groups`` as they were, and from which
-    attempt and step on; and with ``begins``: the first attempt and step of each probe.
+    Each optimizer has its latest description, and two lists: ``history``, its earlier ``groups``
+    with the attempt and step from which they applied, and ``begins``, the first attempt and step of
+    each probe.
     """
     result: dict[str, Any] = {}
     latest: dict[str, Mapping[str, Any]] = {}
@@ -87,7 +88,7 @@ def merged(found: Iterable[Description]) -> dict[str, Any]:
     for attempt, step, optimizer, run in found:
         result.update(run)
         latest[optimizer] = run
-        if not optimizer:  # of a probe that has no record yet
+        if not optimizer:  # the probe has no record yet
             continue
         if attached.get(optimizer) != run.get("attached"):
             attached[optimizer] = run.get("attached")
@@ -98,7 +99,7 @@ def merged(found: Iterable[Description]) -> dict[str, Any]:
             past.append({"attempt": attempt, "step": step, "groups": groups})
     optimizers = {
         name: dict(each)
-        for run in latest.values()  # those that have not stepped yet are known to the others
+        for run in latest.values()  # optimizers without a record are in the descriptions of others
         for name, each in run.get("optimizers", {}).items()
     }
     for name, past in history.items():
@@ -107,13 +108,12 @@ def merged(found: Iterable[Description]) -> dict[str, Any]:
     if not result:
         return {}
     result["optimizers"] = optimizers
-    # Several probes may write to one place; each knows of its own model.
+    # Several probes may write to one destination, each with its own model.
     lists = [run[NOT_IN_OPTIMIZER] for run in latest.values() if NOT_IN_OPTIMIZER in run]
-    told = [names for names in lists if names is not None]
+    known_lists = [names for names in lists if names is not None]
     if lists:
-        result[NOT_IN_OPTIMIZER] = (
-            list(dict.fromkeys(name for names in told for name in names)) if told else None
-        )
+        unique = dict.fromkeys(name for names in known_lists for name in names)
+        result[NOT_IN_OPTIMIZER] = list(unique) if known_lists else None
     twice = [run[IN_TWO_OPTIMIZERS] for run in latest.values() if IN_TWO_OPTIMIZERS in run]
     if twice:
         result[IN_TWO_OPTIMIZERS] = {name: both for each in twice for name, both in each.items()}
@@ -123,7 +123,7 @@ def merged(found: Iterable[Description]) -> dict[str, Any]:
 def of_rows(
     run: Mapping[str, Any], optimizers: Sequence[str], attempts: Sequence[int], steps: Sequence[int]
 ) -> Iterator[Description]:
-    """What some rows that one description holds for say, once for each optimizer among them."""
+    """The ``Description`` of each optimizer in some rows that share one run description."""
     seen = set()
     for optimizer, attempt, step in zip(optimizers, attempts, steps, strict=True):
         if optimizer not in seen:
@@ -132,7 +132,7 @@ def of_rows(
 
 
 def joined(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a run out of those of its earlier attempts and of this one."""
+    """Join the descriptions of a run's earlier attempts and of the current one."""
     result = {**before, **after}
     optimizers = dict(before.get("optimizers", {}))
     for name, each in after.get("optimizers", {}).items():
@@ -150,7 +150,7 @@ def of_several(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def description(frame: pd.DataFrame, run: str = "") -> dict[str, Any]:
-    """What a frame says of a run in it; empty where it says nothing."""
+    """The description of a run in a frame; empty if there is none."""
     about = frame.attrs.get(KEY)
     if isinstance(about, Mapping) and "runs" in about:
         about = about["runs"].get(run)

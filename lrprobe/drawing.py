@@ -139,8 +139,8 @@ def only(frame: pd.DataFrame, *figures: str) -> pd.DataFrame:
     numbers = [name for name, kind in frame.dtypes.items() if kind.kind in "iuf"]
     for name in figures:
         if name not in numbers:
-            there = ", ".join(map(str, numbers))
-            raise ValueError(f"the frame has no numeric column {name!r}; it has {there}")
+            available = ", ".join(map(str, numbers))
+            raise ValueError(f"the frame has no numeric column {name!r}; it has {available}")
     keys = [key for key in ("step", *LINES, *PANELS) if key in frame]
     return frame[list(dict.fromkeys((*keys, *figures)))]
 

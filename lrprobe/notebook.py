@@ -1,4 +1,4 @@
-"""What a notebook shows: small tables for a probe and a step, and the interactive view."""
+"""Notebook output: small tables for a probe and a step, and the interactive view."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]], caption: str) 
 
 
 def probe_html(probe: Probe) -> str:
-    """A line for each optimizer that a probe watches."""
+    """A table with one line per optimizer of a probe."""
     from lrprobe.text import shown
 
     recorder = probe._recorder  # noqa: SLF001 - the other half of its repr

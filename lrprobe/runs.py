@@ -134,8 +134,8 @@ def _columns_of(path: Path, also: Sequence[str]) -> pd.DataFrame | None:
         if not parts:
             return None
         runs = [inspect_part(part).run for part in parts]
-        there = set.intersection(*(set(pq.read_schema(part).names) for part in parts))
-        more = [name for name in (*NEWER_COLUMNS, *also) if name in there]
+        available = set.intersection(*(set(pq.read_schema(part).names) for part in parts))
+        more = [name for name in (*NEWER_COLUMNS, *also) if name in available]
         wanted = list(dict.fromkeys((*COLUMNS, *more)))
         text_columns = [
             name
@@ -212,8 +212,8 @@ def find(path: Path) -> list[Path]:
     inside = sorted(each for each in path.iterdir() if each.is_dir())
     datasets = [each for each in inside if is_dataset(each)]
     logdirs = [each for each in inside if is_logdir(each)]
-    there = {each.name.removesuffix(".parquet") for each in datasets}
-    alone = [each.name for each in logdirs if each.name not in there]
+    dataset_names = {each.name.removesuffix(".parquet") for each in datasets}
+    alone = [each.name for each in logdirs if each.name not in dataset_names]
     if datasets and alone:
         warn(
             f"{str(path)!r} has datasets, which are read, and logdirs of other runs, which "

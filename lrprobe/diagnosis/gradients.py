@@ -46,12 +46,12 @@ def skipped(series: Series) -> Iterator[Hit]:
 
 def never_steps(series: Series) -> Iterator[Hit]:
     """Parameters without a gradient in any step, or whose update is exactly 0 in all steps."""
-    there = series.present & ~series.skipped[:, None]
-    often = there.sum(axis=0) >= FEW
+    present = series.present & ~series.skipped[:, None]
+    often = present.sum(axis=0) >= FEW
     without = often & ~series.stepped.any(axis=0)
     for column in np.flatnonzero(without):
         evidence = "no gradient in any of {count:,.0f} recorded steps"
-        steps = series.steps[there[:, column]]
+        steps = series.steps[present[:, column]]
         yield Hit(series.names[column], steps, evidence, {"count": len(steps)}, 1.0)
     if "update_norm" not in series:
         return
