@@ -81,6 +81,12 @@ class Elements:
         return wide(self.rate)
 
     @cached_property
+    def exact_rate(self) -> Any:
+        """The same in float64: the variance is a difference of squares that may be nearly equal."""
+        rate = self.wide_rate
+        return rate.double() if isinstance(rate, Tensor) else rate
+
+    @cached_property
     def direction(self) -> Any:
         """What the rate multiplies."""
         return None if self._update is None else wide(self._update.direction)
@@ -285,8 +291,8 @@ def _state(at: int, which: int) -> Callable[[Elements], Any]:
 
 FIGURES: tuple[Figure, ...] = (
     Figure("moving", _plain("moves")),
-    Figure("rate", _plain("wide_rate"), moving=True),
-    Figure("rate_square", _square("wide_rate"), moving=True),
+    Figure("rate", _plain("exact_rate"), moving=True),
+    Figure("rate_square", _square("exact_rate"), moving=True),
     Figure("rate_log2", _log_rate, moving=True),
     Figure("rate_min", _plain("rate"), "min", moving=True),
     Figure("rate_max", _plain("rate"), "max", moving=True),

@@ -63,6 +63,20 @@ def test_one_nan_shows(size: int) -> None:
 
 
 @pytest.mark.parametrize("way", ["eager", "cpu"])
+@pytest.mark.parametrize("mean", [0.521, 0.3, 1.1e-3])
+def test_the_std_of_rates_that_are_nearly_equal(
+    mean: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates that differ in the last bit have no larger std than they should."""
+    monkeypatch.setenv("LRPROBE_ENGINE", way)
+    rates = torch.full((300_000,), mean)
+    rates[::7] *= 1 + 2e-7
+    got = probe_rates(rates).frame()["effective_lr_std"].item()
+    right = float(rates.double().std(correction=0))
+    assert abs(got - right) < 1e-5 * mean, f"got {got}, right is {right}"
+
+
+@pytest.mark.parametrize("way", ["eager", "cpu"])
 def test_rows_as_long_as_the_stride(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a matrix is as wide as the stride between counted rates, all its columns count."""
     monkeypatch.setenv("LRPROBE_ENGINE", way)
