@@ -82,7 +82,7 @@ class Elements:
 
     @cached_property
     def exact_rate(self) -> Any:
-        """The same in float64: the variance is a difference of squares that may be nearly equal."""
+        """The rate in float64, because the variance is a difference of nearly equal squares."""
         rate = self.wide_rate
         return rate.double() if isinstance(rate, Tensor) else rate
 
