@@ -1,7 +1,7 @@
-"""What lrprobe costs, beside what else a user could do: ratios from one run, as Markdown tables.
+"""Measures the overhead of lrprobe and of its alternatives; prints Markdown tables.
 
-The unit is one ``AdamW(fused=True)`` step on the same tensors. ``make bench`` runs all of it; names
-of tables as arguments run those.
+The unit is one ``AdamW(fused=True)`` step on the same tensors, timed in the same run. ``make
+bench`` runs all tables; pass names of tables to run only those.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROUNDS = 11
 
 
 def shapes() -> list[tuple[int, ...]]:
-    """A GPT-like net: 54.8 million elements in 73 tensors."""
+    """Parameter shapes of a GPT-like network: 54.8 million elements in 73 tensors."""
     w = WIDTH
     block = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,)]
     return [(WORDS, w)] + BLOCKS * [*block, (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
@@ -41,7 +41,7 @@ def shapes() -> list[tuple[int, ...]]:
 def trained(
     sizes: Sequence[tuple[int, ...]], kind: str = "AdamW", **options: Any
 ) -> torch.optim.Optimizer:
-    """An optimizer with a gradient for everything, and state of several steps."""
+    """An optimizer after several steps, with a gradient for every parameter."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(0.02 * torch.randn(size, generator=generator)) for size in sizes]
     options = options or ({"fused": True} if kind == "AdamW" else {})
@@ -61,11 +61,11 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def recorded(
-    optimizer: torch.optim.Optimizer, rounds: int = ROUNDS, way: str = "auto"
+    optimizer: torch.optim.Optimizer, rounds: int = ROUNDS, engine: str = "auto"
 ) -> list[tuple[float, float, float]]:
-    """Seconds of bare steps, and what recorded ones take more: inside, and with the record made."""
+    """Per round, seconds of a bare step, and overhead of a recorded one, without and with flush."""
     found = []
-    os.environ["LRPROBE_ENGINE"] = way
+    os.environ["LRPROBE_ENGINE"] = engine
     with attached(optimizer) as (probe, due):
         for _ in range(rounds):
             unit = seconds(optimizer.step)
@@ -81,7 +81,7 @@ def recorded(
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print Markdown."""
+    """Print a Markdown table."""
     print(f"\n### {title}\n")
     for row in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(row) + " |")
@@ -89,24 +89,24 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median, and the quartiles about it."""
+    """Median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 class Switch:
-    """Says which steps are due."""
+    """A predicate for ``every=`` that can be turned on and off."""
 
     on = False
 
     def __call__(self, _: int) -> bool:
-        """Whether this one is."""
+        """Whether to record this step."""
         return self.on
 
 
 @contextmanager
 def attached(optimizer: Any, **options: Any) -> Iterator[tuple[lrprobe.Probe, Switch]]:
-    """A probe whose steps are due when asked, warmed up."""
+    """A warmed-up probe, and the switch that turns recording on."""
     due = Switch()
     with lrprobe.attach(optimizer, every=due, **options) as probe:
         due.on = True
@@ -117,11 +117,11 @@ def attached(optimizer: Any, **options: Any) -> Iterator[tuple[lrprobe.Probe, Sw
         yield probe, due
 
 
-# --- What people paste ---------------------------------------------------------------------------
+# --- Alternatives --------------------------------------------------------------------------------
 
 
 def forum_loop(optimizer: torch.optim.Optimizer) -> None:
-    """Mean, min, max and std of α/(√v̂+ε), each asked for at once."""
+    """Mean, min, max and std of α/(√v̂+ε), each with ``.item()``."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state[param]
@@ -131,14 +131,14 @@ def forum_loop(optimizer: torch.optim.Optimizer) -> None:
 
 
 def norms(optimizer: torch.optim.Optimizer) -> None:
-    """Norms of parameter, gradient and both moments, each asked for at once."""
+    """Norms of parameter, gradient and both moments, each with ``.item()``."""
     for param, state in optimizer.state.items():
         for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]):
             torch.linalg.vector_norm(each).item()
 
 
 def exact_quantiles(optimizer: torch.optim.Optimizer) -> None:
-    """Five quantiles of the rate by sorting."""
+    """Five quantiles of the rate, by sorting."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state[param]
@@ -148,7 +148,7 @@ def exact_quantiles(optimizer: torch.optim.Optimizer) -> None:
 
 
 def wandb_watch(optimizer: torch.optim.Optimizer) -> list[float] | None:
-    """Units of histograms of all gradients by ``wandb.watch``; None without the package."""
+    """Overhead of ``wandb.watch`` for all gradients, in units; None without the package."""
     try:
         import wandb
     except ImportError:
@@ -184,7 +184,7 @@ def wandb_watch(optimizer: torch.optim.Optimizer) -> list[float] | None:
 
 
 def step() -> None:
-    """A recorded step."""
+    """Overhead of a recorded step, and of alternatives."""
     optimizer = trained(shapes())
     rows = []
 
@@ -220,11 +220,11 @@ def step() -> None:
     )
     unit = statistics.median(seconds(optimizer.step) for _ in range(ROUNDS))
     head = ("what", "units, in the step", "including the record")
-    table(f"A recorded step (unit: {1e3 * unit:.0f} ms)", head, rows)
+    table(f"Overhead of a recorded step (unit: {1e3 * unit:.0f} ms)", head, rows)
 
 
 def growth() -> None:
-    """Growth with the number of tensors, and of elements."""
+    """Scaling with the number of tensors, and with the number of elements."""
     rows = []
     for count in (10, 100, 1000, 5000):
         optimizer = trained([(8,)] * count)
@@ -238,21 +238,22 @@ def growth() -> None:
         rows.append((f"{count:,}", spread(idle), spread(taken)))
     head = (
         "tensors of 8 elements",
-        "step that is not due, µs more",
+        "overhead of an unrecorded step, µs",
         "recorded step, µs per tensor",
     )
-    table("Growth with tensors", head, rows)
+    table("Scaling with the number of tensors", head, rows)
     rows = []
     for millions in (2, 20, 200):
         rounds = recorded(trained([(1000, 1000)] * millions), 5)
         per_element = [1e9 * extra / (millions * 1e6) for _, extra, _ in rounds]
         units = [extra / unit for unit, extra, _ in rounds]
         rows.append((f"{millions} million", spread(per_element, 2), spread(units)))
-    table("Growth with elements", ("elements", "recorded step, ns an element", "units"), rows)
+    head = ("elements", "recorded step, ns per element", "units")
+    table("Scaling with the number of elements", head, rows)
 
 
 def kinds() -> None:
-    """Other optimizers, beside the same unit."""
+    """Other optimizers, in the same unit."""
     bare = trained(shapes())
     rows = []
     chosen: list[tuple[str, dict[str, Any]]] = [
@@ -269,11 +270,11 @@ def kinds() -> None:
             found.append(extra / seconds(bare.step))
             del own
         rows.append((kind, spread(found, 2)))
-    table("A recorded step of other optimizers", ("what", "units, in the step"), rows)
+    table("Overhead of a recorded step, other optimizers", ("what", "units, in the step"), rows)
 
 
 def first() -> None:
-    """The first recorded step, with nothing cached on disk and with all."""
+    """The first recorded step, without and with generated code cached on disk."""
     program = (
         "import time, torch, lrprobe\n"
         "from torch import nn\n"
@@ -288,15 +289,15 @@ def first() -> None:
         for name in ("nothing cached", "cached on disk"):
             environment = {**os.environ, "XDG_CACHE_HOME": folder}
             command = [sys.executable, "-c", program]
-            told = subprocess.run(  # noqa: S603 - our own program
+            done = subprocess.run(  # noqa: S603 - our own program
                 command, env=environment, check=True, capture_output=True, text=True
             )
-            rows.append((name, f"{float(told.stdout):.2f}"))
+            rows.append((name, f"{float(done.stdout):.2f}"))
     table("The first recorded step", ("what", "seconds"), rows)
 
 
 def sizes() -> None:
-    """What a tensor costs, by its size."""
+    """Overhead per tensor, by size."""
     rows = []
     for side in (8, 64, 128, 256, 512):
         rounds = recorded(trained([(side, side)] * 100))
@@ -306,7 +307,7 @@ def sizes() -> None:
 
 
 def sinks() -> None:
-    """What sinks take for a record of 150 parameters."""
+    """Time of each sink to write a record of 150 parameters."""
     records: list[Any] = []
     made: list[float] = []
     original = StepInFlight.record
@@ -324,7 +325,7 @@ def sinks() -> None:
         for _ in range(20):
             optimizer.step()
     StepInFlight.record = original  # type: ignore[method-assign]
-    rows = [("making it", spread([1e3 * each for each in made[2:]], 2))]
+    rows = [("creating the record", spread([1e3 * each for each in made[2:]], 2))]
     with tempfile.TemporaryDirectory() as folder:
         places = {
             "Memory": lrprobe.sinks.Memory(),
@@ -336,14 +337,13 @@ def sinks() -> None:
                 (name, spread([1e3 * seconds(lambda r=r, s=sink: s.write(r)) for r in records], 2))
             )
             sink.close()
-        rows.append(
-            ("`SummaryWriter`: six scalars and a histogram a parameter", by_hand(folder, optimizer))
-        )
+        name = "`SummaryWriter`: six scalars and a histogram per parameter"
+        rows.append((name, by_hand(folder, optimizer)))
     table("Sinks, a record of 150 parameters", ("what", "ms"), rows)
 
 
 def by_hand(folder: str, optimizer: torch.optim.Optimizer) -> str:
-    """The same in TensorBoard without lrprobe."""
+    """The equivalent with a ``SummaryWriter``, without lrprobe."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(f"{folder}/hand")
@@ -373,7 +373,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, length, width), the same back."""
+        """Map (batch, length, width) to the same shape."""
         q, k, v = (
             part.unflatten(-1, (4, -1)).transpose(1, 2)
             for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
@@ -384,7 +384,7 @@ class Attention(nn.Module):
 
 
 def training() -> None:
-    """A real loop: a small GPT on random words."""
+    """Throughput of a training loop: a small GPT on random tokens."""
     torch.manual_seed(0)
     width, words = 256, 2000
     model = nn.Sequential(
@@ -414,12 +414,13 @@ def training() -> None:
                 probe.flush()
         rows.append((str(every), f"{1e3 * statistics.median(taken):.0f}", spread(slower)))
     elements = sum(p.numel() for p in model.parameters()) / 1e6
-    head = ("`every`", "ms a step without", "% slower with")
-    table(f"Training a small GPT ({elements:.1f} million elements, 1,024 words a step)", head, rows)
+    head = ("`every`", "ms per step without lrprobe", "overhead in %")
+    title = f"Training a small GPT ({elements:.1f} million elements, 1,024 tokens per step)"
+    table(title, head, rows)
 
 
 def main() -> None:
-    """The tables that are named, or all."""
+    """Run the tables named on the command line, or all."""
     warnings.filterwarnings("ignore", "lrprobe: another probe")
     tables = {each.__name__: each for each in (step, kinds, first, growth, sizes, sinks, training)}
     chosen = sys.argv[1:] or list(tables)

@@ -1,7 +1,7 @@
-"""What a recorded step costs on a CUDA device, whether it waits, and whether it is right.
+"""Measures the overhead of a recorded step on a CUDA device, its synchronizations and its error.
 
-A unit is one ``AdamW(fused=True)`` step on the same parameters, of GPT-2 (124 million elements).
-The last line is ``units: N``, of AdamW.
+A unit is one ``AdamW(fused=True)`` step on the same parameters, those of GPT-2 (124 million
+elements). The last line is ``units: N``, for AdamW.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lrprobe.engine import Engine
+from lrprobe.engine.backends import EngineName
 from lrprobe.engine.buffers import blank, column, fill
 from lrprobe.engine.figures import CHECKS, FIGURES
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.engine.ways import Way
 from lrprobe.rules import find_rule
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def milliseconds(function: Callable[[], Any], times: int = 20) -> float:
-    """Median time on the device."""
+    """Median time of a call on the device."""
     function()
     found = []
     for _ in range(times):
@@ -48,7 +48,7 @@ def milliseconds(function: Callable[[], Any], times: int = 20) -> float:
 
 
 def watched(optimizer: torch.optim.Optimizer) -> list[WatchedParameter]:
-    """Its parameters."""
+    """The optimizer's parameters, as the engine takes them."""
     rule = find_rule(type(optimizer))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [
@@ -58,7 +58,7 @@ def watched(optimizer: torch.optim.Optimizer) -> list[WatchedParameter]:
 
 
 def recorded(engine: Engine, optimizer: torch.optim.Optimizer, *, step: bool = True) -> Any:
-    """One step with what is kept before and taken after it; the merged buffers."""
+    """Take one recorded step; return its figures, and the merged buffers."""
     found = watched(optimizer)
     with torch.no_grad():
         pre = engine.before(found, optimizer)
@@ -72,7 +72,7 @@ def recorded(engine: Engine, optimizer: torch.optim.Optimizer, *, step: bool = T
 
 
 def model(shapes: Any, device: str) -> list[nn.Parameter]:
-    """Parameters with gradients."""
+    """Create parameters with gradients."""
     params = [nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in shapes]
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
@@ -80,17 +80,17 @@ def model(shapes: Any, device: str) -> list[nn.Parameter]:
 
 
 def agreement() -> float:
-    """Largest relative difference from the same step on the CPU, in float64 there."""
+    """Largest relative difference from the same step on the CPU, computed eagerly in float64."""
     torch.manual_seed(0)
     near = model([(300, 1000), (77,), (5, 3), ()], "cpu")
     far = [nn.Parameter(p.detach().cuda()) for p in near]
     tables = []
-    ways: list[tuple[Any, Way]] = [(near, "eager"), (far, "cuda")]
+    engines: list[tuple[Any, EngineName]] = [(near, "eager"), (far, "cuda")]
     for param, other in zip(near, far, strict=True):
         other.grad = param.grad.cuda()
-    for params, way in ways:
+    for params, name in engines:
         optimizer = torch.optim.AdamW(params, foreach=False)
-        figures, _ = recorded(Engine(way), optimizer)
+        figures, _ = recorded(Engine(name), optimizer)
         tables.append(torch.cat([v.table.cpu() for v in figures.vectors]))
     names = [f.name for f in (*FIGURES, *CHECKS) if "residual" not in f.name]
     x, y = (table[:, [column(name) for name in names]] for table in tables)
@@ -102,7 +102,7 @@ def agreement() -> float:
 
 
 def syncs(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
-    """How often the host waits during what a recorded step adds."""
+    """The number of synchronizations that recording a step adds."""
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -112,7 +112,7 @@ def syncs(engine: Engine, optimizer: torch.optim.Optimizer) -> int:
 
 
 def main() -> None:
-    """All of it."""
+    """Run all measurements."""
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device")
     print(torch.cuda.get_device_name())

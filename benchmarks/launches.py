@@ -1,10 +1,10 @@
-"""Counts what a recorded step launches, on a device that is not there.
+"""Counts the launches of a recorded step on a simulated device.
 
-The real code path, pre-hook included, with the real shapes; only what it launches is counted
-instead of done: each operation of torch on the device that is no view, each copy to or from it, and
-each generated program. The last line has GPT-2 (124 million) under AdamW and Adadelta, then the
-model of 1.3 billion under both; of AdamW the larger of the default and ``fused=True``, which counts
-its steps on the device.
+It runs the real code path, including the pre-hook, with the real shapes, but counts launches
+instead of executing them: each torch operation on the device except views, each copy to or from it,
+and each generated kernel. The last line has the counts of GPT-2 (124 million) with AdamW and
+Adadelta, then those of the model with 1.3 billion parameters. For AdamW, it is the larger count of
+the default and ``fused=True``, which keeps its step counts on the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Shapes = list[tuple[int, ...]]
 
 
 def gpt(layers: int, width: int, context: int) -> Shapes:
-    """Parameters of a GPT, as Hugging Face's has them."""
+    """Parameter shapes of a GPT, as in Hugging Face's implementation."""
     norm: Shapes = [(width,), (width,)]
     block = [
         *norm,
@@ -43,15 +43,15 @@ OPTIMIZERS = {
 
 
 def main() -> None:
-    """All of them."""
+    """Print the launches of all models and optimizers."""
     far_device.begin()
     counts = []
     for model, shapes in MODELS.items():
         for name, makers in OPTIMIZERS.items():
             found = [far_device.record(make, shapes, small=True)[0] for make in makers]
             for launches in found:
-                most = ", ".join(f"{count} {op}" for op, count in launches.most_common(8))
-                print(f"{model}, {len(shapes)} tensors, {name}: {launches.total()} ({most})")
+                common = ", ".join(f"{count} {op}" for op, count in launches.most_common(8))
+                print(f"{model}, {len(shapes)} tensors, {name}: {launches.total()} ({common})")
             counts.append(max(launches.total() for launches in found))
     print("launches:", *counts)
 

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO: torchrun --nproc-per-node 2 examples/with_deepspeed.py [STAGE].
 
-The optimizer's state is cut over the processes (stage 1), the gradients too (2), the parameters too
-(3, the default). lrprobe is the import and the line with `attach`, the same on every rank and in
-every stage; rank 0 writes.
+The processes share the optimizer's state (stage 1), the gradients too (2), and the parameters too
+(3, the default). Only the import and the line with `attach` are for lrprobe; they are the same on
+every rank and for every stage. Rank 0 writes.
 
 pip install lrprobe; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
 """
@@ -10,7 +10,7 @@ pip install lrprobe; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
 import os
 import sys
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on GPUs without this line, and with "nccl" below
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on GPUs, remove this line and use "nccl" below
 
 import deepspeed
 import pandas as pd
@@ -22,7 +22,7 @@ from torch.optim import AdamW
 import lrprobe
 
 stage = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which it would compile for CPUs
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled for CPUs
 deepspeed.init_distributed("gloo", verbose=False)
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
@@ -42,7 +42,7 @@ engine, *_ = deepspeed.initialize(
 
 with lrprobe.attach(engine, model, to="runs/deepspeed.parquet", batch_size=batch // ranks) as probe:
     for images, labels in digits.batches(batch, epochs=2):
-        mine = slice(rank, None, ranks)  # each rank has samples of its own
+        mine = slice(rank, None, ranks)  # each rank has its own samples
         engine.backward(nn.functional.cross_entropy(engine(images[mine]), labels[mine]))
         engine.step()
 

@@ -13,21 +13,21 @@ from lrprobe.diagnosis import Finding
 
 
 class _Alert:
-    """Reports the first finding of each code and optimizer, and notes if asked to."""
+    """Reports the first finding per code and optimizer, and notes if ``notes`` is set."""
 
     def __init__(self, *, notes: bool) -> None:
         self._notes = notes
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
 
     def __call__(self, finding: Finding) -> None:
         """Report a finding."""
         what = finding.code, finding.optimizer
-        if what in self._told or (finding.severity == "note" and not self._notes):
+        if what in self._reported or (finding.severity == "note" and not self._notes):
             return
-        self._told.add(what)
-        self._tell(finding)
+        self._reported.add(what)
+        self._send(finding)
 
-    def _tell(self, finding: Finding) -> None:
+    def _send(self, finding: Finding) -> None:
         raise NotImplementedError
 
 
@@ -41,7 +41,7 @@ class Warn(_Alert):
     def __init__(self, *, notes: bool = False) -> None:
         super().__init__(notes=notes)
 
-    def _tell(self, finding: Finding) -> None:
+    def _send(self, finding: Finding) -> None:
         warnings.warn(f"lrprobe: {_sentence(finding)}", stacklevel=4)
 
 
@@ -57,7 +57,7 @@ class Log(_Alert):
         super().__init__(notes=notes)
         self._logger = logger or logging.getLogger("lrprobe")
 
-    def _tell(self, finding: Finding) -> None:
+    def _send(self, finding: Finding) -> None:
         level = logging.WARNING if finding.severity == "finding" else logging.INFO
         self._logger.log(level, "%s", _sentence(finding))
 
@@ -83,7 +83,7 @@ class WandB(_Alert):
         if self._run is None:
             raise RuntimeError("no Weights & Biases run is active; call wandb.init() first")
 
-    def _tell(self, finding: Finding) -> None:
+    def _send(self, finding: Finding) -> None:
         levels = self._wandb.AlertLevel
         self._run.alert(
             title=f"lrprobe: {finding.title}",

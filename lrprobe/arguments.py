@@ -1,4 +1,4 @@
-"""What ``attach`` is given: checked at the call, with what came and what is allowed."""
+"""The arguments of ``attach``, checked at the call; an error says what came and what is allowed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from lrprobe.engine.ways import Way
+from lrprobe.engine.backends import EngineName
 from lrprobe.names import Names
 from lrprobe.text import warn
 
@@ -21,10 +21,10 @@ class Options:
     """What one probe does with each of its optimizers.
 
     Attributes:
-        names: of the parameters in the model.
+        names: the names of the model's parameters.
         chosen: which parameters are recorded.
         every, step, track, batch_size: as given to ``attach``.
-        way: how figures are taken.
+        engine: how figures are computed; see ``LRPROBE_ENGINE``.
     """
 
     names: Names
@@ -33,15 +33,15 @@ class Options:
     step: Step
     track: int
     batch_size: int | None
-    way: Way = "auto"
+    engine: EngineName = "auto"
 
 
 def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
     """Check the whole numbers among the arguments of ``attach``.
 
     Raises:
-        TypeError: for something that is no whole number (nor what else is allowed).
-        ValueError: for one that is too small.
+        TypeError: if one is neither a whole number nor another allowed value.
+        ValueError: if one is too small.
     """
     _check("every", every, 1, ", or a function of the step", callable(every))
     _check("track", track, 0)
@@ -51,10 +51,10 @@ def check_counts(every: Any, track: Any, batch_size: Any, step: Any) -> None:
 
 
 def check_callback(on_finding: Any) -> None:
-    """Check that it can be called.
+    """Check that ``on_finding`` is callable or None.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: if it is neither.
     """
     if on_finding is not None and not callable(on_finding):
         raise TypeError(
@@ -62,18 +62,18 @@ def check_callback(on_finding: Any) -> None:
         )
 
 
-def _check(name: str, value: Any, least: int, also: str = "", fine: bool = False) -> None:
+def _check(name: str, value: Any, minimum: int, also: str = "", fine: bool = False) -> None:
     if fine:
         return
-    message = f"{name}= takes a whole number of at least {least}{also}; got {value!r}"
+    message = f"{name}= takes a whole number of at least {minimum}{also}; got {value!r}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(message)
-    if value < least:
+    if value < minimum:
         raise ValueError(message)
 
 
 class Filter:
-    """``include`` and ``exclude``."""
+    """Selects parameters by the patterns in ``include`` and ``exclude``."""
 
     def __init__(
         self, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
@@ -83,22 +83,22 @@ class Filter:
         self._unused = {*(self._include or ()), *(self._exclude or ())}
 
     def takes(self, name: str) -> bool:
-        """Whether a parameter of this name is recorded."""
+        """Whether a parameter with this name is recorded."""
         included = self._include is None or any(p.search(name) for p in self._include)
         return included and not any(p.search(name) for p in self._exclude or ())
 
     def see(self, names: Iterable[str]) -> None:
-        """Note which patterns match."""
+        """Note which patterns match a name."""
         for name in names:
             self._unused = {p for p in self._unused if not p.search(name)}
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Patterns that matched no name so far."""
+        """Patterns that have matched no name so far."""
         return tuple(sorted(p.pattern for p in self._unused))
 
     def warn_unused(self, of: Iterable[str] | None = None) -> None:
-        """Warn of patterns that match no name (of these, where other ranks have names too)."""
+        """Warn about unused patterns, or about those in ``of``, which no rank has used."""
         for pattern in sorted(self.unused if of is None else of):
             warn(f"the pattern {pattern!r} matches no parameter's name")
 

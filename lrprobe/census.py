@@ -1,6 +1,6 @@
-"""What a run is told of its own wiring: who steps which parameter, and how steps are counted.
+"""Checks which optimizer steps which parameter, and how optimizers count their steps.
 
-Looked at in the training thread, at recorded steps, on the host alone: no device is asked.
+This runs in the training thread at recorded steps, and reads values on the host only.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from lrprobe.watching import Watching
 
 _COUNTED = 64
-"""Parameters of an optimizer whose count is read in one recorded step; the next have others."""
+"""Parameters whose step count is read per recorded step; the next recorded step reads others."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg", "sum", "exp_inf", "ax", "prev", "row_var")
-"""What remembers gradients: where it is 0, a count that is 0 too is right."""
+"""State entries that accumulate gradients; if they are 0, a step count of 0 is correct."""
 
 
 class Membership:
-    """Parameters of a model that no optimizer with a probe has, and those that two step.
+    """Finds parameters that are in no optimizer with a probe, or in two optimizers.
 
     Attributes:
-        missing: names of the first; None where it cannot be said, for want of a model or since
-            the optimizers have copies of its parameters.
-        twice: names of the others, and of the optimizers that step them.
+        missing: names of parameters in no optimizer; None if unknown, because there is no model or
+            the optimizers hold copies of its parameters.
+        twice: names of parameters in two optimizers, with the names of these optimizers.
     """
 
     def __init__(self) -> None:
@@ -40,12 +40,12 @@ class Membership:
         self._steps: dict[int, dict[int, int]] = {}
 
     def look(self, hooks: Hooks, own: Iterable[Hooks], living: Iterable[Hooks]) -> bool:
-        """Look anew after a recorded step, more and more seldom; whether something is new.
+        """Check again after a recorded step, at growing intervals; whether the result changed.
 
         Args:
-            hooks: of the optimizer that took the step.
-            own: of the probe that it belongs to.
-            living: of all probes that are open.
+            hooks: those of the optimizer that took the step.
+            own: those of all optimizers of the same probe.
+            living: those of all open probes.
         """
         looks = self._looks[id(hooks)] = self._looks.get(id(hooks), 0) + 1
         if looks > 4 and looks & (looks - 1):
@@ -71,7 +71,7 @@ class Membership:
         params = list(model.parameters())
         inside = {id(param) for param in params}
         if any(id(param) not in inside for each in own for param in each.parameters()):
-            return None  # master copies, flat partitions: whose they are cannot be told
+            return None  # master copies or flat partitions, which do not map to parameters here
         left = {
             id(param)
             for param in params
@@ -83,7 +83,7 @@ class Membership:
         return [name for at, name in names.now().items() if at in left] if left else []
 
     def _twice(self, hooks: Hooks, owners: Mapping[int, list[Hooks]]) -> dict[str, list[str]]:
-        """Those that another optimizer has, which stepped too since this one's last look."""
+        """Parameters in another optimizer that has also stepped since the last check."""
         counts = {id(each): each.count.taken for all_ in owners.values() for each in all_}
         before = self._steps.get(id(hooks), counts)
         self._steps[id(hooks)] = counts
@@ -100,12 +100,12 @@ class Membership:
 
 
 class StepCount:
-    """Compares the steps that an optimizer counts in its state with those that it takes.
+    """Compares the step count in an optimizer's state with the steps that it takes.
 
     Attributes:
         taken: steps so far.
-        wrong: what is wrong with the count, in plain values; None while nothing is.
-        changed: whether that is new since it was last looked at.
+        wrong: what is wrong with the count, as plain values; None if nothing is.
+        changed: whether ``wrong`` has changed since the run was last described.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class StepCount:
         self._odd_at = -1
 
     def before(self, optimizer: Optimizer, number: int, watching: Watching) -> None:
-        """Read the counts before a step that is recorded, and compare them with the last ones."""
+        """Before a recorded step, read the counts and compare them with the previous ones."""
         names = watching.names
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if watching.repeated:  # which count more than one
@@ -131,20 +131,20 @@ class StepCount:
         self._before = {at: count for at, count, _ in found}
         for at, count, state in found:
             last, taken, moment = self._after.get(at, (count, self.taken, 0))
-            most = last + self.taken - taken
+            expected = last + self.taken - taken
             if count < last:
-                # Once, a return to a checkpoint does so too; back to 0 with its moments kept, none.
+                # Loading a checkpoint also lowers the count, but not to 0 with the same moments.
                 kept = moment == _moment(state)
                 if count or (kept and _remembers(state)):
                     sure = kept and count <= self.taken - taken
-                    self._note(names.get(at, ""), number, last, count, most, sure=sure)
+                    self._note(names.get(at, ""), number, last, count, expected, sure=sure)
                 return
-            if count > most:
-                self._note(names.get(at, ""), number, last, count, most, sure=False)
+            if count > expected:
+                self._note(names.get(at, ""), number, last, count, expected, sure=False)
                 return
 
     def after(self, optimizer: Optimizer, number: int, watching: Watching) -> None:
-        """Read them after it: each parameter with a gradient has taken one step."""
+        """After a recorded step, check that each parameter with a gradient counted one step."""
         names = watching.names
         before, self._before = self._before, {}
         if not before:
@@ -162,7 +162,7 @@ class StepCount:
     def _note(
         self, name: str, number: int, was: float, now: float, expected: float, *, sure: bool
     ) -> None:
-        """Count a step in which the count was wrong; what is not sure has to be so twice."""
+        """Note a step with a wrong count; if it is not ``sure``, report only a second one."""
         again = self._odd_at not in (-1, number)
         self._odd_at = number
         if self.wrong is None:
@@ -176,12 +176,12 @@ class StepCount:
         else:
             times = self.wrong["times"] + 1
         self.wrong = {**self.wrong, "last": number, "times": times}
-        if times & (times - 1) == 0:  # each description begins a part of a dataset
+        if times & (times - 1) == 0:  # seldom, as each description starts a new part of a dataset
             self.changed = True
 
 
 def _takes(hooks: Hooks, param: Tensor) -> bool:
-    """Whether an optimizer is for such parameters; the others are left to one without a probe."""
+    """Whether an optimizer handles such a parameter; Muon and SparseAdam take only some."""
     kind = hooks.kind.lower()
     if "muon" in kind:
         return param.ndim == 2
@@ -191,7 +191,7 @@ def _takes(hooks: Hooks, param: Tensor) -> bool:
 def _counts(
     optimizer: Optimizer, params: Iterable[Tensor]
 ) -> Iterator[tuple[int, float, Mapping[str, Any]]]:
-    """id, count and state of those whose state has a count that the host can read."""
+    """(id, count, state) of the parameters whose step count is on the host."""
     for param in params:
         state = optimizer.state.get(param)
         if not isinstance(state, Mapping):
@@ -206,19 +206,19 @@ def _counts(
 
 
 def _value(number: Tensor) -> float:
-    """A number that is on the host; NumPy reads it where it lies, without an operation of torch."""
+    """A number on the host; NumPy reads it without dispatching a torch operation."""
     if number.dtype in (torch.float32, torch.float64, torch.int64, torch.int32):
         return float(number.detach().numpy().reshape(())[()])
     return float(number)
 
 
 def _moment(state: Mapping[str, Any]) -> int:
-    """id of the tensor in a state that remembers gradients; another one after a load."""
+    """id of a state's moment tensor, which changes when a checkpoint is loaded."""
     return next((id(state[name]) for name in MOMENTS if name in state), 0)
 
 
 def _remembers(state: Mapping[str, Any]) -> bool:
-    """Whether a state has gradients of earlier steps in it."""
+    """Whether a state contains gradients of earlier steps."""
     found = [state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)]
     with torch.no_grad():
         return any(bool(each.any()) for each in found)

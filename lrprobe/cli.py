@@ -51,22 +51,22 @@ _EXIT = "exit code: 0 no findings (or nothing to find), 1 findings, 2 a wrong co
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; gives its exit code.
+    """Run the command and return its exit code.
 
     Args:
-        arguments: what follows ``lrprobe`` on the command line; by default that.
+        arguments: the arguments after ``lrprobe``; by default those of the command line.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    # A report is not shown on a screen: its pictures need no window.
+    # Pictures are written to files, so no window system is needed.
     os.environ.setdefault("MPLBACKEND", "agg")
-    for stream in (sys.stdout, sys.stderr):  # a terminal of another alphabet gets "?" for an ε
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot encode ε shows "?"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         code: int = options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # as before "| head": whoever read has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as "| head" does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NONE
     except (OSError, ValueError, ImportError) as error:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lrprobe {options.command}: {text}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        return NONE if options.command == "show" else INTERRUPTED  # following ends so
+        return NONE if options.command == "show" else INTERRUPTED  # the normal end of --follow
     return code
 
 
@@ -222,7 +222,7 @@ def _diagnose(options: argparse.Namespace) -> int:
 
 
 def _follow(options: argparse.Namespace) -> int:
-    """Print each finding once, as it comes, until Ctrl-C."""
+    """Print each new finding once, until Ctrl-C."""
     from lrprobe.diagnosis import Finding, Findings, diagnose
     from lrprobe.runs import find, load, stamp
 
@@ -230,7 +230,7 @@ def _follow(options: argparse.Namespace) -> int:
         raise ValueError(f"--follow prints text, not {options.format}")
     _end_with_ctrl_c()
     seen: Any = None
-    told: dict[tuple[str, str, str, str], Finding] = {}
+    reported: dict[tuple[str, str, str, str], Finding] = {}
     began = False
     try:
         while True:
@@ -239,19 +239,19 @@ def _follow(options: argparse.Namespace) -> int:
                 seen = now
                 found = diagnose(load(*options.runs).frame, ongoing=True)
                 keys = {(f.code, f.run, f.optimizer, f.parameter): f for f in found}
-                new = [finding for key, finding in keys.items() if key not in told]
-                told |= keys
+                new = [finding for key, finding in keys.items() if key not in reported]
+                reported |= keys
                 if new or not began:
                     print(Findings(new, found.looked_at, () if began else found.left_out))
                     print(flush=True)
                 began = True
             time.sleep(options.interval)
     except KeyboardInterrupt:
-        return FOUND if any(each.severity == "finding" for each in told.values()) else NONE
+        return FOUND if any(each.severity == "finding" for each in reported.values()) else NONE
 
 
 def _end_with_ctrl_c() -> None:
-    """A shell starts what stands before "&" with Ctrl-C ignored; kill -INT ends it all the same."""
+    """Let ``kill -INT`` end the command even in the background, where a shell ignores SIGINT."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -285,7 +285,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _print_screen(text: str, follow: bool) -> None:
-    """Over the last one on a terminal; below it elsewhere."""
+    """Replace the last screen on a terminal; append elsewhere."""
     if follow and sys.stdout.isatty():
         lines = text.splitlines()
         room = shutil.get_terminal_size().lines - 1
@@ -305,11 +305,11 @@ _COLUMNS = {
     "grad_norm": "‖gradient‖",
     "reconstruction_error": "check error",
 }
-"""Columns of the frame, and what they are called on the screen."""
+"""Columns of the frame to their headings on the screen."""
 
 
 def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> str:
-    """The newest step of each optimizer, one line a layer."""
+    """The newest step of each optimizer, one line per layer."""
     if not len(frame):
         return f"{run}: no step was recorded yet"
     blocks = []
@@ -319,12 +319,12 @@ def _screen(run: str, frame: pd.DataFrame, include: re.Pattern[str] | None) -> s
         ago = f", {_ago(time.time() - float(rows['time'].max()))}" if "time" in rows else ""
         key = next((k for k in ("parameter", "module", "group") if k in rows), "model")
         columns = [column for column in _COLUMNS if column in rows]
-        if columns != ["reconstruction_error"]:  # which is all that a logdir has by model
+        if columns != ["reconstruction_error"]:  # a logdir has only that by model
             columns = [column for column in columns if column != "reconstruction_error"]
         if "lr" in columns:
             rates = sorted({f"{lr:.3g}" for lr in rows["lr"].dropna().tolist()}, key=float)
             ago += f"  lr {', '.join(rates[:4]) or 'mixed'}"
-            if len(rates) == 1 and key != "group":  # the same in each line
+            if len(rates) == 1 and key != "group":  # equal in every line, so the headline has it
                 columns.remove("lr")
         names = rows[key].astype(str).tolist() if key in rows else ["model"]
         chosen = [include is None or bool(include.search(name)) for name in names]
@@ -374,4 +374,4 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"is no regular expression: {error}") from error
+        raise argparse.ArgumentTypeError(f"is not a regular expression: {error}") from error

@@ -1,4 +1,4 @@
-"""Hooks under ``torch.compile``: they run in Python, between graphs."""
+"""Runs hooks under ``torch.compile``: in Python, between graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 
 
 def call(function: Callable[..., None], *args: Any) -> None:
-    """Call a hook; while a graph is traced, so that it runs between two graphs.
+    """Call a hook; under tracing, cause a graph break so that it runs between two graphs.
 
     Raises:
         RuntimeError: if the step is compiled with ``fullgraph=True``, which allows one graph only.
@@ -24,7 +24,7 @@ def call(function: Callable[..., None], *args: Any) -> None:
 
 
 def _refuse_one_graph() -> bool:
-    """Run by the tracer itself, whose frames are further up the stack."""
+    """Raise if the tracer allows one graph only. The tracer runs this, so it is on the stack."""
     frame = inspect.currentframe()
     while frame is not None:
         tracer = frame.f_locals.get("self")

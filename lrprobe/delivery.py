@@ -1,9 +1,10 @@
 """Passes records to sinks in the background, so that no sink ever stops or slows the training.
 
 One daemon thread creates the records and serves the sinks in memory and on disk. Any other sink may
-wait for a network, or for ever, so it has its own thread and blocks none of these. One thread at a
-time calls a sink, however many probes share it. Each thread owns the data that it works on. Others
-send it commands through a queue, which is safe even from a finalizer that interrupts a thread.
+wait for a network, perhaps forever, so it has its own thread and cannot block these. Only one
+thread at a time calls a sink, even if several probes share it. Each thread owns the data that it
+works on. Other threads send it commands through a queue, which is safe even from a finalizer that
+interrupts a thread.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from lrprobe.sinks.base import Sink
 from lrprobe.text import warn
 from lrprobe.worker import Worker, name_of, unreported
 
-_STALL_SECS = 1.0  # how long a hanging sink may hold up the training, once, when all is full
-_EXIT_SECS = 60.0  # how long a hanging sink may hold up close(), or the end of the process
+_STALL_SECS = 1.0  # how long a hanging sink may block the training, once, when its queue is full
+_EXIT_SECS = 60.0  # how long a hanging sink may block close(), or the end of the process
 _NEAR = ("memory", "parquet", "tensorboard", "jsonl")  # modules of the sinks in memory and on disk
 
 
@@ -60,7 +61,7 @@ class Delivery:
                 self._outbox.close()
                 raise
         self._finalizer = weakref.finalize(self, _abandon, self._outbox)
-        self._finalizer.atexit = False  # at exit somebody has to wait, which _at_exit does
+        self._finalizer.atexit = False  # at exit, _at_exit waits for the threads
 
     def put(self, make: Callable[[], Record | None], nbytes: int = 0) -> bool:
         """Schedule the record that ``make`` returns for writing; takes microseconds.
@@ -84,11 +85,11 @@ class Delivery:
         return True
 
     def drain(self, timeout: float | None = None, *, near: bool = False) -> bool:
-        """Wait until all records have been written, or have failed to be.
+        """Wait until all records have been written or have failed.
 
         Args:
             timeout: seconds to wait at most; None waits as long as it takes.
-            near: only for the sinks in memory and on disk.
+            near: wait only for the sinks in memory and on disk.
 
         Returns:
             False if the timeout was too short.
@@ -100,9 +101,9 @@ class Delivery:
         return self._wait(ask, timeout, near=near)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Do what ``drain`` does; then retry failing sinks, and flush all.
+        """Do what ``drain`` does, then retry failing sinks and flush all.
 
-        Without a timeout, it waits a minute for a sink that is not in memory or on disk.
+        Without a timeout, it waits up to a minute for each sink that is not in memory or on disk.
         """
 
         def ask(outbox: Outbox, done: threading.Event) -> None:
@@ -111,7 +112,7 @@ class Delivery:
         return self._wait(ask, timeout, patience=_EXIT_SECS)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Do what ``flush`` does; then close the owned sinks; idempotent.
+        """Do what ``flush`` does, then close the owned sinks; idempotent.
 
         ``problems`` then reports how many records were lost, if any.
         """
@@ -177,7 +178,7 @@ class Delivery:
 
 
 def _is_near(sink: Sink) -> bool:
-    """Whether a sink is, or is made of, one of ours that writes to memory or to a disk."""
+    """Whether a sink is one of lrprobe's sinks in memory or on disk, or a subclass of one."""
     modules = {cls.__module__ for cls in type(sink).__mro__}
     return not modules.isdisjoint(f"lrprobe.sinks.{name}" for name in _NEAR)
 
@@ -208,7 +209,7 @@ class Outbox:
         self.closed = False  # accepts nothing more
         self.finished = threading.Event()  # everything is written
         self.abandoned = False  # nobody will call problems()
-        self.lock = threading.Lock()  # for the counts up to the blank line
+        self.lock = threading.Lock()  # guards the counts up to the blank line
         self.waiting = 0
         self.waiting_bytes = 0
         self.overflow = 0
@@ -343,7 +344,7 @@ def _finish(*, close: bool) -> None:
 
 
 def _before_threads_end() -> None:
-    # A forked multiprocessing.Process ends without running atexit, but runs this.
+    # A forked multiprocessing.Process does not run atexit at its end, but runs this.
     _finish(close=False)
 
 
@@ -356,7 +357,7 @@ def _at_exit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-# Not public, but available since 3.9, and concurrent.futures relies on it. atexit covers everything
-# but the case above.
+# It is private, but has existed since 3.9, and concurrent.futures relies on it. atexit covers every
+# case except the one above.
 getattr(threading, "_register_atexit", lambda _: None)(_before_threads_end)
 atexit.register(_at_exit)

@@ -1,4 +1,4 @@
-"""The demo: three optimizers on the same network, and the rate that each layer really gets.
+"""The demo: three optimizers on the same network, and the effective rate of each layer.
 
 Needs ``pip install 'lrprobe[demo]'``. ``examples/demo.py`` and ``lrprobe demo`` run it.
 """
@@ -21,7 +21,7 @@ EPOCHS = 50
 
 
 def digits() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Images of 8 × 8 pixels with their labels: 1,438 to train on, in batches, and 359 to test."""
+    """Labelled images of 8 × 8 pixels: 1,438 for training, in batches, and 359 for testing."""
     _check_installed()
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
@@ -43,7 +43,7 @@ def zeiler_net() -> nn.Sequential:
 
 
 def train(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, bar: Any) -> float:
-    """Train as ever, without a word about the probe; give back the accuracy on the test images."""
+    """Train as usual, without any code for the probe; return the accuracy on the test images."""
     batches, test = digits()
     while bar.n < bar.total:
         for images, labels in batches:
@@ -60,11 +60,11 @@ def train(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None,
 
 
 def main(epochs: int = EPOCHS, out: Path | None = None) -> None:
-    """Train the three; leave what their probes recorded, a picture and a report.
+    """Train the three networks; write what their probes recorded, a picture and a report.
 
     Args:
-        epochs: how often to see the images.
-        out: the folder for it all; by default a new one in ``runs``.
+        epochs: number of passes over the images.
+        out: the output folder; by default a new one in ``runs``.
 
     Raises:
         ImportError: scikit-learn, Matplotlib, Plotly or tqdm is not installed.
@@ -108,7 +108,7 @@ def main(epochs: int = EPOCHS, out: Path | None = None) -> None:
 
 
 def _check_installed() -> None:
-    """Name what to install, before anything is trained."""
+    """Raise an error that names missing packages, before the training starts."""
     missing = []
     for module, package in (
         ("sklearn", "scikit-learn"),

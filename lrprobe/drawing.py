@@ -1,4 +1,4 @@
-"""What the functions of ``plot`` have in common: panels, lines, axes, colours, words."""
+"""Helpers that the functions of ``plot`` share: panels, lines, axes, colours, labels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.colors import LogNorm
 
 AxesArray: TypeAlias = NDArray[np.object_]
-"""Matplotlib axes in an array, as ``pyplot.subplots`` gives them."""
+"""An array of Matplotlib axes, as ``pyplot.subplots`` returns it."""
 
-# Okabe and Ito's colours, which any colour vision tells apart, with grey for their black, which a
-# dark background would hide; the dashes serve grey print.
+# Okabe and Ito's palette, which is safe for colour-blind readers, with grey instead of black, which
+# would be invisible on a dark background. Line styles differ for printing in grey.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-"},
     {"color": "#D55E00", "linestyle": "--"},
@@ -31,14 +31,14 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#777777", "linestyle": "-."},
 )
 PALE = "#999999"
-COLOURS = "viridis"  # evenly lighter, for any colour vision and in grey print
+COLOURS = "viridis"  # perceptually uniform, also for colour-blind readers and in grey
 MISSING = "#d9d9d9"
-LINES = ("run", "optimizer", "attempt")  # columns that tell lines apart
-PANELS = ("parameter", "module", "group")  # and panels: the first that there is
+LINES = ("run", "optimizer", "attempt")  # columns that distinguish lines
+PANELS = ("parameter", "module", "group")  # the first of these columns distinguishes panels
 MAX_PANELS = 24
 PANELS_A_ROW = 3
 MAX_LABELS = 40  # names down the side of a heatmap
-MAX_COLUMNS = 1000  # of a heatmap; a screen has no more
+MAX_COLUMNS = 1000  # of a heatmap: about the width of a screen
 
 STEPS = "optimizer step"
 RATE = "effective learning rate\n(step per unit of direction)"
@@ -60,9 +60,9 @@ SHARES = ("zero_grad_fraction", "eps_fraction", "lost_fraction")
 
 
 def span(ax: Axes, steps: pd.Series, known: pd.Series) -> None:
-    """Show all recorded steps, and in grey the last of them where nothing is known any more.
+    """Extend the axis to all recorded steps, and shade the last ones if they have no values.
 
-    Else a run that became NaN would look like a shorter one.
+    Otherwise a run that became NaN would look like a shorter run.
     """
     first, last = float(steps.min()), float(steps.max())
     ax.update_datalim([(first, 1.0), (last, 1.0)], updatey=False)
@@ -72,7 +72,7 @@ def span(ax: Axes, steps: pd.Series, known: pd.Series) -> None:
 
 
 def scale_of(*cells: NDArray[np.float64]) -> LogNorm:
-    """A logarithmic scale of colours that has room for all the cells."""
+    """A logarithmic colour scale that covers all cells."""
     from matplotlib.colors import LogNorm
 
     seen = np.concatenate([c[np.isfinite(c) & (c > 0)] for c in cells])
@@ -83,7 +83,7 @@ def scale_of(*cells: NDArray[np.float64]) -> LogNorm:
 def coloured(
     ax: Axes, x: NDArray[Any], y: NDArray[Any], cells: NDArray[np.float64], scale: LogNorm
 ) -> QuadMesh:
-    """Cells as colours; grey where there is no figure or no logarithm."""
+    """Draw cells as colours, and cells without a positive finite value in grey."""
     from matplotlib import colormaps
 
     shown = np.ma.masked_where(~(np.isfinite(cells) & (cells > 0)), cells)
@@ -92,7 +92,7 @@ def coloured(
 
 
 def edges_of(steps: NDArray[Any]) -> NDArray[np.float64]:
-    """The borders of columns whose middles are the steps."""
+    """The edges of columns that are centred on the steps."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middles = (steps[1:] + steps[:-1]) / 2
@@ -100,13 +100,13 @@ def edges_of(steps: NDArray[Any]) -> NDArray[np.float64]:
     return np.concatenate([[first], middles, [last]])
 
 
-def thinned(count: int, most: int) -> NDArray[np.int64]:
-    """Indices of at most so many, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+def thinned(count: int, limit: int) -> NDArray[np.int64]:
+    """At most ``limit`` of ``count`` indices, evenly spaced, including the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 def grid_of(edges: Sequence[Any], bins: int = 80) -> NDArray[np.float64]:
-    """The borders of rows, evenly spread over the logarithm, that hold every histogram."""
+    """The edges of logarithmically spaced rows that cover every histogram."""
     every = np.concatenate([np.asarray(e, dtype=float) for e in edges])
     every = every[np.isfinite(every) & (every > 0)]
     low, high = (every.min(), every.max()) if len(every) else (0.1, 1.0)
@@ -116,7 +116,7 @@ def grid_of(edges: Sequence[Any], bins: int = 80) -> NDArray[np.float64]:
 
 
 def rebin(edges: Any, counts: Any, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The share of a histogram's elements between each two borders of the grid."""
+    """The share of a histogram's elements between adjacent edges of the grid."""
     total = np.cumsum(np.asarray(counts, dtype=float))
     if len(total) == 0 or not total[-1]:
         return np.full(len(grid) - 1, np.nan)
@@ -126,7 +126,7 @@ def rebin(edges: Any, counts: Any, grid: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def unit(column: str) -> str:
-    """What an axis of this column says."""
+    """The axis label of a column."""
     if column.startswith("effective_lr"):
         kind = column.removeprefix("effective_lr_")
         return RATE if kind == "p50" else RATE.replace("\n", f", {kind}\n")
@@ -134,19 +134,19 @@ def unit(column: str) -> str:
 
 
 def only(frame: pd.DataFrame, *figures: str) -> pd.DataFrame:
-    """The columns that are drawn, and those that tell rows apart: each panel is a copy of them."""
+    """Select the columns to draw and the key columns, because each panel copies its rows."""
     need_rows(frame)
     numbers = [name for name, kind in frame.dtypes.items() if kind.kind in "iuf"]
     for name in figures:
         if name not in numbers:
-            there = ", ".join(map(str, numbers))
-            raise ValueError(f"the frame has no numeric column {name!r}; it has {there}")
+            available = ", ".join(map(str, numbers))
+            raise ValueError(f"the frame has no numeric column {name!r}; it has {available}")
     keys = [key for key in ("step", *LINES, *PANELS) if key in frame]
     return frame[list(dict.fromkeys((*keys, *figures)))]
 
 
 def need_rows(frame: pd.DataFrame) -> None:
-    """Refuse a frame without rows."""
+    """Raise an error for a frame without rows."""
     if len(frame) == 0:
         raise ValueError(
             "the frame has no rows: no step was recorded yet, or all were filtered out"
@@ -154,34 +154,34 @@ def need_rows(frame: pd.DataFrame) -> None:
 
 
 def need(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
-    """Refuse a table without these columns."""
+    """Raise an error for a table without these columns."""
     if missing := [name for name in columns if name not in table]:
         raise ValueError(f"the table has no column {missing[0]!r}; a table from {source} has it")
 
 
-def short(name: str, most: int = 40) -> str:
-    """A name that leaves room for the picture."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+def short(name: str, limit: int = 40) -> str:
+    """The end of a name, if it is too long for a label."""
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
 
 
-# In a name a "$" is no formula, and may be none that Matplotlib could parse.
+# Matplotlib would parse text between "$" signs in a name as a formula, so that is turned off.
 
 
 def entitle(ax: Axes, name: str) -> None:
-    """Put a name above its panel, in letters that leave room for the neighbours' names."""
+    """Set the title of a panel, in a smaller font if it is long."""
     size = "large" if len(name) <= 30 else "small"
     ax.set_title(short(name), fontsize=size, parse_math=False)
 
 
 def legend(ax: Axes, handles: Mapping[str, Any], **options: Any) -> None:
-    """Draw a legend, label by label; Matplotlib's options say where."""
+    """Draw a legend from labels and handles, without parsing formulas."""
     legend = ax.legend(handles.values(), handles.keys(), **options)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def not_too_many(panels: Mapping[str, Any], parameters: object, axes: object) -> int:
-    """How many panels; refused where nobody asked for so many."""
+    """The number of panels; an error if there are too many and the user did not ask for them."""
     if len(panels) > MAX_PANELS and parameters is None and axes is None:
         raise ValueError(
             f"{len(panels)} panels are too many to read: select some with `parameters=` (a regular "
@@ -191,7 +191,7 @@ def not_too_many(panels: Mapping[str, Any], parameters: object, axes: object) ->
     return len(panels)
 
 
-# What every plot needs: which panels, which lines in them, axes to draw on, and what they say.
+# Panels, the lines in them, axes to draw on, and their labels.
 
 
 def panels_of(
@@ -218,7 +218,7 @@ def panels_of(
 
 
 def line_keys(frame: pd.DataFrame) -> list[str]:
-    """The columns that tell the lines of a panel apart."""
+    """The columns that distinguish the lines of a panel."""
     keys: list[str] = []
     lines = 1
     for key in LINES:
@@ -238,7 +238,7 @@ def lines_of(rows: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, pd.Data
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, or a word on how to install it."""
+    """Import Matplotlib's pyplot, or raise an error that says how to install it."""
     try:
         from matplotlib import pyplot as plt
     except ImportError as error:
@@ -247,7 +247,7 @@ def pyplot() -> Any:
 
 
 def single(ax: Axes | None, size: tuple[float, float] = (8.0, 4.5)) -> Axes:
-    """The axes given, or that of a new figure."""
+    """The given axes, or those of a new figure."""
     plt = pyplot()
     if ax is None:
         _, ax = plt.subplots(figsize=size, layout="constrained")
@@ -260,7 +260,7 @@ def axes_of(
     columns: int = PANELS_A_ROW,
     share_y: bool | Literal["col"] = True,
 ) -> AxesArray:
-    """One axes a panel: those given, or those of a new figure."""
+    """One ``Axes`` per panel: the given ones, or those of a new figure."""
     plt = pyplot()
     from matplotlib.axes import Axes
 
@@ -289,7 +289,7 @@ def axes_of(
 
 
 def annotate(axes: AxesArray, x: str, y: str) -> None:
-    """Name and unit of a scale beside its numbers, and one legend where there is a choice."""
+    """Label the visible scales, and draw one legend if there are several lines."""
     for ax in axes:
         if ax.xaxis.get_tick_params().get("labelbottom", True):
             ax.set_xlabel(x)
@@ -299,7 +299,7 @@ def annotate(axes: AxesArray, x: str, y: str) -> None:
     handles = {short(label): line for ax in axes for line, label in entries(ax)}
     if len(handles) > 1:
         points = sum(len(line.get_xdata()) for line in axes[0].lines)
-        where = "best" if points < 10_000 else "upper right"  # searching takes Matplotlib long
+        where = "best" if points < 10_000 else "upper right"  # "best" is slow for many points
         legend(axes[0], handles, loc=where, fontsize="small")
 
 

@@ -19,14 +19,14 @@ from lrprobe import compiled
 from lrprobe.arguments import Options
 from lrprobe.census import StepCount
 from lrprobe.distributed.parts import Parts
-from lrprobe.engine import Engine, PreStep, nothing_kept
-from lrprobe.engine.columns import Row, StepInfo, judged
+from lrprobe.dummy_steps import all_rates_zero, any_gradient
+from lrprobe.engine import Engine, PreStep, empty_pre_step
+from lrprobe.engine.columns import Row, StepInfo, judge_rules
 from lrprobe.engine.flight import StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.gathering import Local, unrecorded
+from lrprobe.gathering import LocalGatherer, unrecorded_step
 from lrprobe.hyperparameters import hyperparameters
 from lrprobe.passes import Passes
-from lrprobe.resting import at_rest, moves
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import has_closure
 from lrprobe.schedule import Schedule
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """What hooks know of the probe they belong to."""
+    """What hooks need from the probe they belong to."""
 
     run: dict[str, Any]
     rank: int
@@ -54,22 +54,22 @@ class Owner(Protocol):
         """Pass on what has arrived on the host."""
 
     def describe(self) -> None:
-        """Read hyperparameters anew."""
+        """Update the description of the run."""
 
     def look(self, hooks: Hooks) -> None:
-        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+        """After a recorded step, check parameter membership and the optimizer's step count."""
 
 
 class Hooks:
-    """The hooks on one optimizer: from its step to the figures of it."""
+    """The hooks on one optimizer: they turn its steps into figures."""
 
     def __init__(self, name: str, optimizer: Optimizer, options: Options, owner: Owner) -> None:
-        """Start listening; ``owner`` gets the figures, and holds what describes the run."""
+        """Register the hooks; ``owner`` receives the figures, and holds the run's description."""
         self.name = name
         self.schedule = Schedule(options.every, options.step, optimizer)
         self.count = StepCount()
         self.watching = Watching(optimizer, options)
-        self.engine = Engine(options.way)
+        self.engine = Engine(options.engine)
         self._owner = owner
         self.options = options
         self._optimizer = weakref.ref(optimizer)
@@ -79,10 +79,10 @@ class Hooks:
         self.failures = 0
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
-        """Where the parameters are spread over ranks."""
-        self._local = Local(self)
+        """Merges figures over ranks; None if this process holds everything."""
+        self._local = LocalGatherer(self)
         self.reasons: dict[str, str] = {}
-        """Name of a parameter to what its rule raised in the last recorded step."""
+        """Name of a parameter to the error of its rule in the last recorded step."""
         self._silent = False
         self._depth = 0
         self._number = self.schedule.step
@@ -91,7 +91,7 @@ class Hooks:
         self._fixed: list[dict[str, Any]] = []
         self._changes: Counter[str] = Counter()
         self._cuda = torch.cuda.is_available()
-        self._captured = self._told_of_capture = False
+        self._captured = self._warned_of_capture = False
         self._samples = math.nan
         self._refresh(optimizer)
         if self._passes is not None and self.parts is not None:
@@ -99,39 +99,39 @@ class Hooks:
         if find_rule(type(optimizer)) is None and owner.rank == 0:
             warn(
                 f"{type(optimizer).__name__} has no rule: its effective rate is measured as "
-                "|Δθ|/|g| on a sample. lrprobe.register_rule teaches lrprobe an optimizer"
+                "|Δθ|/|g| on a sample. To reconstruct it, add a rule with lrprobe.register_rule"
             )
-        # The hooks keep their owner alive, and it them, until the optimizer goes.
+        # The hooks and their owner keep each other alive until the optimizer is collected.
         self._finalizer = weakref.finalize(optimizer, self._release)
         self._finalizer.atexit = False
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        # Before the user's own post-hooks, which may step a scheduler or drop the gradients.
+        # Run before the user's post-hooks, which may step a scheduler or drop the gradients.
         hooks: Any = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no `prepend`
         hooks.move_to_end(self._handles[1].id, last=False)
 
     def join(self, data_parallel: int, flat: Sequence[Tensor], *, silent: bool) -> None:
-        """Take part among other ranks.
+        """Set what depends on the other ranks.
 
         Args:
-            data_parallel: ranks, each with samples of its own.
+            data_parallel: number of ranks with different samples.
             flat: parameters that autograd sees instead of the optimizer's (FSDP1).
-            silent: whether rank 0 has all that is here.
+            silent: whether rank 0 holds everything that this rank holds.
         """
         self._silent = silent
         if self._passes is not None:
-            self._passes.spread(data_parallel, flat)
+            self._passes.set_ranks(data_parallel, flat)
 
-    def passed(self, passes: int) -> None:
-        """Tell of backward passes that are not torch's."""
+    def add_passes(self, passes: int) -> None:
+        """Count backward passes of another framework."""
         if self._passes is not None:
-            self._passes.tell(passes)
+            self._passes.add_external(passes)
 
     @property
     def parts(self) -> Parts | None:
-        """Where the optimizer has flat tensors, stepped one after another."""
+        """The optimizer's flat tensors, if it steps those one after another; else None."""
         return self.watching.parts
 
     @property
@@ -141,7 +141,7 @@ class Hooks:
 
     @property
     def rows(self) -> list[Row]:
-        """What the frame shows of them, where they are whole here."""
+        """The frame's rows of the watched parameters, if this process holds them whole."""
         return self.watching.rows
 
     @property
@@ -150,7 +150,7 @@ class Hooks:
         return self._optimizer()
 
     def remove(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hooks from the optimizer."""
         self._finalizer.detach()
         for handle in self._handles:
             handle.remove()
@@ -158,7 +158,7 @@ class Hooks:
             self._passes.remove()
 
     def _release(self) -> None:
-        """The optimizer is gone: nothing is recorded any more, and no cycle is left."""
+        """Break the reference cycle with the owner once the optimizer is collected."""
         self.watching.forget()
         del self._owner
 
@@ -174,7 +174,7 @@ class Hooks:
         }
 
     def parameters(self) -> list[Tensor]:
-        """Those that the optimizer has now."""
+        """The optimizer's current parameters."""
         optimizer = self._optimizer()
         groups = [] if optimizer is None else self.watching.all_of(optimizer).param_groups
         return [param for group in groups for param in group["params"]]
@@ -185,7 +185,7 @@ class Hooks:
         return type(self._optimizer()).__name__
 
     def name_of(self, param: Tensor) -> str:
-        """What a parameter is called."""
+        """The name of a parameter."""
         return self.watching.names.get(id(param), "")
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -201,9 +201,9 @@ class Hooks:
             self._depth = 0  # an earlier step raised
         self._depth += 1
         if self._depth > 1:
-            return  # a child's step calls its parent's, and both have hooks
+            return  # a subclass's step calls its parent's, and torch runs the hooks for both
         self._kept = None
-        try:  # not `_harmless`, which costs more than all of this
+        try:  # `_harmless` would cost more than all of this
             if self._owner.waiting:
                 self._owner.collect()
             begins = self.parts is None or self.parts.begin(optimizer)
@@ -216,42 +216,42 @@ class Hooks:
             return
         if not self._due or self._silent:
             return
-        self._cuda = torch.cuda.is_available()  # asked seldom, since it costs a microsecond
+        self._cuda = torch.cuda.is_available()  # only here, because it takes a microsecond
         if self._cuda and self._in_capture():
             return
         with self._harmless(), _undisturbed():
             self._keep(optimizer, begins, args, kwargs)
 
     def _begin_step(self) -> None:
-        """What its number is, and whether it is recorded."""
+        """Determine the number of the step, and whether it is recorded."""
         self._due = False
         self.settle()
         if self.parts is not None:
-            self._finish()  # what was begun, if its last call never came
-            self._tell_skipped(self.parts)
+            self._finish()  # the previous step, if its last call never came
+            self._record_skipped(self.parts)
         self._number = self.schedule.next()
         self._due = self.schedule.due(self._number)
 
     def _keep(self, optimizer: Optimizer, begins: bool, args: Any, kwargs: Any) -> None:
-        """Keep what the step that is about to be taken will erase."""
+        """Keep what the upcoming step will overwrite."""
         seen = self.watching.all_of(optimizer)
         if begins:
             self._refresh(optimizer)
             self.count.before(seen, self._number, self.watching)
-        # What runs after this may still change the gradients, or make them.
+        # A later pre-hook or a closure may still change the gradients.
         closure = has_closure(args, kwargs) or not self._is_last(optimizer)
-        gathering = self._gathering
+        gatherer = self._gatherer
         if self.exchange is not None:
-            self._kept = nothing_kept()  # the others must not wait, whatever happens
+            self._kept = empty_pre_step()  # after an error too, this rank joins the collectives
         if begins:
-            gathering.catch_up()
+            gatherer.catch_up()
         if self.parts is not None:
             self.parts.enter()
-        self._kept = gathering.before(seen, closure=closure)
+        self._kept = gatherer.before(seen, closure=closure)
 
     @property
-    def _gathering(self) -> Local | Exchange:
-        """What figures are added to."""
+    def _gatherer(self) -> LocalGatherer | Exchange:
+        """Where the figures of a step are added up."""
         return self._local if self.exchange is None else self.exchange
 
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -267,25 +267,25 @@ class Hooks:
         if ends:
             self.schedule.step = self._number
             self.count.taken += 1
-        if not self._is_last(optimizer):  # pre-hooks that clip are to run before ours
+        if not self._is_last(optimizer):  # run after pre-hooks that clip gradients
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         if kept is not None:
             with self._harmless(), _undisturbed():
-                self._gathering.add(self.watching.all_of(optimizer), kept)
-        del kept  # torch lets other threads go on while it frees memory
+                self._gatherer.add(self.watching.all_of(optimizer), kept)
+        del kept  # freeing tensors lets other threads run, so do it before the record is sent
         if self.parts is not None:
             self.parts.end()
         if ends:
             self._end_step(optimizer)
 
     def _end_step(self, optimizer: Optimizer) -> None:
-        """All calls of the step were made."""
+        """Finish a step after the last of its calls."""
         try:  # as above
             passes = self._passes.take() if self._passes is not None else None
             self._samples = math.nan if passes is None else passes
-            recorded = self._gathering.under_way
-            # Libraries that step flat tensors have taken their steps without a rate before.
-            if not recorded and (self.parts is not None or not at_rest(optimizer)):
+            recorded = self._gatherer.under_way
+            # Libraries that step flat tensors took their dummy steps before `attach`.
+            if not recorded and (self.parts is not None or not all_rates_zero(optimizer)):
                 return
         except Exception as error:  # noqa: BLE001 - as in `_harmless`
             self.failed(error)
@@ -294,19 +294,20 @@ class Hooks:
             if recorded:
                 self.count.after(self.watching.all_of(optimizer), self._number, self.watching)
                 self._owner.look(self)
-            still = self.exchange is not None and self._still(optimizer)
+            dummy = self.exchange is not None and self._is_dummy(optimizer)
             if recorded:
-                self._finish(still=still)
+                self._finish(dummy=dummy)
             elif self.exchange is None:
-                with _undisturbed():  # nothing is to be known of it but whether it was a step
-                    step = unrecorded(optimizer, self._info(recorded=False))
+                with _undisturbed():  # only to find out whether it was a dummy step
+                    step = unrecorded_step(optimizer, self._info(recorded=False))
                 self._owner.add(self, step)
-            elif still:  # no message will tell of it
+            elif dummy:  # unrecorded, so no message will say so
                 self.schedule.take_back()
 
-    def _still(self, optimizer: Optimizer) -> bool:
-        """Whether every rate and gradient here was 0."""
-        return self.parts is None and bool(at_rest(optimizer)) and not moves(optimizer)
+    def _is_dummy(self, optimizer: Optimizer) -> bool:
+        """Whether every rate and every gradient on this rank was 0."""
+        zero_rates = self.parts is None and all_rates_zero(optimizer)
+        return bool(zero_rates) and not any_gradient(optimizer)
 
     def _info(self, *, recorded: bool = True) -> StepInfo:
         return StepInfo(
@@ -318,32 +319,32 @@ class Hooks:
             recorded=recorded,
         )
 
-    def _finish(self, *, still: bool = False) -> None:
-        """Send what was gathered of a step, if something was."""
-        if not self._gathering.under_way:
+    def _finish(self, *, dummy: bool = False) -> None:
+        """Send the figures of the step, if it was recorded."""
+        if not self._gatherer.under_way:
             return
         with _undisturbed():
-            step = self._gathering.send(self._info(), still=still)
-        if step is not None:  # last: a thread begins that holds up this one
+            step = self._gatherer.send(self._info(), dummy=dummy)
+        if step is not None:  # last, because it wakes a thread that competes for the GIL
             self._owner.add(self, step)
 
-    def _tell_skipped(self, parts: Parts) -> None:
-        """Rows of the steps that were skipped since the last one, which no hook told of."""
+    def _record_skipped(self, parts: Parts) -> None:
+        """Record the steps that were skipped without running a hook since the last one."""
         count = parts.skips()
         if count and self._passes is not None:
-            self._passes.share(count + 1)
+            self._passes.divide_by(count + 1)
         for number in self.schedule.skipped(count):
             self.count.taken += 1
             if not self.schedule.due(number) or self._silent:
                 continue
             self._number, self._samples = number, math.nan
             with _undisturbed():
-                self._gathering.catch_up()
-                self._gathering.add(parts, nothing_kept())
+                self._gatherer.catch_up()
+                self._gatherer.add(parts, empty_pre_step())
             self._finish()
 
     def end(self) -> None:
-        """Nothing more is to come; of steps that were skipped at last, nothing has told yet."""
+        """Record the skipped steps after the last step, before the probe closes."""
         if self.parts is None or self._silent:
             return
         with self._harmless(), _undisturbed():
@@ -351,21 +352,21 @@ class Hooks:
             for number in self.schedule.skipped(self.parts.skips()):
                 if self.schedule.due(number):
                     self._number, self._samples = number, math.nan
-                    step = self._gathering.skipped(self.parts, self._info(), since)
+                    step = self._gatherer.skipped(self.parts, self._info(), since)
                     if step is not None:
                         self._owner.add(self, step)
 
     def settle(self) -> None:
-        """Over ranks, take a recorded step back that was none: all do, before the next one."""
-        if self.exchange is not None and self.exchange.none_taken():
+        """Uncount the last recorded step if all ranks agree that it was a dummy step."""
+        if self.exchange is not None and self.exchange.last_was_dummy():
             self.schedule.take_back()
 
     def take_back(self) -> int:
-        """A record tells that its step was none; how much less those after it are numbered."""
+        """Uncount a dummy step; by how much to decrement the numbers of the steps after it."""
         return self.schedule.take_back() if self.exchange is None else 0  # else see `settle`
 
     def _is_last(self, optimizer: Optimizer) -> bool:
-        """Whether no pre-hook of the optimizer runs after ours, but for other probes'."""
+        """Whether no pre-hook of the optimizer runs after ours, except those of other probes."""
         hooks = _pre_hooks(optimizer)
         for number in reversed(hooks):
             if number == self._handles[0].id:
@@ -375,22 +376,22 @@ class Hooks:
         return True
 
     def _in_capture(self) -> bool:
-        """Whether a CUDA graph is being captured, which would replay what is done now."""
+        """Whether a CUDA graph is being captured, which would replay our operations too."""
         try:
             self._captured = torch.cuda.is_current_stream_capturing()
         except RuntimeError:  # this torch was built without CUDA
             self._captured = False
-        if self._captured and not self._told_of_capture:
-            self._told_of_capture = True
+        if self._captured and not self._warned_of_capture:
+            self._warned_of_capture = True
             warn(
-                f"the step of {self.name} is being captured into a CUDA graph: nothing is recorded "
-                "or counted in it, nor when it is replayed"
+                f"the step of {self.name} is being captured into a CUDA graph: lrprobe neither "
+                "records nor counts it, now or when it is replayed"
             )
         return self._captured
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
-        """No error of ours reaches the training loop."""
+        """Keep lrprobe's own errors out of the training loop."""
         try:
             yield
         except Warning:  # the user wants warnings to be errors
@@ -399,25 +400,25 @@ class Hooks:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Tell of the first step that could not be recorded, and count them."""
+        """Count steps that could not be recorded; warn about the first."""
         self.failures += 1
         if self.failures == 1:
             warn(
                 f"step {self._number} of {self.name} could not be recorded: "
-                f"{type(error).__name__}: {error}. Training goes on; more such steps are counted, "
-                "and close() says how many"
+                f"{type(error).__name__}: {error}. Training continues. Further failures are only "
+                "counted, and close() reports the count"
             )
 
     def _refresh(self, optimizer: Optimizer) -> None:
-        """Follow added groups and exchanged parameters."""
+        """Follow added groups, replaced parameters and changed hyperparameters."""
         self._refresh_hyperparameters(self.watching.all_of(optimizer))
         found = self.watching.refresh(optimizer)
         if self._passes is not None and self.parts is None and found is not None:
             self._passes.watch(found)
 
     def _refresh_hyperparameters(self, optimizer: Optimizer) -> None:
-        """Describe the run anew where one has changed that nothing moves from step to step."""
-        moved = {key for key, count in self._changes.items() if count > _MOST_CHANGES}
+        """Update the run's description if a hyperparameter changed that is not scheduled."""
+        moved = {key for key, count in self._changes.items() if count > _MAX_CHANGES}
         moved.update(_SCHEDULED)
         fixed = [_fixed(group, moved) for group in optimizer.param_groups]
         if fixed == self._fixed:
@@ -431,10 +432,10 @@ class Hooks:
             self._owner.describe()
 
     def judge(self, step: StepInFlight) -> None:
-        """Parameters whose rule does not explain their steps become measured."""
+        """Turn parameters whose rule does not explain their steps to ``measured``."""
         if self.exchange is not None:
-            return  # all ranks do so together, at the next recorded step
-        failed = judged(step.rows, step.arrived())
+            return  # all ranks do this together, at the next recorded step
+        failed = judge_rules(step.rows, step.arrived())
         if not failed:
             return
         names = [step.rows[at].name for at in failed]
@@ -442,14 +443,14 @@ class Hooks:
             if watched.name in names:
                 watched.rule = None
         why = next(iter(failed.values()))
-        self.tell_unexplained(names, self.reasons.get(names[0], why))
+        self.warn_unexplained(names, self.reasons.get(names[0], why))
 
-    def tell_unexplained(self, names: Sequence[str], reason: str) -> None:
-        """Warn of parameters that are measured from now on."""
+    def warn_unexplained(self, names: Sequence[str], reason: str) -> None:
+        """Warn about parameters that are measured from now on."""
         warn(
             f"the rule does not explain the steps of {type(self._optimizer()).__name__}: "
-            f"{listed(names)} ({reason}). From now on the effective rate there is measured "
-            "as |Δθ|/|g| on a sample; lrprobe.register_rule teaches lrprobe an optimizer"
+            f"{listed(names)} ({reason}). From now on, their effective rate is measured as "
+            "|Δθ|/|g| on a sample. To reconstruct it, add a rule with lrprobe.register_rule"
         )
 
 
@@ -459,7 +460,7 @@ def _pre_hooks(optimizer: Optimizer) -> Any:
 
 
 def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
-    """The hyperparameters but for those that move, as far as they can be compared at once."""
+    """The plain hyperparameters of a group, except those that ``moved`` says are scheduled."""
     return {
         key: value
         for key, value in group.items()
@@ -468,7 +469,7 @@ def _fixed(group: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether a step of this optimizer is under way further up the stack."""
+    """Whether an outer step of this optimizer is running, further up the stack."""
     frame = inspect.currentframe()
     found = 0
     while frame is not None:
@@ -479,12 +480,12 @@ def _is_nested(optimizer: Optimizer) -> bool:
         ):
             found += 1
         frame = frame.f_back
-    return found > 1  # the first is the one that has just begun
+    return found > 1  # one of them is the current step
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The user's autograd and autocast settings do not reach the figures."""
+    """Shield the figures from the user's autograd and autocast settings."""
     with (
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
@@ -494,6 +495,5 @@ def _undisturbed() -> Iterator[None]:
 
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")
-_MOST_CHANGES = 3
-"""A hyperparameter that changes more often is scheduled too, or a count of the optimizer's own.
-Each description of the run begins a new part of a dataset."""
+_MAX_CHANGES = 3
+"""A hyperparameter that changes more often counts as scheduled, to avoid many dataset parts."""

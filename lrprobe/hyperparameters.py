@@ -1,4 +1,4 @@
-"""The hyperparameters of a parameter group as plain JSON, for what describes a run."""
+"""The hyperparameters of a parameter group as plain JSON, for the description of a run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _NOT_PLAIN = ("params", "param_names")
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a group says but its parameters, and of these the dtypes."""
+    """All entries of a group except its parameters, and the dtypes of these."""
     plain = {key: _plain(value) for key, value in group.items() if key not in _NOT_PLAIN}
     return plain | {"dtypes": _dtypes(group["params"])}
 
 
 def _dtypes(params: Sequence[Tensor]) -> list[str]:
-    """Those of some parameters, by name."""
+    """The names of the parameters' dtypes, sorted."""
     return sorted({str(param.dtype).removeprefix("torch.") for param in params})
 
 
 def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON holds it."""
+    """Convert a hyperparameter to a JSON value."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Mapping):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrprobe.distributed import deepspeed
-from lrprobe.engine.eager import add_whole, slice_of
+from lrprobe.engine.eager import add_whole_statistics, slice_of
 from lrprobe.engine.figures import Elements, unexplained
-from lrprobe.engine.pieces import entry_of, precision, real
+from lrprobe.engine.pieces import entry_of, local_real, precision
 from lrprobe.names import Names, find_optimizers, name_parameters
 from lrprobe.notebook import step_html
 from lrprobe.rules import Rule, Slice, Update, find_rule
@@ -64,7 +64,7 @@ class Steps(Mapping[str, StepView]):
         self._taken = False
 
     def set(self, views: Mapping[str, StepView]) -> None:
-        """Take the views of a step."""
+        """Set the views of a step."""
         self._views.update(views)
         self._taken = True
 
@@ -110,7 +110,7 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
     steps = Steps()
     handles = []
     for each in find_optimizers(optimizer).values():
-        watch = _StepWatcher(_Held(each, names), steps)
+        watch = _StepWatcher(_OptimizerParameters(each, names), steps)
         handles.append(each.register_step_pre_hook(watch.before))
         handles.append(each.register_step_post_hook(watch.after))
     try:
@@ -120,8 +120,8 @@ def inspect_step(optimizer: Any, model: nn.Module | None = None) -> Iterator[Ste
             handle.remove()
 
 
-class _Held:
-    """What an optimizer has: parameters, or flat tensors with ranges of some."""
+class _OptimizerParameters:
+    """The parameters of an optimizer: tensors of their own, or ranges of flat tensors."""
 
     def __init__(self, optimizer: Optimizer, names: Names) -> None:
         self._names = names
@@ -130,7 +130,7 @@ class _Held:
     def all_of(
         self, optimizer: Optimizer, *, now: bool = False
     ) -> Iterator[tuple[Mapping[str, Any], str, Tensor, slice | None]]:
-        """(group, name, tensor, range of it); ``now`` asks for those that are being stepped."""
+        """(group, name, tensor, range of it); with ``now``, only those of the current call."""
         groups: list[dict[str, Any]] = optimizer.param_groups
         if self._parts is None:
             for index, name, param in name_parameters(optimizer, self._names.now()):
@@ -147,7 +147,7 @@ class _Held:
 
 
 class _StepWatcher:
-    def __init__(self, held: _Held, steps: Steps) -> None:
+    def __init__(self, held: _OptimizerParameters, steps: Steps) -> None:
         self._held = held
         self._steps = steps
         self._kept: dict[str, tuple[int, Tensor, dict[str, Any], Tensor | None]] = {}
@@ -161,14 +161,14 @@ class _StepWatcher:
                 extra.update(rule.before(param.detach(), optimizer.state.get(param, {}), group))
             grad = param.grad if rule is None and not has_closure(args, kwargs) else None
             grad = None if grad is None else grad.detach().clone()
-            self._kept[name] = id(param), real(param, span).clone(), extra, grad
+            self._kept[name] = id(param), local_real(param, span).clone(), extra, grad
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         views: dict[str, StepView] = {}
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
-            return  # a fused optimizer took no step, for the gradient scaler
+            return  # a fused optimizer skipped the step for the gradient scaler
         own = find_rule(type(optimizer))
         unexplained = []
         for group, name, param, span in self._held.all_of(optimizer, now=True):
@@ -188,7 +188,7 @@ class _StepWatcher:
         if unexplained:
             warn(
                 f"the rule {own.name if own else ''!r} does not explain the step of "
-                f"{listed(unexplained)}: shown as measured"
+                f"{listed(unexplained)}, so it is shown as measured"
             )
         self._steps.set(views)
 
@@ -196,11 +196,11 @@ class _StepWatcher:
 def reconstruct(
     entry: Entry, group: Mapping[str, Any], rule: Rule, old: Mapping[str, Tensor] | None = None
 ) -> tuple[Slice, Update]:
-    """A whole parameter as one slice, flat, and what its rule says of the step.
+    """A whole parameter as one flat slice, and the update of its rule.
 
-    ``old`` has what is known from before the step, flat.
+    ``old`` has flat tensors from before the step.
     """
-    add_whole(entry, group, rule)
+    add_whole_statistics(entry, group, rule)
     everything = slice(0, entry.param.numel())
     s = slice_of(entry, group, everything, precision(entry.param), old=old)
     return s, rule.update(s)
@@ -219,7 +219,7 @@ def _view(
     if rule is None:
         everything = slice(0, len(after))
         e = Elements(slice_of(entry, group, everything, torch.float64, old={"param": before}), None)
-        # Where nothing moved the rate is 0, and any direction will do.
+        # If the rate is 0, nothing moved, and the direction is arbitrary.
         rate: Any = torch.where(e.has_grad, e.measured_rate, torch.nan)
         direction = torch.where(rate == 0, e.grad, -e.observed / rate)
         change, decay, name = e.observed, 0.0, "measured"
@@ -284,8 +284,8 @@ def effective_lr(optimizer: Any, model: nn.Module | None = None) -> dict[str, Te
                 "use lrprobe.inspect_step around optimizer.step()"
             )
         found = {}
-        held = _Held(each, names)
-        # All of them zero: zero_grad(set_to_none=False) has been there.
+        held = _OptimizerParameters(each, names)
+        # If all gradients are zero, zero_grad(set_to_none=False) was called.
         gradients = [p.grad for g in each.param_groups for p in g["params"] if p.grad is not None]
         zeroed = rule.needs_grad and not any(bool(torch.count_nonzero(g)) for g in gradients)
         for group, name, param, span in held.all_of(each):
@@ -320,8 +320,8 @@ def _last_rate(
 ) -> Tensor:
     if rule.needs_grad and (param.grad is None or zeroed):
         raise RuntimeError(
-            f"the effective rate of {kind} depends on the gradient of the step, which is gone: "
-            "call effective_lr before zero_grad(), or use lrprobe.inspect_step"
+            f"the effective rate of {kind} depends on the gradient of the step, which no longer "
+            "exists: call effective_lr before zero_grad(), or use lrprobe.inspect_step"
         )
     if param.grad is None:
         blank = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)

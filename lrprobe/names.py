@@ -1,4 +1,4 @@
-"""Which parameter is called what, and which optimizer."""
+"""Names of parameters and optimizers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _WRAPPERS = {
         "ActivationWrapper",
     ): "_checkpoint_wrapped_module",
 }
-"""(module, class) of a wrapper to the attribute that holds what it wraps."""
+"""(module, class) of a wrapper to the attribute that holds the wrapped module."""
 
 
 def parameter_names(model: nn.Module | None) -> dict[int, str]:
-    """id of each parameter of a model to its name; wrappers leave no trace in it.
+    """id of each parameter of a model to its name, without the prefixes of wrappers.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -41,7 +41,7 @@ def parameter_names(model: nn.Module | None) -> dict[int, str]:
         return {}
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None; got {kind(model)}")
-    # Looked up among what is imported: a class that is not loaded has no instances.
+    # Not imported here: if the module is not loaded, the class has no instances.
     wrappers = [
         (getattr(sys.modules[module], name), attribute)
         for (module, name), attribute in _WRAPPERS.items()
@@ -54,7 +54,7 @@ def parameter_names(model: nn.Module | None) -> dict[int, str]:
 
 
 class Names:
-    """The names of a model's parameters as it is now; keeps neither alive.
+    """The current names of a model's parameters; keeps neither model nor parameters alive.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -70,43 +70,43 @@ class Names:
         return self._model() if self._model is not None else None
 
     def now(self, given: Mapping[int, str] | None = None) -> dict[int, str]:
-        """id of each parameter to its name; one that left the model has that which it had.
+        """id of each parameter to its name; a parameter that left the model keeps its name.
 
-        ``given`` has names that were used before: the model's go first, since another parameter
-        may have got the id of one that is gone.
+        ``given`` has names used before. The model's names take precedence, because a new parameter
+        may reuse the id of an old one.
         """
         model = self._model() if self._model is not None else None
         return self._first | dict(given or {}) | parameter_names(model)
 
     def forget(self, gone: Iterable[int]) -> None:
-        """Parameters with these ids left an optimizer: the next with such an id is another."""
+        """Forget parameters that left an optimizer, because their ids may be reused."""
         for each in gone:
             self._first.pop(each, None)
 
 
 class Located(Protocol):
-    """Where a parameter is, which is not kept alive."""
+    """A reference to a parameter that does not keep it alive."""
 
     @property
     def id(self) -> int:
-        """The parameter's."""
+        """The id of the parameter."""
 
     def __call__(self) -> Tensor | None:
-        """The parameter; None where it is not to be had."""
+        """The parameter; None if it is not available."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an optimizer has a parameter, which is not kept alive.
+    """The position of a parameter in an optimizer; does not keep the parameter alive.
 
-    A weak reference to the parameter itself would keep its module from being moved: modules with
-    tensors of a subclass (FSDP2) are moved by ``torch.utils.swap_tensors``, which refuses it.
+    A weak reference to the parameter would break ``module.to()``: for tensor subclasses (FSDP2) it
+    uses ``torch.utils.swap_tensors``, which refuses tensors that have weak references.
 
     Attributes:
         optimizer: reference to the optimizer.
-        group: which of its groups.
-        index: which parameter of that.
-        id: the parameter's.
+        group: index of the parameter group.
+        index: index of the parameter in the group.
+        id: id of the parameter.
     """
 
     optimizer: weakref.ref[Optimizer]
@@ -115,7 +115,7 @@ class Place:
     id: int
 
     def __call__(self) -> Tensor | None:
-        """The parameter; None where it is there no more."""
+        """The parameter; None if the optimizer no longer has it."""
         optimizer = self.optimizer()
         if optimizer is None:
             return None
@@ -128,7 +128,7 @@ class Place:
 
 
 def places(optimizer: Optimizer) -> list[Place]:
-    """Where it has its parameters, in order, each once."""
+    """The places of all parameters of an optimizer, in order, each once."""
     reference = weakref.ref(optimizer)
     found: dict[int, Place] = {}
     for group, each in enumerate(optimizer.param_groups):
@@ -156,9 +156,10 @@ def _named(
 def name_parameters(
     optimizer: Optimizer, names: Mapping[int, str]
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """(group, name, parameter) of an optimizer, each name and each parameter once.
+    """(group, name, parameter) of each parameter of an optimizer, once, with unique names.
 
-    A name is the model's, else the group's own ``param_names``, else ``group0.param3``.
+    A name comes from the model, else from the group's own ``param_names``, else it is
+    ``group0.param3``.
     """
     given = []
     seen = set()
@@ -174,7 +175,7 @@ def name_parameters(
     unique: dict[int, str] = {}
     counts: dict[str, Iterator[int]] = {}
     taken: set[str] = set()
-    # Those whose names are known keep them, whoever comes before them.
+    # Parameters named by the model keep their names, wherever they are in the order.
     for at in sorted(range(len(given)), key=lambda at: id(given[at][2]) not in names):
         name = own = given[at][1]
         while name in taken or (name != own and name in wanted):
@@ -231,7 +232,7 @@ def _unwrap(given: Any) -> Optimizer:
 
 
 def _inside(thing: Any, seen: list[Any]) -> Optimizer | None:
-    """The optimizer in all wrappers; one may subclass ``Optimizer`` and run no hook."""
+    """The innermost optimizer; a wrapper may subclass ``Optimizer`` without running hooks."""
     if any(thing is each for each in seen):
         return None
     seen.append(thing)
@@ -244,6 +245,6 @@ def _inside(thing: Any, seen: list[Any]) -> Optimizer | None:
 
 
 def kind(thing: Any) -> str:
-    """What something is, as errors name it: its class, with the module where it has one."""
+    """The class of an object for error messages, with its module unless it is a builtin."""
     cls = type(thing)
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"

@@ -1,4 +1,4 @@
-"""What a notebook shows: small tables for a probe and a step, and the interactive view."""
+"""Notebook output: small tables for a probe and a step, and the interactive view."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]], caption: str) 
 
 
 def probe_html(probe: Probe) -> str:
-    """A line for each optimizer that a probe watches."""
+    """A table with one line per optimizer of a probe."""
     from lrprobe.text import shown
 
     recorder = probe._recorder  # noqa: SLF001 - the other half of its repr
@@ -37,12 +37,12 @@ def probe_html(probe: Probe) -> str:
         (
             shown(each.name),
             f"{len(each.watched):,}",
-            f"{each.schedule}",
+            f"every {each.schedule}",
         )
         for each in recorder.hooks
     ]
     state = "closed" if recorder.closed else "recording"
-    heads = ("optimizer", "parameters", "every")
+    heads = ("optimizer", "parameters", "recorded")
     return table(heads, rows, f"lrprobe.Probe, step {probe.step:,}, {state}")
 
 
@@ -128,7 +128,7 @@ def explore(frame: pd.DataFrame, *, height: int = 820) -> Explorer:
         <lrprobe.explore of 2 parameters × 5 steps: display it in a notebook, or save(path)>
     """
     from lrprobe.diagnosis import diagnose
-    from lrprobe.view.answers import document, found
+    from lrprobe.view.answers import divided, document
     from lrprobe.view.page import alone
     from lrprobe.view.table import FIGURES, tables_of
 
@@ -140,18 +140,8 @@ def explore(frame: pd.DataFrame, *, height: int = 820) -> Explorer:
     if not tables:
         raise ValueError(f"the frame has none of the columns {', '.join(FIGURES)}")
     data: dict[str, Any] = document(tables, findings=True)
-    findings = found(diagnose(frame))
-    for each in data["tables"]:
-        groups = [
-            group
-            for group in findings["groups"]
-            if (group["run"], group["optimizer"]) == (each["run"], each["optimizer"])
-        ]
-        count = f"{len(groups)} in {sum(len(group['items']) for group in groups)} places"
-        each["findings"] = {
-            "summary": count if groups else "No findings",
-            "left_out": findings["left_out"] if each is data["tables"][0] else [],
-            "groups": groups,
-        }
+    parts = divided(diagnose(frame), [(each.run, each.optimizer) for each in tables])
+    for each, part in zip(data["tables"], parts, strict=True):
+        each["findings"] = part
     words = ", ".join(f"{len(t.names):,} {t.level}s × {len(t.steps):,} steps" for t in tables[:3])
     return Explorer(alone(data), height, words + (", …" if len(tables) > 3 else ""))

@@ -21,7 +21,7 @@ from lrprobe.delivery import Delivery
 from lrprobe.diagnosis import Finding, Findings, diagnose
 from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import join, world
-from lrprobe.engine import ways
+from lrprobe.engine import backends
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names, find_optimizers
 from lrprobe.notebook import probe_html
@@ -61,9 +61,8 @@ def attach(
         model: provides the parameters' names. Without it, names come from the groups'
             ``param_names``, or are ``group0.param3``.
         to: where records go, in addition to memory: a path ending in ``.parquet`` (a dataset),
-        another path
-            (a TensorBoard logdir), a ``SummaryWriter``, a sink, or a list of these. Memory is
-            limited to 256 MiB; pass your own ``sinks.Memory`` to change that.
+            another path (a TensorBoard logdir), a ``SummaryWriter``, a sink, or a list of these.
+            Memory is limited to 256 MiB; pass your own ``sinks.Memory`` to change that.
         every: a period, or a function of the step that returns whether to record it. With a
             period, lrprobe records the first step after ``attach`` and every multiple of it.
         include: regular expressions (``re.search``); only parameters with a matching name are
@@ -97,7 +96,7 @@ def attach(
         names = Names(model)
         check_counts(every, track, batch_size, step)
         chosen = Filter(include, exclude)
-        options = Options(names, chosen, every, step, track, batch_size, ways.chosen())
+        options = Options(names, chosen, every, step, track, batch_size, backends.engine_from_env())
         check_callback(on_finding)
         recorder = _attached(find_optimizers(optimizer), options, to, ranks.rank, on_finding)
     except Exception as error:  # so that the other ranks fail too, and do not wait
@@ -129,7 +128,7 @@ def _attached(
         if (same := _same_destinations(each, places, shared, optimizers))
     }
     release = partial(_close, older)
-    if rank:  # which has nothing to write
+    if rank:  # only rank 0 writes
         release()
         recorder = Recorder(None, Delivery([]), places, shared, rank=rank)
     else:
@@ -147,14 +146,14 @@ def _attached(
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
         recorder.history = history
     try:
-        for name, each in _apart(optimizers, shared, options).items():
+        for name, each in _unique_names(optimizers, shared, options).items():
             recorder.hooks.append(Hooks(name, each, options, recorder))
         now = options.names.now()
         if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
-            warn("the model has none of the optimizer's parameters, so it does not name them")
+            warn("the model has none of the optimizer's parameters, so it cannot name them")
         _remember_names(recorder.hooks, shared)
         recorder.describe()
-    except BaseException:  # also a warning that the user wants to be an error
+    except BaseException:  # also a warning that the user turned into an error
         recorder.close()
         raise
     return recorder
@@ -244,7 +243,7 @@ class Probe:
         """Return the step counts as plain values, for a checkpoint."""
         state: dict[str, Any] = {"steps": self._recorder.steps()}
         if self._recorder.live is not None:
-            state["told"] = [list(key) for key in self._recorder.live.told]
+            state["told"] = [list(key) for key in self._recorder.live.reported]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,7 +268,7 @@ class Probe:
             )
         self._recorder.go_on_from(steps)
         if self._recorder.live is not None:
-            self._recorder.live.mark_told(state.get("told", ()))
+            self._recorder.live.mark_reported(state.get("told", ()))
 
     def __repr__(self) -> str:
         hooks = self._recorder.hooks
@@ -286,7 +285,8 @@ class Probe:
         if self._recorder.memory is None:
             raise RuntimeError(
                 f"this is rank {self._recorder.rank} of the probe's process group, and only rank 0 "
-                "has the records: ask there (if rank == 0: ...), or lrprobe.read() what it writes"
+                "has the records: call this on rank 0 (if rank == 0: ...), or lrprobe.read() its "
+                "dataset"
             )
         return self._recorder.memory
 
@@ -294,15 +294,15 @@ class Probe:
 _named: weakref.WeakKeyDictionary[Any, dict[str, tuple[weakref.ref[Optimizer], Schedule]]] = (
     weakref.WeakKeyDictionary()
 )
-"""Sink of a user's to the optimizers that have recorded to it, by the names they have there."""
+"""A user's sink to the optimizers that have recorded to it, by their names in that sink."""
 
 
-def _apart(
+def _unique_names(
     optimizers: Mapping[str, Optimizer], shared: Sequence[Any], options: Options
 ) -> dict[str, Optimizer]:
-    """Names that no other optimizer has in a sink that both write to.
+    """Give each optimizer a name that no other optimizer has in a shared sink.
 
-    One that begins where another has ended goes on under its name: a resumed training.
+    An optimizer whose count starts where a closed one ended takes over its name: a resumed run.
     """
     sinks = [_named.setdefault(sink, {}) for sink in shared if _may_be_key(sink)]
     recording = [hooks.optimizer for each in list(open_recorders) for hooks in each.hooks]
@@ -344,11 +344,14 @@ def _same_destinations(
     shared: Sequence[Any],
     optimizers: Mapping[str, Optimizer],
 ) -> list[str]:
-    """What another probe records to as well: a path, or a sink (None: memory) of an optimizer."""
+    """Destinations that another probe also records to: paths, and sinks of the same optimizer.
+
+    A sink of None stands for memory.
+    """
     same = sorted(set(places) & set(recorder.places))
     sinks = [sink for sink in shared if any(sink is other for other in recorder.shared)]
     for name, each in optimizers.items():
-        # By living objects: an id may be used again.
+        # Compare objects, because ids may be reused.
         if any(hooks.optimizer is each for hooks in recorder.hooks):
             same += [f"{'memory' if s is None else type(s).__name__} for {name}" for s in sinks]
     return same
@@ -358,6 +361,6 @@ def _close(older: Mapping[Recorder, Sequence[str]]) -> None:
     for each, same in older.items():
         warn(
             f"another probe was recording to {listed(same)}: it is closed, and this "
-            "one replaces it. (For several optimizers, attach once, with a list.)"
+            "one replaces it. (For several optimizers, call attach once, with a list.)"
         )
         each.close()

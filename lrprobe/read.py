@@ -1,4 +1,4 @@
-"""What runs have recorded, back from disk as a DataFrame."""
+"""Reads recorded runs from disk into a DataFrame."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lrprobe.about import KEY, Description, description, merged, of_rows, of_several
+from lrprobe.about import (
+    KEY,
+    Description,
+    description,
+    from_json,
+    merged,
+    of_rows,
+    of_several,
+)
 from lrprobe.record import KEYS, LEVELS, Level
 from lrprobe.text import warn
 
@@ -34,7 +42,7 @@ _SHOWN = (  # per parameter, in the order of the frame
     "grad_norm",
 )
 _KEYS = ["optimizer", "attempt", "step"]
-_WHAT = "a Parquet dataset of lrprobe's (a folder) or a TensorBoard logdir"
+_ALLOWED = "a Parquet dataset (a folder that lrprobe wrote) or a TensorBoard logdir"
 
 
 def read(
@@ -43,43 +51,43 @@ def read(
     by: Level = "parameter",
     attempts: Literal["last", "all"] = "last",
 ) -> pd.DataFrame:
-    """Read what was recorded, also while the run still goes on.
+    """Read recorded runs, also while they are in progress.
 
-    A Parquet dataset gives what ``Probe.frame()``, ``.elements()`` and ``.histograms()`` gave,
-    types included. A TensorBoard logdir gives the scalars that are there, in float32 precision:
-    ``step``, ``time``, ``attempt`` (0, 1, ... each time a probe was attached to it anew),
-    ``optimizer``, the key column, and of the figures ``lr``, the quantiles p05, p50 and p95 of the
+    A Parquet dataset gives the tables that ``Probe.frame()``, ``.elements()`` and ``.histograms()``
+    gave, types included. A TensorBoard logdir gives its scalars, in float32 precision: ``step``,
+    ``time``, ``attempt`` (0, then one more for each probe attached to the same logdir),
+    ``optimizer``, the key column, and the figures ``lr``, the quantiles p05, p50 and p95 of the
     effective rate, ``update_norm``, ``update_ratio`` and ``grad_norm``; for ``by="group"`` the
-    ``lr``, for ``by="model"`` the largest ``reconstruction_error``. It has rows per module instead
-    of per parameter where its tags are so, and none for what did not step.
+    ``lr``, for ``by="model"`` the largest ``reconstruction_error``. If its tags are per module, so
+    are its rows. Parameters that did not step have no rows.
 
     Args:
         paths: one or several. With several, a first column ``run`` names the folder (without
-            ``.parquet``; with as much of its path as tells it from the others). Where a logdir is
-            read beside a dataset, what it does not have is NaN, and ``numel`` and ``nonfinite``
-            are float64.
-        table: ``"frame"``, ``"elements"`` or ``"histograms"``; a logdir has the first only.
+            ``.parquet``, and with enough of its path to be unique). If logdirs and datasets are
+            read together, columns that a logdir lacks are NaN there, and ``numel`` and
+            ``nonfinite`` are float64.
+        table: ``"frame"``, ``"elements"`` or ``"histograms"``; a logdir has only the first.
         by: ``"parameter"``, ``"module"``, ``"group"`` or ``"model"``, for ``"frame"``.
         attempts: ``"last"`` gives each step once: per optimizer, an attempt to continue a run
-            replaces what earlier ones recorded from its own first step on. ``"all"`` gives
-            every row.
+            replaces the earlier attempts from its own first step on. ``"all"`` gives every row.
 
     Returns:
-        The rows in the order in which they were recorded, with a plain ``RangeIndex``. What
-        describes the run is in ``attrs["lrprobe"]``, as in ``Probe.frame()``; of several paths, in
-        ``attrs["lrprobe"]["runs"]`` by the name of each. A logdir has none.
+        The rows in the order of recording, with a plain ``RangeIndex``. The description of the run
+        is in ``attrs["lrprobe"]``, as in ``Probe.frame()``; for several paths, in
+        ``attrs["lrprobe"]["runs"]`` by run name.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: an argument is not one of those above; a path holds neither a dataset nor a
+        ValueError: an argument has none of the values above; a path is neither a dataset nor a
             logdir, or nothing in it can be read.
-        TypeError: no path is given, or something that is none.
+        TypeError: no path is given, or an argument that is not a path.
 
     Warns:
-        UserWarning: some file of a dataset is broken or foreign; the others are read.
+        UserWarning: a file of a dataset, or a description of the run, is broken or foreign; the
+            others are read.
     """
     if not paths:
-        raise TypeError(f"no path was given; allowed are one or several, each {_WHAT}")
+        raise TypeError(f"no path was given; allowed are one or several, each {_ALLOWED}")
     for path in paths:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(
@@ -107,8 +115,8 @@ def read(
     about = of_several({run: description(each) for run, each in zip(names, frames, strict=True)})
     frame = pd.concat(frames, ignore_index=True)
     frame.attrs[KEY] = about
-    if "stepped" in frame and frame["stepped"].dtype != bool:  # a logdir beside a dataset
-        # Of what did not step, a logdir has the gradient at most.
+    if "stepped" in frame and frame["stepped"].dtype != bool:  # logdirs and datasets together
+        # For a parameter that did not step, a logdir has the gradient at most.
         moved = frame["update_norm"].notna() if by in {"parameter", "module"} else True
         told = frame["stepped"].notna()
         frame["stepped"] = frame["stepped"].where(told, moved).astype(bool)
@@ -116,7 +124,7 @@ def read(
 
 
 def _run_names(paths: list[Path]) -> list[str]:
-    """The shortest end of each path that no other path has; the same path twice is numbered."""
+    """Name each path by its shortest unique suffix; repeated paths are numbered."""
     whole = [path.resolve() for path in paths]
     whole = [path.parent / path.name.removesuffix(".parquet") for path in whole]
     names = dict.fromkeys(whole, "")
@@ -133,9 +141,9 @@ def _run_names(paths: list[Path]) -> list[str]:
 
 def _read_one(path: Path, table: str, by: Level, last: bool) -> pd.DataFrame:
     if not path.exists():
-        raise FileNotFoundError(f"{str(path)!r} does not exist; allowed is {_WHAT}")
+        raise FileNotFoundError(f"{str(path)!r} does not exist; allowed is {_ALLOWED}")
     if not path.is_dir():
-        raise ValueError(f"{str(path)!r} is a file; allowed is {_WHAT}")
+        raise ValueError(f"{str(path)!r} is a file; allowed is {_ALLOWED}")
     entries = sorted(entry.name for entry in path.iterdir())
     if any(name.endswith(".parquet") and (path / name).is_file() for name in entries):
         name: TableName = (
@@ -150,13 +158,13 @@ def _read_one(path: Path, table: str, by: Level, last: bool) -> pd.DataFrame:
             )
         return _read_logdir(path, by, last)
     found = ", ".join(map(repr, entries[:3])) + (", ..." if len(entries) > 3 else "")
-    raise ValueError(f"{str(path)!r} holds {found or 'nothing'}; allowed is {_WHAT}")
+    raise ValueError(f"{str(path)!r} holds {found or 'nothing'}; allowed is {_ALLOWED}")
 
 
 def _without_superseded(frame: pd.DataFrame, first: Mapping[tuple[str, int], int]) -> pd.DataFrame:
-    """Without the rows that a later attempt of the same optimizer replaces.
+    """Drop the rows that a later attempt of the same optimizer replaces.
 
-    ``first`` is the first step of each optimizer's attempt.
+    ``first`` is the first step of each attempt, by optimizer and attempt.
     """
     if len({attempt for _, attempt in first}) < 2:
         return frame
@@ -209,11 +217,12 @@ def _read_dataset(folder: Path, name: TableName, last: bool) -> pd.DataFrame:
 def _read_parts(
     path: Path, name: TableName, broken: list[str]
 ) -> tuple[list[pa.Table], list[pa.Table], Mapping[str, Any]]:
-    """What one part file of the frame, or the same part of another table, has.
+    """Read one part file of the frame, or the same part of another table.
 
     Returns:
-        The table, and the frame's columns that tell attempts; each a list of one, or of none where
-        it cannot be read, which ``broken`` is told. And what describes the run.
+        A list with the table, and a list with the key columns of the frame. Each list is empty if
+        its file cannot be read; ``broken`` then receives the reason. Last, the description of the
+        run.
     """
     from lrprobe.sinks.memory import SCHEMAS
     from lrprobe.sinks.parquet import FOLDERS, inspect_part
@@ -231,7 +240,7 @@ def _read_parts(
         rows = part.rows[name]
         if not rows:
             return [SCHEMAS[name].empty_table()], keys, run
-    except FileNotFoundError:  # the run has just taken it away: an attempt without a record
+    except FileNotFoundError:  # an attempt without a record has just removed its part
         return [], [], run
     except ValueError as error:
         broken.append(str(error))
@@ -239,7 +248,7 @@ def _read_parts(
             return [], [], run
     other = path.parent / FOLDERS[name] / path.name
     try:
-        # Where the frame's part is broken, nobody knows how many rows belong to it: take all.
+        # If the frame's part is broken, the number of rows that belong to it is unknown: take all.
         if rows or other.exists():
             return [_read_part(other, name, rows)], keys, run
     except (ValueError, FileNotFoundError) as error:
@@ -248,7 +257,7 @@ def _read_parts(
 
 
 def _read_part(path: Path, name: TableName, rows: int | None, keys_only: bool = False) -> pa.Table:
-    """One part file's table, as its schema wants it."""
+    """Read the table of one part file, cast to its schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -282,7 +291,7 @@ def _read_logdir(folder: Path, by: Level, last: bool) -> pd.DataFrame:
     levels = [level for level in LEVELS if level in scalars.levels]
     if not levels:
         raise ValueError(
-            f"{str(folder)!r} has no events of lrprobe's; allowed is {_WHAT} that a probe wrote to"
+            f"{str(folder)!r} has no events of lrprobe's; allowed is {_ALLOWED} that a probe wrote"
         )
     if by not in levels:
         raise ValueError(
@@ -290,11 +299,12 @@ def _read_logdir(folder: Path, by: Level, last: bool) -> pd.DataFrame:
             + ", ".join(map(repr, levels))
         )
     frame = scalars.frame(by)
+    frame.attrs[KEY] = merged(scalars.descriptions)
     return _without_superseded(frame, scalars.first_steps()) if last else frame
 
 
 class _Event(NamedTuple):
-    """What the scalars of one record have in common."""
+    """The values that the scalars of one record share."""
 
     optimizer: str
     attempt: int
@@ -303,16 +313,17 @@ class _Event(NamedTuple):
 
 
 class _Scalars:
-    """The scalars of a logdir, put together to rows again."""
+    """Assembles the scalars of a logdir into rows."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[str, str, Any, str]] = {}  # optimizer, level, key, column
         self._groups: dict[tuple[str, str, Any], int | None] = {}
         self._group_names: dict[tuple[str, int], str] = {}
-        # An attempt is a sink's life: the sinks of each optimizer, the present one, in order.
+        # Each sink id is one attempt. By optimizer: all ids in order, and the current one.
         self._sinks: dict[str, list[str]] = {}
         self._sink: dict[str, str] = {}
         self._found: dict[_Event, dict[tuple[str, Any], dict[str, float]]] = {}
+        self.descriptions: list[Description] = []
 
     @property
     def levels(self) -> set[str]:
@@ -326,11 +337,15 @@ class _Scalars:
         return first
 
     def take(self, event: Any) -> None:
+        from lrprobe.sinks.tab import RUN_PLUGIN
         from lrprobe.sinks.tensorboard import MAP_PLUGIN
 
         for value in event.summary.value:
-            if value.metadata.plugin_data.plugin_name == MAP_PLUGIN:
+            plugin = value.metadata.plugin_data
+            if plugin.plugin_name == MAP_PLUGIN:
                 self._learn(json.loads(value.tensor.string_val[0]))
+            elif plugin.plugin_name == RUN_PLUGIN:
+                self._describe(event.step, plugin.content, value.tensor.string_val[0])
             elif value.tag in self._known and value.HasField("simple_value"):
                 optimizer, level, key, column = self._known[value.tag]
                 attempt = self._sinks[optimizer].index(self._sink[optimizer])
@@ -356,8 +371,19 @@ class _Scalars:
                     rows.append(row)
         return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
 
+    def _describe(self, step: int, content: bytes, text: bytes) -> None:
+        """Take a description of the run; skip a broken one with a warning."""
+        try:
+            optimizer = _text(json.loads(content)["optimizer"])
+            attempt = self._sinks[optimizer].index(self._sink[optimizer])
+            run = from_json(text)
+        except (ValueError, KeyError, TypeError) as error:
+            warn(f"a description of the run at step {step:,} cannot be read: {error}")
+            return
+        self.descriptions.append(Description(attempt, step, optimizer, run))
+
     def _learn(self, content: Mapping[str, Any]) -> None:
-        """Take in the map that a sink writes before its first scalars: which tag is what."""
+        """Take the map from tags to parameters and columns, which precedes the first scalars."""
         for tag, name in content["reconstruction_error"].items():
             optimizer = _text(name)
             self._sink[optimizer] = content["sink"]
@@ -375,14 +401,14 @@ class _Scalars:
 
 
 def _text(name: str) -> str:
-    """The name as a dataset has it: half a surrogate pair is legal in Python, but no text."""
+    """Escape lone surrogates, as in a dataset: Python allows them, UTF-8 does not."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _events(path: Path) -> Iterator[Any]:
-    """The events in a file, up to one that is still being written.
+    """Yield the events of a file, up to one that is still being written.
 
-    tensorboard's own EventAccumulator takes a second for each 10 MB, to check sums in Python.
+    TensorBoard's EventAccumulator computes checksums in Python, which takes a second per 10 MB.
     """
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
@@ -401,7 +427,7 @@ def _events(path: Path) -> Iterator[Any]:
             if not sound:
                 warn(
                     f"{path}: expected a TensorBoard event file, found a broken or foreign one; "
-                    "what comes before is read"
+                    "the events before that are read"
                 )
                 return
             yield Event.FromString(data)

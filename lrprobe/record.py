@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
-"""Version of the columns below; it travels with every dataset."""
+"""Version of the columns below, which every dataset stores."""
 
 Level: TypeAlias = Literal["parameter", "module", "group", "model"]
-"""What one row of a table stands for."""
+"""What one row of a table describes."""
 
 LEVELS: tuple[Level, ...] = ("parameter", "module", "group", "model")
 
@@ -23,7 +23,7 @@ KEYS: Mapping[Level, Mapping[str, str]] = {
     "group": {"group": "int64"},
     "model": {},
 }
-"""Per level, the columns that tell its rows apart within one step of one optimizer."""
+"""Per level, the columns that distinguish its rows within one step of one optimizer."""
 
 QUANTILES: Mapping[str, float] = {
     "p01": 0.01,
@@ -94,10 +94,10 @@ HISTOGRAM_COLUMNS: Mapping[str, str] = {
     "edges": "list<float64>",
     "counts": "list<int64>",
 }
-"""Columns of ``histograms()``: n + 1 edges and n counts of the effective rate a row."""
+"""Columns of ``histograms()``: n + 1 edges and n counts of the effective rate per row."""
 
 Columns: TypeAlias = Mapping[str, NDArray[Any]]
-"""Column name to a 1-d array (object dtype for ``str``), all of one length."""
+"""Column name to a 1-d array (object dtype for ``str``), all of equal length."""
 
 
 @dataclass(frozen=True, slots=True)

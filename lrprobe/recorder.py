@@ -1,4 +1,4 @@
-"""From the hooks to the delivery: figures that wait, attempts, and what describes the run."""
+"""Connects hooks and delivery: pending figures, attempts, and the description of the run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """What hooks belong to: it takes the figures of their steps, and has them written in order.
+    """Owns the hooks of a probe: receives the figures of their steps and delivers them in order.
 
     Attributes:
-        memory: what a frame is made of; None on a rank that has none.
-        places: what must not be recorded to twice.
-        shared: sinks of the user's, also on ranks that do not write to them.
+        memory: the sink that frames come from; None on ranks other than 0.
+        places: destinations that no other probe may record to.
+        shared: the user's own sinks, even on ranks that do not write to them.
         rank: of this process among those that record together.
-        attempt: of the records to come.
-        hooks: of each optimizer.
-        run: hyperparameters and versions, which travel with every record.
-        closed: whether it has ended.
-        history: gives what earlier attempts recorded in a dataset that is continued.
+        attempt: of the next records.
+        hooks: one per optimizer.
+        run: hyperparameters and versions, which every record refers to.
+        closed: whether ``close`` was called.
+        history: returns what earlier attempts recorded in the dataset being continued.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Recorder:
         attempt: int = 0,
         rank: int = 0,
     ) -> None:
-        """Begin with no hooks."""
+        """Create a recorder without hooks."""
         self.memory = memory
         self.places = places
         self.shared = shared
@@ -70,35 +70,35 @@ class Recorder:
         self._membership = Membership()
         self._delivery = delivery
         self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
-        self._lock = threading.RLock()  # a frame may be asked for beside the training
+        self._lock = threading.RLock()  # another thread may ask for a frame during the training
         open_recorders.add(self)
 
     def __del__(self) -> None:
-        """Write what is on its way from a device all the same, where a probe was dropped."""
+        """Deliver pending figures if the probe was garbage-collected."""
         if getattr(self, "_waiting", None) and not sys.is_finalizing():
             alone = all(hooks.exchange is None for hooks in self.hooks)
             self.collect(wait=alone, last=True)
 
     @property
     def step(self) -> int:
-        """The last step taken, recorded or not; of several optimizers, the furthest."""
+        """The last step taken, recorded or not; with several optimizers, the highest."""
         return max((hooks.schedule.step for hooks in self.hooks), default=0)
 
     def wait(self) -> None:
-        """For all that was recorded so far to be in memory."""
+        """Wait until everything recorded so far is in memory."""
         if not self.closed:
             self.collect(wait=True)
             self._delivery.drain(near=True)
-            self._tell()
+            self._warn_problems()
 
     def flush(self) -> None:
-        """Write all that was recorded so far, and make sinks that buffer do the same."""
+        """Write everything recorded so far, and flush sinks that buffer."""
         self.collect(wait=True)
         self._delivery.flush()
-        self._tell()
+        self._warn_problems()
 
     def close(self) -> None:
-        """Remove the hooks, write what is left, and close the sinks opened here; idempotent."""
+        """Remove the hooks, write the remaining records, close the owned sinks; idempotent."""
         if self.closed:
             return
         for hooks in self.hooks:
@@ -113,17 +113,17 @@ class Recorder:
             open_recorders.discard(self)
             self._delivery.close()
         for hooks in self.hooks:
-            if hooks.failures > 1:  # of the first it was told when it happened
+            if hooks.failures > 1:  # the first had its own warning
                 warn(f"{hooks.failures:,} steps of {hooks.name} could not be recorded")
-        self._tell()
+        self._warn_problems()
 
     def steps(self) -> dict[str, int]:
-        """Where the count of each optimizer stands."""
+        """The step count of each optimizer, by name."""
         self.collect(wait=True)
         return {hooks.name: hooks.schedule.step for hooks in self.hooks}
 
     def go_on_from(self, steps: Mapping[str, Any]) -> None:
-        """Go on counting from there."""
+        """Continue counting from these steps."""
         self.collect(wait=True)
         for hooks in self.hooks:
             hooks.schedule.go_on_from(int(steps[hooks.name]))
@@ -132,7 +132,7 @@ class Recorder:
 
     @property
     def live(self) -> LiveDiagnosis | None:
-        """What reports findings while the run is in progress."""
+        """The sink that reports findings while the run is in progress; or None."""
         sinks = self._delivery.sinks
         return next((sink for sink in sinks if isinstance(sink, LiveDiagnosis)), None)
 
@@ -142,7 +142,7 @@ class Recorder:
         return bool(self._waiting)
 
     def describe(self) -> None:
-        """Hyperparameters and versions, which travel with every record."""
+        """Update ``run``, and pass it to the sinks that store it."""
         self.run = {
             "schema_version": SCHEMA_VERSION,
             "lrprobe": version_of("lrprobe"),
@@ -158,7 +158,7 @@ class Recorder:
                 sink.describe(self.run)
 
     def look(self, hooks: Hooks) -> None:
-        """See who steps what, and how the optimizer counts, after a step that is recorded."""
+        """After a recorded step, check parameter membership and the optimizer's step count."""
         living = [each for one in list(open_recorders) for each in one.hooks]
         new = self._membership.look(hooks, self.hooks, living)
         if new or hooks.count.changed:
@@ -166,17 +166,17 @@ class Recorder:
             self.describe()
 
     def add(self, hooks: Hooks, pending: StepInFlight) -> None:
-        """Take the figures of a step, still on the device."""
+        """Add the figures of a step, which may still be on the device."""
         with self._lock:
             self._waiting.append((hooks, pending))
         self.collect()
 
     def collect(self, wait: bool = False, last: bool = False) -> None:
-        """Pass on what has arrived on the host; the rest is asked again at a later hook.
+        """Pass on figures that have arrived on the host; others are polled at a later hook.
 
         Args:
-            wait: for what is on its way. Other ranks are not waited for without end.
-            last: what has not arrived then never will.
+            wait: wait for pending figures; for those of other ranks only up to a timeout.
+            last: give up figures that are still pending afterwards.
         """
         with self._lock:
             while self._waiting:
@@ -184,7 +184,7 @@ class Recorder:
                 try:
                     if not (pending.ready() or (wait and (pending.wait() or last))):
                         break
-                except Exception as error:  # noqa: BLE001 - it never arrives, and training goes on
+                except Exception as error:  # noqa: BLE001 - they are lost, and training goes on
                     self._waiting.popleft()
                     hooks.failed(error)
                     continue
@@ -198,10 +198,10 @@ class Recorder:
             if wait:
                 for hooks in self.hooks:
                     hooks.settle()
-        self._tell()
+        self._warn_problems()
 
     def _pass_on(self, hooks: Hooks, pending: StepInFlight) -> None:
-        if pending.none_taken:
+        if pending.is_dummy:
             less = hooks.take_back()
             for others, later in self._waiting:
                 if others is hooks:
@@ -213,7 +213,7 @@ class Recorder:
             pending.info.attempt = self.attempt
             try:
                 hooks.judge(pending)
-            finally:  # last, since the thread that makes the record holds up this one
+            finally:  # last, because it wakes a thread that competes for the GIL
                 self._delivery.put(pending.record, pending.nbytes)
 
     def _begin_attempt(self) -> None:
@@ -222,11 +222,11 @@ class Recorder:
             hooks.recorded = -1
 
     def forked(self) -> None:
-        """In a child process: what waits is the parent's."""
+        """In a forked child, drop pending figures: they are the parent's."""
         self._lock = threading.RLock()
         self._waiting.clear()
 
-    def _tell(self) -> None:
+    def _warn_problems(self) -> None:
         for message in self._delivery.problems():
             warn(message)
 
@@ -235,7 +235,7 @@ open_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
 
 def _in_child() -> None:
-    """A lock that another thread held when the process was forked is never released."""
+    """Replace locks: one that another thread held during the fork is never released."""
     for recorder in list(open_recorders):
         recorder.forked()
 
@@ -246,6 +246,6 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def _at_exit() -> None:
-    """Pass on what is still on its way from a device, before the delivery ends."""
+    """Pass on pending figures before the delivery ends."""
     for recorder in list(open_recorders):
         recorder.collect(wait=True, last=True)

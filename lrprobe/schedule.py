@@ -1,4 +1,4 @@
-"""Which steps of an optimizer are recorded, and how they are counted."""
+"""Counts the steps of an optimizer, and decides which are recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lrprobe.arguments import Every, Step
 
 
 class Schedule:
-    """Counts the steps of one optimizer, and says which are recorded."""
+    """The step count of one optimizer, and its recording schedule."""
 
     def __init__(self, every: Every, step: Step, optimizer: Optimizer) -> None:
         self._every = every
@@ -27,10 +27,10 @@ class Schedule:
         return number
 
     def skipped(self, count: int) -> Sequence[int]:
-        """The numbers of so many steps that were skipped since the last one, which now count."""
+        """Count ``count`` steps that were skipped since the last one; return their numbers."""
         if self._source is None:
             numbers = range(self.step + 1, self.step + count + 1)
-        else:  # which may not count them
+        else:  # the trainer may not count skipped steps
             now = int(self._source())
             numbers = range(max(now - count, self.step + 1), now)
         if numbers:
@@ -40,24 +40,26 @@ class Schedule:
         return numbers
 
     def go_on_from(self, step: int) -> None:
-        """Go on counting from there; the next step is a first one again."""
+        """Continue counting from ``step``; the next step counts as the first one again."""
         self.step, self._first = step, None
 
     def take_back(self) -> int:
-        """The last step was none; how much less those after it are numbered."""
+        """Uncount the last step; by how much to decrement the numbers of the steps after it."""
         if self._source is not None:
             return 0
         self.step -= 1
         return 1
 
     def due(self, step: int) -> bool:
-        """Whether that step is recorded: with a period the first one, and every multiple of it."""
+        """Whether a step is recorded: with a period, the first step and every multiple of it."""
         if callable(self._every):
             return bool(self._every(step))
         return step == self._first or step % self._every == 0
 
     def __repr__(self) -> str:
-        return "step chosen" if callable(self._every) else f"{self._every} steps"
+        if callable(self._every):
+            return "step chosen"
+        return "step" if self._every == 1 else f"{self._every} steps"
 
 
 def _steps_taken(optimizer: Optimizer) -> int:
@@ -70,4 +72,4 @@ def _as_count(step: Any) -> int:
     try:
         return int(step)
     except (ValueError, TypeError, OverflowError, RuntimeError):
-        return 0  # no count that can be gone on from
+        return 0  # not a count

@@ -1,4 +1,4 @@
-"""A frame as matrices, recorded steps × parameters, one set for each optimizer of each run."""
+"""A frame as matrices of recorded steps × parameters, one set per optimizer and run."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 _REGULAR = 0.7
-"""Share of equal gaps between recorded steps from which on they have a period."""
+"""Recording is periodic if at least this share of the gaps between steps is equal."""
 
 _KEYS = ("parameter", "module", "group")
 
 
 class Series:
-    """What one optimizer of one run recorded, as matrices of steps × parameters.
+    """The records of one optimizer of one run, as matrices of steps × parameters.
 
-    Made by :func:`series_of`. Where the frame is by module, group or model, its columns stand for
-    those.
+    Made by :func:`series_of`. If the frame is by module, group or model, the columns of a matrix
+    stand for those instead of parameters.
 
     Attributes:
         run: name of the run; empty where the frame has no column ``run``.
         optimizer: name of the optimizer.
         steps: the recorded steps, ascending: (steps,).
         names: the parameters, in the model's order: (parameters,).
-        about: what describes the run, as in the frame's ``attrs["lrprobe"]``; empty where it is not
-            known.
-        ongoing: whether more steps may come.
-        siblings: those of all optimizers of the run, itself among them.
-        memo: what checks have made of it, for other checks.
-        superseded: what an earlier attempt recorded that this one recorded anew, latest last.
+        about: the description of the run, as in the frame's ``attrs["lrprobe"]``; empty if
+            unknown.
+        ongoing: whether the run may record more steps.
+        siblings: the series of all optimizers of the run, including this one.
+        memo: results that checks share.
+        superseded: the records of earlier attempts that a later attempt replaced, latest last.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Series:
         return column in self._frame
 
     def __getitem__(self, column: str) -> Floats:
-        """A column of figures: (steps, parameters), NaN where there is no row."""
+        """Return a column of figures: (steps, parameters), NaN without a row."""
         if column not in self._cache:
             self._cache[column] = self._matrix(self._frame[column], np.nan, np.float64)
         return self._cache[column]
@@ -106,7 +106,7 @@ class Series:
     @cached_property
     def stepped(self) -> Bools:
         """Whether the parameter took the step: (steps, parameters)."""
-        if "stepped" not in self:  # a TensorBoard logdir has rows for what stepped only
+        if "stepped" not in self:  # a TensorBoard logdir has rows only for steps taken
             return self.present
         result: Bools = self._matrix(self._frame["stepped"], fill=False, dtype=bool)
         return result
@@ -124,8 +124,7 @@ class Series:
     def with_gradient(self) -> Bools:
         """Whether the parameter had a gradient, finite or not: (steps, parameters).
 
-        The norm of a gradient with a NaN in it is NaN, too: then it has elements that are not
-        finite.
+        A gradient with a NaN has the norm NaN, but also elements that are not finite.
         """
         known = np.logical_not(np.isnan(self["grad_norm"]))
         bad = self["nonfinite"] > 0 if "nonfinite" in self else False
@@ -134,7 +133,7 @@ class Series:
 
     @cached_property
     def skipped(self) -> Bools:
-        """Steps that a gradient scaler had a fused optimizer skip: (steps,)."""
+        """Steps that a fused optimizer skipped for a gradient scaler: (steps,)."""
         if "grad_norm" not in self:
             return np.zeros(len(self.steps), dtype=bool)
         result: Bools = np.asarray(self.with_gradient.any(axis=1) & ~self.stepped.any(axis=1))
@@ -142,18 +141,18 @@ class Series:
 
     @property
     def optimizer_about(self) -> Mapping[str, Any]:
-        """What describes the optimizer; empty where it is not known."""
+        """The description of the optimizer; empty if unknown."""
         found: Mapping[str, Any] = self.about.get("optimizers", {}).get(self.optimizer, {})
         return found
 
     @property
     def optimizer_class(self) -> str:
-        """Name of the optimizer's class, as far as it is known."""
+        """Name of the optimizer's class, or of the optimizer if the class is unknown."""
         name: str = self.optimizer_about.get("class", self.optimizer)
         return name.rpartition(".")[2]
 
     def option(self, name: str) -> list[Any]:
-        """A hyperparameter of each parameter's group: (parameters,), None where it is unknown."""
+        """A hyperparameter of each parameter's group: (parameters,), None if unknown."""
         groups = self.optimizer_about.get("groups") or []
         values = [group.get(name) for group in groups]
         if not values:
@@ -168,7 +167,7 @@ class Series:
 
     @cached_property
     def resumes(self) -> Ints:
-        """Rows in which a resume begins: another attempt or probe, or a step off the period."""
+        """Rows at which a resume begins: another attempt or probe, or a step off the period."""
         rows = np.diff(self.attempt) > 0
         for begin in self.optimizer_about.get("begins", ()):
             rows |= ((self.steps == begin["step"]) & (self.attempt == begin["attempt"]))[1:]
@@ -183,14 +182,14 @@ class Series:
 
     @cached_property
     def rules(self) -> tuple[NDArray[np.int64], list[str]]:
-        """Names of rules, and which holds where: (steps, parameters), −1 where there is no row."""
+        """Index of each row's rule: (steps, parameters), −1 without a row; and the rules' names."""
         if "rule" not in self:
             return np.full(self.shape, -1, dtype=np.int64), []
         codes, names = self._frame["rule"].factorize()
         return self._matrix(codes, -1, np.int64), [str(name) for name in names]
 
     def ruled_by(self, *names: str) -> Bools:
-        """Where one of these rules holds: (steps, parameters)."""
+        """Whether one of these rules holds: (steps, parameters)."""
         codes, known = self.rules
         wanted = [known.index(name) for name in names if name in known]
         result: Bools = np.isin(codes, wanted) if wanted else np.zeros(self.shape, dtype=bool)
@@ -198,23 +197,24 @@ class Series:
 
     @cached_property
     def numel(self) -> Floats:
-        """Elements of each parameter: (parameters,); NaN where the frame does not tell."""
+        """Number of elements of each parameter: (parameters,); NaN if unknown."""
         if "numel" not in self:
             return np.full(self.shape[1], np.nan)
         return last(self["numel"])
 
     @cached_property
     def group(self) -> Floats:
-        """Parameter group of each parameter: (parameters,); NaN where the frame does not tell."""
+        """Parameter group of each parameter: (parameters,); NaN if unknown."""
         if self.key == "module" or "group" not in self:
             return np.full(self.shape[1], np.nan)
         return last(self["group"])
 
     @cached_property
     def near_peak(self) -> Bools:
-        """Where the learning rate is at least half of its highest: (steps, parameters).
+        """Whether the learning rate is at least half of its peak: (steps, parameters).
 
-        Warmup's beginning and annealing's end are left out: small updates are meant there.
+        This excludes the start of a warmup and the end of annealing, where updates are small on
+        purpose.
         """
         lr = self["lr"]
         with np.errstate(invalid="ignore"):
@@ -229,8 +229,8 @@ def series_of(frame: pd.DataFrame) -> Iterator[Series]:
         return
     whole = frame
     frame = frame.copy(deep=False)
-    frame.attrs = {}  # of which pandas makes a deep copy for each column that is looked at
-    # Codes instead of a groupby: one run of one optimizer is the usual case, and copies nothing.
+    frame.attrs = {}  # pandas makes a deep copy of it at each access to a column
+    # Faster than groupby: the usual case, one optimizer of one run, copies nothing.
     label = np.zeros(len(frame), dtype=np.int64)
     for key in keys:
         codes, found = frame[key].factorize()
@@ -248,7 +248,7 @@ def series_of(frame: pd.DataFrame) -> Iterator[Series]:
 
 
 def _one(rows: pd.DataFrame, run: str, optimizer: str, about: Mapping[str, Any]) -> Series:
-    """The series of one optimizer; what a later attempt replaces is set aside."""
+    """The series of one optimizer; replaced records go to ``superseded``."""
     superseded = []
     keep = _kept(rows)
     if not keep.all():
@@ -260,7 +260,7 @@ def _one(rows: pd.DataFrame, run: str, optimizer: str, about: Mapping[str, Any])
 
 
 def _kept(rows: pd.DataFrame) -> Bools:
-    """Of one optimizer's rows, those that no later attempt recorded anew: (rows,)."""
+    """Whether no later attempt replaced the row of one optimizer: (rows,)."""
     keep = np.ones(len(rows), dtype=bool)
     if "attempt" in rows:
         attempt, step = rows["attempt"].to_numpy(), rows["step"].to_numpy()
@@ -270,7 +270,7 @@ def _kept(rows: pd.DataFrame) -> Bools:
 
 
 def latest(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no later attempt of the same run and optimizer recorded anew."""
+    """Drop the rows that a later attempt of the same run and optimizer replaced."""
     if "attempt" not in frame or frame["attempt"].nunique() < 2:
         return frame
     keys = [key for key in ("run", "optimizer") if key in frame]
@@ -281,7 +281,7 @@ def latest(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def last(matrix: Floats) -> Floats:
-    """The last value of each parameter that is not NaN: (parameters,)."""
+    """The last value of each parameter other than NaN: (parameters,)."""
     known = ~np.isnan(matrix)
     at = len(matrix) - 1 - known[::-1].argmax(axis=0)
     result: Floats = matrix[at, np.arange(matrix.shape[1])]
@@ -289,19 +289,19 @@ def last(matrix: Floats) -> Floats:
 
 
 def first(matrix: Floats) -> Floats:
-    """The first value of each parameter that is not NaN: (parameters,)."""
+    """The first value of each parameter other than NaN: (parameters,)."""
     result: Floats = matrix[(~np.isnan(matrix)).argmax(axis=0), np.arange(matrix.shape[1])]
     return result
 
 
 def peak(matrix: Floats) -> Floats:
-    """The highest value of each parameter, NaN where it has none: (parameters,)."""
+    """The highest value of each parameter, NaN if it has none: (parameters,)."""
     result: Floats = np.fmax.reduce(matrix, axis=0)
     return result
 
 
 def quantile(matrix: Floats, share: float) -> Floats:
-    """A quantile of each parameter's figures, NaN where it has none: (parameters,)."""
+    """A quantile of each parameter's figures, NaN if it has none: (parameters,)."""
     if not len(matrix):
         return np.full(matrix.shape[1], np.nan)
     ordered = np.sort(matrix, axis=0)  # NaN comes last
@@ -309,6 +309,6 @@ def quantile(matrix: Floats, share: float) -> Floats:
     below = at.astype(np.int64)
     columns = np.arange(matrix.shape[1])
     low, high = ordered[below, columns], ordered[np.ceil(at).astype(np.int64), columns]
-    # Two equal values may be infinite, whose difference is NaN.
+    # Two equal values may both be infinite; their difference would be NaN.
     result: Floats = np.where(low == high, low, low + (at - below) * (high - low))
     return result

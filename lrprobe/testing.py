@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrprobe.engine.pieces import entry_of, real
+from lrprobe.engine.pieces import entry_of, local_real
 from lrprobe.inspect import reconstruct, step_error
 from lrprobe.rules import Rule, find_rule
 
@@ -66,20 +66,20 @@ def check_rule(
         for param in params:
             scale = 1e3 if step == steps // 2 else 1.0
             param.grad = random(param.shape) * scale
-        before = [real(param).clone() for _, param in owned]
+        before = [local_real(param).clone() for _, param in owned]
         kept = [
             dict(rule.before(p.detach(), optimizer.state.get(p, {}), g)) if rule.before else {}
             for g, p in owned
         ]
         optimizer.step()
         for (group, param), old, extra in zip(owned, before, kept, strict=True):
-            error, told = _explained(param, old, extra, group, rule, optimizer)
+            error, numbers = _explained(param, old, extra, group, rule, optimizer)
             worst = max(worst, error)
-            if told and not error <= tolerance:
+            if numbers and not error <= tolerance:
                 raise AssertionError(
                     f"rule {rule.name!r} does not explain step {step} of a parameter of shape "
                     f"{tuple(param.shape)} under {type(optimizer).__name__}: error {error:.3g} > "
-                    f"{tolerance:g}\n{told}"
+                    f"{tolerance:g}\n{numbers}"
                 )
     return worst
 
@@ -103,7 +103,10 @@ def _explained(
     rule: Rule,
     optimizer: Optimizer,
 ) -> tuple[float, str]:
-    """The error of one parameter's step, and the numbers that differ most; none if all rests."""
+    """The error of one parameter's step, and a text with the element that differs most.
+
+    The text is empty if nothing moved.
+    """
     with torch.no_grad():
         entry = entry_of(param, optimizer.state.get(param, {}), extra)
         s, update = reconstruct(entry, group, rule)

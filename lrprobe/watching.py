@@ -1,4 +1,4 @@
-"""Which parameters of one optimizer are watched, and what the frame shows of each."""
+"""Which parameters of one optimizer are watched, and their rows in the frame."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lrprobe.arguments import Options
 from lrprobe.distributed import deepspeed
 from lrprobe.distributed.layouts import has_ranks
 from lrprobe.distributed.parts import Parts, Watchable, numel_of
-from lrprobe.distributed.strangers import content_of
+from lrprobe.distributed.unknown_tensors import content_digest
 from lrprobe.engine import copied
 from lrprobe.engine.columns import Row
-from lrprobe.engine.pieces import WatchedParameter, draw
+from lrprobe.engine.pieces import WatchedParameter, draw_tracked
 from lrprobe.names import name_parameters, places
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import tolerance
@@ -25,14 +25,14 @@ from lrprobe.text import listed, warn
 
 
 class Watching:
-    """The parameters of one optimizer.
+    """The watched parameters of one optimizer.
 
     Attributes:
-        parts: where the optimizer has flat tensors, stepped one after another.
-        watched: the parameters; another list where they have changed.
-        rows: what the frame shows of those that this process holds whole.
-        names: id of each parameter to its name, which stays.
-        repeated: ids of those that the optimizer has more than once, and steps as often.
+        parts: the optimizer's flat tensors, if it steps those one after another; else None.
+        watched: the parameters; a new list each time they change.
+        rows: the frame's rows of the parameters that this process holds whole.
+        names: id of each parameter to its name, which does not change.
+        repeated: ids of the parameters that the optimizer has, and steps, more than once.
     """
 
     def __init__(self, optimizer: Optimizer, options: Options) -> None:
@@ -44,31 +44,31 @@ class Watching:
         self.names: dict[int, str] = {}
         self.repeated: set[int] = set()
         self._seen: list[list[tuple[int, int]]] = []
-        """By group, id and elements of its parameters."""
+        """Per group, the (id, elements) of its parameters."""
         self._renamed: dict[str, str] = {}
 
     def all_of(self, optimizer: Optimizer) -> Any:
-        """The optimizer, or one that has all its tensors also while it steps some of them."""
+        """The optimizer, or ``parts``, which has all tensors even while it steps only some."""
         return optimizer if self.parts is None else self.parts
 
     def knows(self, names: Collection[int]) -> bool:
-        """Whether some parameter is one of these, by id; of flat tensors it is said elsewhere."""
+        """Whether a parameter has one of these ids; always true for flat tensors."""
         return self.parts is not None or any(
             at in names for params in self._seen for at, _ in params
         )
 
     def forget(self) -> None:
-        """The optimizer is gone."""
+        """Drop everything, because the optimizer was collected."""
         self.watched, self.rows, self.parts = [], [], None
 
     def rename(self, renamed: Mapping[str, str], optimizer: Optimizer) -> None:
-        """Call some parameters otherwise from now on."""
+        """Rename parameters from now on."""
         self._renamed |= renamed
         self._seen = []
         self.refresh(optimizer)
 
     def refresh(self, optimizer: Optimizer) -> list[Any] | None:
-        """Follow added groups and exchanged parameters; where they are, if any have changed."""
+        """Follow added groups and replaced parameters; return their places if any changed."""
         whole = self.all_of(optimizer)
         groups = [group["params"] for group in whole.param_groups]
         seen = [[(id(param), numel_of(param)) for param in params] for params in groups]
@@ -106,26 +106,27 @@ class Watching:
     def _new(self, each: Watchable, optimizer: Any) -> WatchedParameter:
         rule = find_rule(self._class)
         if rule is not None and rule.whole and each.span:
-            rule = None  # the optimizer asks of the flat tensor what it asks of the parameter
+            rule = None  # the optimizer computes `whole` statistics over the entire flat tensor
         param = each.place()
-        strange = param is not None and self._is_strange(param)
+        unknown = param is not None and self._is_unknown(param)
         return WatchedParameter(
             name=each.name,
             group=each.group,
             place=each.place,
             rule=rule,
-            tracked=draw(each.name, each.numel, self._options.track),
+            tracked=draw_tracked(each.name, each.numel, self._options.track),
             numel=each.numel,
             initial_lr=_initial_lr(optimizer.param_groups[each.group]),
             span=each.span,
             layout=each.layout,
-            content=content_of(param) if strange and param is not None else "",
+            content=content_digest(param) if unknown and param is not None else "",
         )
 
-    def _is_strange(self, param: Tensor) -> bool:
-        """Whether it is nobody's parameter, as far as is known here.
+    def _is_unknown(self, param: Tensor) -> bool:
+        """Whether a tensor is not known to be a parameter of the model.
 
-        Ranks that have a copy of a model have the same; of such a tensor they may have parts.
+        Replicas of a model hold copies of its parameters. Ranks may instead hold different parts
+        of an unknown tensor, so its content has to be compared.
         """
         if not has_ranks():
             return False
@@ -137,7 +138,7 @@ class Watching:
         return id(param) not in names.now()
 
     def _watchable(self, optimizer: Any) -> list[Watchable]:
-        """All parameters there are, with their names."""
+        """All parameters of the optimizer, with their names."""
         if self.parts is not None:
             return self.parts.watchable()
         gone = self.names.keys() - {at for params in self._seen for at, _ in params}
@@ -152,7 +153,7 @@ class Watching:
         ]
 
     def _row(self, watched: WatchedParameter) -> Row:
-        """What the frame shows of a parameter that this process holds whole."""
+        """The frame's row of a parameter that this process holds whole."""
         param = watched.place()
         known = next((row for row in self.rows if row.name == watched.name), None)
         measured = watched.rule is None or param is None
@@ -170,17 +171,17 @@ class Watching:
 
 
 def group_name(optimizer: Any, group: int) -> str:
-    """The group's own name, else its number."""
+    """The group's own name, else ``group<i>``."""
     given = optimizer.param_groups[group].get("name")
     return f"group{group}" if given is None else str(given)
 
 
 def _key(name: str, each: WatchedParameter | Watchable) -> tuple[Any, ...]:
-    """The same for what is the same parameter."""
+    """A key that identifies a parameter across refreshes."""
     return name, each.place.id, each.span and (each.span.start, each.span.stop), each.numel
 
 
 def _initial_lr(group: Mapping[str, Any]) -> Any:
     rate = group.get("initial_lr", group.get("lr"))
-    rate = math.nan if rate is None else rate  # Transformers' Adafactor finds its own
+    rate = math.nan if rate is None else rate  # Transformers' Adafactor may have lr=None
     return copied(rate)

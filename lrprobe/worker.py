@@ -1,4 +1,4 @@
-"""The background threads: each writes what its outboxes pass to it, and retries sinks that fail."""
+"""The background threads: each writes the records of its outboxes, and retries failing sinks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WAITING_RECORDS = 1000
 failing sink (per sink)."""
 
 WAITING_BYTES = 256 * 2**20
-"""The same limit in bytes; whichever is reached first."""
+"""The same limit in bytes; whichever is reached first applies."""
 
 _FLUSH_SECS = 1.0  # of a sink without flush_secs
-_PAUSES = (1.0, 60.0)  # seconds to the first retry of a failing sink, doubling up to the second
+_PAUSES = (1.0, 60.0)  # seconds before the first retry of a failing sink; doubles up to a maximum
 
 unreported: deque[str] = deque()
 """Problems of abandoned outboxes, reported at exit."""
@@ -49,7 +49,7 @@ class BufferedSink:
         self.failure = ""  # the cause; empty while the sink works
         self.pause = _PAUSES[0]
         self.retry_at = 0.0
-        self.dropped = 0  # since the sink began to fail
+        self.dropped = 0  # records lost since the sink began to fail
         self.reporter: Outbox | None = None
 
     @property
@@ -58,7 +58,7 @@ class BufferedSink:
         return self.retry_at if self.failure else self.flush_at
 
     def add(self, record: Record, outbox: Outbox) -> None:
-        """Write a record after those that wait; beyond the limit the oldest is lost."""
+        """Write a record after the backlog; beyond the limit, drop the oldest."""
         self.backlog.append((record, outbox))
         self.backlog_bytes += record.nbytes
         self.reporter = outbox
@@ -123,7 +123,7 @@ class BufferedSink:
             self.backlog_bytes -= record.nbytes
             if self.flushes:
                 self.unflushed[outbox] += 1
-                if self.flush_at is None:  # a fifth of the time is left for doing it
+                if self.flush_at is None:  # leaves a fifth of the time for the flush itself
                     self.flush_at = time.monotonic() + 0.8 * self.flush_secs
 
     def _flush(self) -> None:
@@ -162,7 +162,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # for the two below
+        self._lock = threading.Lock()  # guards the next two
         self._thread: threading.Thread | None = None
         self._outboxes: set[Outbox] = set()
         self._buffered: dict[int, BufferedSink] = {}
@@ -170,7 +170,7 @@ class Worker:
     # Any thread may call these.
 
     def open(self, outbox: Outbox) -> None:
-        """Serve an outbox; start the thread if it does not run."""
+        """Serve an outbox; start the thread if it is not running."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="lrprobe-delivery", daemon=True)
@@ -180,16 +180,16 @@ class Worker:
         self.send(partial(self._attach, outbox))
 
     def send(self, command: Callable[[], None]) -> None:
-        """Have the thread run something, in order."""
+        """Queue a command for the thread."""
         self._commands.put(command)
 
     def wait(self, done: threading.Event, timeout: float | None) -> bool:
-        """Wait for an event that the thread sets; whether it is set."""
+        """Wait for an event that the thread sets; return whether it is set."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             thread = self._thread
             if thread is threading.current_thread():
-                return False  # a sink that asks for its own end would wait forever
+                return False  # a sink that waits for its own thread would deadlock
             left = 1.0 if end is None else min(1.0, end - time.monotonic())
             if done.wait(max(left, 0.0)):
                 return True
@@ -197,7 +197,7 @@ class Worker:
                 return done.is_set()
 
     def outboxes(self) -> list[Outbox]:
-        """Unfinished outboxes."""
+        """The outboxes that are not finished."""
         with self._lock:
             return list(self._outboxes)
 
@@ -235,7 +235,7 @@ class Worker:
         outbox.release(nbytes)
 
     def flush(self, outbox: Outbox, done: threading.Event) -> None:
-        """Write and flush what waits for the outbox's sinks, then set the event."""
+        """Write and flush the backlog of the outbox's sinks, then set the event."""
         try:
             for buffered in self._sinks_of(outbox):
                 buffered.reporter = outbox
@@ -244,7 +244,7 @@ class Worker:
             done.set()
 
     def close(self, outbox: Outbox) -> None:
-        """Write what waits, and close the sinks that nobody else uses and that are owned."""
+        """Write the backlog, and close owned sinks that no other outbox uses."""
         try:
             for buffered in self._sinks_of(outbox):
                 buffered.reporter = outbox
@@ -290,7 +290,7 @@ class Worker:
                     command()
                 except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
                     unreported.append(f"the delivery of records failed: {_cause(error)}")
-                # Or the frame of a waiting thread would keep the last record alive.
+                # Otherwise the frame of the waiting thread would keep the last record alive.
                 del command
             now = time.monotonic()
             for buffered in self._buffered.values():

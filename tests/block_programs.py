@@ -28,7 +28,7 @@ from lrprobe.engine import Engine, block_printer, blocks, cuda
 from lrprobe.engine.buffers import Vectors, column
 from lrprobe.engine.distribution import Bins, unfold
 from lrprobe.engine.figures import CHECKS, FIGURES
-from lrprobe.engine.generated import imported
+from lrprobe.engine.generated import import_generated
 from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.rules import find_rule
 
@@ -189,7 +189,7 @@ def collected(case: Case, dtype: torch.dtype) -> list[str]:
     cuda.source, cuda.launch = kept, lambda *_, **__: None
     cuda._modules.clear()
     engine = Engine("eager")
-    engine.ways = {"cpu": cuda}
+    engine.backends = {"cpu": cuda}
     try:
         next(tables(case, dtype, engine, nothing), None)
     finally:
@@ -211,7 +211,7 @@ def compiled(part: int, parts: int) -> int:
     for text in sorted(every):
         if zlib.crc32(text.encode()) % parts != part:
             continue
-        module = imported(text, blocks.__file__)
+        module = import_generated(text, blocks.__file__)
         counted, whole, exact, _ = about[text]
         real = tl.float64 if exact else tl.float32
         versions: list[tuple[Any, dict[str, Any]]] = [(module.kernel, {"FULL": False})]
@@ -294,7 +294,7 @@ def interpret(part: int, parts: int) -> int:
     """Those of a part beside eager code."""
     hasten()
     engine, count, wrong = Engine("eager"), 0, []
-    engine.ways = {"cpu": cuda}
+    engine.backends = {"cpu": cuda}
     for (case, dtype, spoil), _ in texts(part, parts):
         try:
             compare(*tables(case, dtype, engine, spoil), dtype)
@@ -312,7 +312,7 @@ def large(part: int, _: int) -> int:
     hasten()
     blocks.ALL = tl.constexpr(2048)
     engine = Engine("eager")
-    engine.ways = {"cpu": cuda}
+    engine.backends = {"cpu": cuda}
     for offset in (0, 1):
         for moving in (9000, 1500):
             memory = [torch.randn(9001)[offset : offset + 9000] for _ in range(2)]

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from lrprobe.arguments import Filter, Options
 from lrprobe.engine import cuda
 from lrprobe.engine.flight import StepInFlight
-from lrprobe.engine.program import Symbol
 from lrprobe.hooks import Hooks
 from lrprobe.names import Names
 
@@ -106,9 +105,6 @@ class Watching(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         given = list(tree_iter((args, kwargs)))
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
-        if any(isinstance(each, Symbol) for each in tensors):
-            with self:
-                return Symbol.__torch_dispatch__(func, types, args, kwargs)
         if not any(isinstance(each, FakeTensor) for each in tensors) and FAR not in given:
             with _disable_current_modes():
                 return func(*args, **kwargs)
@@ -207,7 +203,7 @@ def record(
     owner = Owner()
     options = Options(Names(None), Filter(None, None), 1, None, track, None)
     hooks = Hooks("far", taken, options, owner)
-    hooks.engine.ways = {FAR.type: cuda}
+    hooks.engine.backends = {FAR.type: cuda}
     for _ in range(recorded):
         watching = Watching()
         torch.Tensor.pin_memory = lambda tensor, w=watching: w.pinned(tensor)  # type: ignore[method-assign]

@@ -435,16 +435,18 @@ def test_what_cannot_be_looked_for_is_said(tmp_path: Path) -> None:
             model[0].weight.grad[0, 0] = torch.nan
 
     train(adam(), steps=20, tamper=ruin, to=tmp_path / "logdir")
-    result = lrprobe.diagnose(lrprobe.read(tmp_path / "logdir"))
+    frame = lrprobe.read(tmp_path / "logdir")
+    result = lrprobe.diagnose(frame)
     assert [each.code for each in result.findings] == ["nonfinite"]
     assert result[0].parameter == "0.weight"
     assert result[0].steps.first == 12
-    sentence, description = result.left_out
+    (sentence,) = result.left_out
     assert "because these columns are missing: decay, eps_fraction" in sentence
-    assert "attrs['lrprobe']" in description
     assert "never-steps" in sentence
     assert sentence in repr(result)
     assert sentence in result._repr_html_().replace("&#x27;", "'")
+    frame.attrs = {}  # as where a frame went through a CSV file
+    assert "attrs['lrprobe']" in lrprobe.diagnose(frame).left_out[1]
     few = lrprobe.diagnose(train(adam(), steps=2))
     assert few.left_out[0] == "Only 2 steps recorded: most checks need 3 steps"
     assert list(lrprobe.diagnose(train(adam(), steps=10)).left_out) == []

@@ -129,7 +129,7 @@ def test_a_stand_in_has_groups_as_its_parameters_share_options() -> None:
 def test_passes_can_be_told() -> None:
     """Those of another framework, once."""
     passes = Passes(8)
-    passes.tell(3)
+    passes.add_external(3)
     assert passes.take() == 24
     assert math.isnan(passes.take())
 

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import lrprobe
 from lrprobe import delivery, sinks, worker
+from lrprobe.engine.flight import Crossing
 from lrprobe.recorder import open_recorders
 
 SEED = 0
@@ -104,6 +105,36 @@ def test_a_sink_that_hangs_holds_up_nothing() -> None:
     probe.close()
     assert sink.steps == list(range(1, 21))
     assert_same(ended, training(20)[0], "hanging sink")
+
+
+@pytest.mark.parametrize("where", ["ready", "arrays"])
+def test_figures_that_fail_on_their_way_are_given_up(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures that never reach the host cost their own row and one warning; training goes on."""
+    calls = iter(range(100))
+    original = getattr(Crossing, where)
+
+    def failing(self: Crossing) -> Any:
+        if next(calls) in (1, 2):
+            raise RuntimeError("the device is gone")
+        return original(self)
+
+    monkeypatch.setattr(Crossing, where, failing)
+    param = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with lrprobe.attach(optimizer, every=1) as probe:
+            for _ in range(5):
+                param.grad = torch.ones(3)
+                optimizer.step()
+        frame = probe.frame()
+    messages = [str(warning.message) for warning in said]
+    assert len(frame) == 3, f"{messages}\n{frame['step'].tolist()}"
+    assert float(param.detach()[0]) == pytest.approx(0.5)
+    assert sum("the device is gone" in message for message in messages) == 1, messages
+    assert "lrprobe: 2 steps of SGD could not be recorded" in messages, messages
 
 
 def test_what_is_lost_is_said_at_close(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -491,7 +491,7 @@ def test_the_check_sees_pytorch_191763() -> None:
     assert frame["rule"].tolist()[-2:] == ["measured"] * 2
     assert truth == [0.0] * 4
     (message,) = said
-    assert "does not explain the steps of SGD: group0.param0 (error 0.99 of the step" in message
+    assert "does not explain the steps of SGD: group0.param0 (reconstruction error 0.99" in message
 
 
 # --- Dummy steps --------------------------------------------------------------------------------
@@ -642,7 +642,7 @@ def test_no_error_of_ours_reaches_the_training(
     if broken in ("before", "after"):
         monkeypatch.setattr(Engine, broken, fail)
     elif broken == "collect":
-        monkeypatch.setattr(flight.StepInFlight, "none_taken", property(fail))
+        monkeypatch.setattr(flight.StepInFlight, "is_dummy", property(fail))
     fails = broken in ("every", "step") or every == 1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -108,6 +108,18 @@ SEEN = (
 )
 
 
+def test_a_resized_window_keeps_the_height_of_each_plot(page: Page) -> None:
+    """However often it is resized; Plotly would shrink a plot to nothing."""
+    heights = "return [...document.querySelectorAll('.plot')].map(e => e.offsetHeight)"
+    before, size = page.run(heights), page.browser.get_window_size()
+    for width in (1300, 1200, size["width"]):
+        page.browser.set_window_size(width, size["height"])
+        until(lambda width=width: page.run("return outerWidth") == width, "it has another size")
+        page.browser.execute_async_script("setTimeout(arguments[0], 300)")
+    assert page.run(heights) == before
+    assert min(before) > 90
+
+
 def test_on_paper_there_are_findings_and_still_pictures(page: Page) -> None:
     """Instead of what can be clicked."""
     assert page.run(SEEN) == [True, False, True]

@@ -126,9 +126,15 @@ def test_axes_are_logarithmic_or_linear(page: Page) -> None:
     axis = CHARTS + "return chart(arguments[0])._fullLayout[arguments[1]].type"
     assert page.run(axis, "rate", "yaxis") == "log"
     assert page.run(axis, "histogram", "xaxis") == "log"
+    labels = page.run(CHARTS + "return chart('ratio')._fullLayout.yaxis.ticktext")
+    assert len(labels) >= 2
+    assert all(float(label) > 0 for label in labels)
     page.browser.find_element("xpath", "//button[.='Logarithmic']").click()
     page.settle()
     assert page.run(axis, "rate", "yaxis") == "linear"
+    low, high = page.run(CHARTS + "return chart('lr')._fullLayout.yaxis.range")
+    assert low == 0  # a constant rate is not drawn as 0
+    assert 1e-3 < high < 2e-3
     first = page.run(HEATMAP + "return [map.element.data[0].z[0][0], map.view.map.values[0]]")
     assert first[0] == first[1]
 
@@ -165,6 +171,23 @@ def test_another_figure_has_another_scale(page: Page, runs: dict[str, object]) -
     select.find_element("xpath", "./option[.='lost updates']").click()
     page.settle()
     assert page.run(HEATMAP + "const [t] = map.element.data; return [t.zmin, t.zmax]") == [0, 1]
+
+
+def test_zero_has_a_colour_and_nearly_equal_figures_have_one(
+    page: Page, runs: dict[str, object]
+) -> None:
+    """Only what is missing is a gap; the scale spans a factor of two at least."""
+    page.run("return void lrprobe.set({figure: 'reconstruction_error', runs: ['sound']})")
+    page.settle()
+    cells, low = page.run(HEATMAP + "const [t] = map.element.data; return [[...t.z[0]], t.zmin]")
+    errors_found = of(runs["sound"], "0.weight", "reconstruction_error")
+    zeros = [cell for cell, error in zip(cells, errors_found, strict=True) if error == 0]
+    assert zeros
+    assert zeros == pytest.approx([low] * len(zeros))
+    page.run("return void lrprobe.set({figure: 'effective_lr_p50', runs: ['faulty']})")
+    page.settle()  # with this ε, every rate is nearly 1e-6
+    low, high = page.run(HEATMAP + "const [t] = map.element.data; return [t.zmin, t.zmax]")
+    assert 10 ** (high - low) == pytest.approx(2)
 
 
 def test_the_state_is_in_the_address(page: Page, browser, address: str) -> None:
@@ -296,6 +319,7 @@ def test_a_truncated_file_says_so(browser, tmp_path: Path) -> None:
         page = open_tab(browser, address)
         assert page.cells() == [4, 19]
         until(lambda: "is truncated" in page.text(), "nothing is said of it")
+        assert page.run("return document.querySelector('.heatmap').offsetParent !== null")
         assert path.name in page.text()
 
 

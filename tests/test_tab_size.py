@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from test_sinks import make_record
 
-from lrprobe.sinks.tab import TabTable
+from lrprobe.sinks.tab import TabTensors
 from lrprobe.sinks.tags import Tags
 from lrprobe.sinks.tensorboard import _EventFile
 from lrprobe.tab import SAMPLES
@@ -29,7 +29,7 @@ def write(folder: Path) -> None:
     ]
     names = tuple(f"blocks.{at // 10}.{parts[at % 10]}" for at in range(PARAMETERS))
     random = np.random.default_rng(0)
-    file, tab, tags = _EventFile(str(folder)), TabTable(""), Tags("", "lrprobe")
+    file, tab, tags = _EventFile(str(folder)), TabTensors(""), Tags("", "lrprobe")
     record = make_record(1, names=names, track=0)
     table = record.tables["parameter"]
     usual = 10 ** random.normal(-3, 0.5, PARAMETERS)
@@ -41,7 +41,7 @@ def write(folder: Path) -> None:
         table["update_ratio"][:] = rate / 3
         summary = Summary()
         plan = tags.plan(record)
-        tab.add(summary, record, plan, None, life="a", news=step == 1)
+        tab.add(summary, record, plan, None, attempt_id="a")
         file.add(Event(summary=summary, step=step, wall_time=1e9 + step))
     file.close()
 

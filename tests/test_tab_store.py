@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard import errors
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -17,6 +19,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from test_sinks import NAMES, make_record
 from werkzeug.test import Client
 
+import lrprobe
 from lrprobe.sinks.tab import PLUGIN
 from lrprobe.sinks.tensorboard import TensorBoard
 from lrprobe.tab import SAMPLES, Loader
@@ -151,16 +154,26 @@ def test_a_store_keeps_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write(tmp_path / name, make_record(1))
     store = Store(provider(tmp_path))
     runs = store.runs(RequestContext(), "")
-    monkeypatch.setattr("lrprobe.tab.store._KEPT_BYTES", 1)
+    monkeypatch.setattr("lrprobe.tab.store._CACHE_BYTES", 1)
     kept = [store.entry(RequestContext(), "", *key, series) for key, series in runs.items()]
     assert list(store._entries.values()) == kept[1:]
 
 
 def test_what_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
-    """A description that is broken, or of a later version."""
+    """Metadata that are broken, or of a later version, or have an entry of another type."""
     store = Store(provider(tmp_path))
-    for content in (b"", b"{}", b"[1]", b'{"version": 2, "columns": ["a"], "names": []}'):
-        assert store._describe(content) is None
+    write(tmp_path / "run", make_record(1))
+    listing = provider(tmp_path).list_tensors(
+        RequestContext(), experiment_id="", plugin_name=PLUGIN
+    )
+    (series,) = listing["run"].values()
+    sound = json.loads(series.plugin_content)
+    assert store._metadata(json.dumps(sound).encode())["names"] == list(NAMES)
+    for content in (b"", b"{}", b"[1]", b"null", b"[" * 100_000, series.plugin_content[:-9]):
+        assert store._metadata(content) is None
+    for name in sound:
+        for wrong in (None, 3, [[]], {"a": []}):
+            assert store._metadata(json.dumps({**sound, name: wrong}).encode()) is None
 
 
 def test_the_routes_answer(tmp_path: Path) -> None:
@@ -178,6 +191,89 @@ def test_the_routes_answer(tmp_path: Path) -> None:
     assert "summary" in ask(browser, "findings", **where)
     for path in ("main.js", "view.js", "style.css", "plotly.min.js"):
         assert browser.get(f"/data/plugin/lrprobe/{path}").status_code == 200
+
+
+def test_findings_leave_no_check_out_for_want_of_a_description(tmp_path: Path) -> None:
+    """Hyperparameters, versions and names reach the checks, as from a dataset."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model[0].parameters())
+    places = [str(tmp_path / "run"), str(tmp_path / "run.parquet")]
+    with lrprobe.attach(optimizer, model, to=places, every=1):
+        for _ in range(20):
+            model(torch.ones(1, 4)).square().sum().backward()
+            optimizer.step()
+    answer = ask(client(tmp_path), "findings", run="run", optimizer="Adam")
+    wanted = lrprobe.diagnose(lrprobe.read(places[1]))
+    assert answer["left_out"] == []
+    assert [group["code"] for group in answer["groups"]] == [
+        same[0].code for same in wanted.grouped()
+    ]
+    missing = next(each for each in answer["groups"] if each["code"] == "not-in-optimizer")
+    assert [item["parameter"] for item in missing["items"]] == ["1.weight", "1.bias"]
+
+
+DEEP = '{"optimizers": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[1]", "null", '{"optimizers": [1]}', '{"optimizers": {"AdamW": 3}}', DEEP),
+        *('{"optimizers": {"AdamW": {"groups": {"0": 1}}}}', '{"not_in_optimizer": [[]]}'),
+        *('{"optimizers": {"AdamW": {"groups": [{"betas": "<b>", "eps": {}}, {}]}}}',),
+        *('{"optimizers": {"AdamW": {"step_count": "no"}}}', '{"in_two_optimizers": {"a": 7}}'),
+    ],
+)
+def test_a_hostile_description_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Where it cannot be used, the tab and ``read`` do without it."""
+    monkeypatch.setattr("lrprobe.sinks.tab.to_json", lambda run: text)
+    write(tmp_path / "run", *(make_record(step) for step in range(20)))
+    answer = ask(client(tmp_path), "findings", run="run", optimizer="AdamW")
+    assert answer["summary"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lrprobe: a description of the run at step 0")
+        assert len(lrprobe.read(tmp_path / "run")) == 20 * len(NAMES)
+
+
+def test_findings_compare_the_optimizers_of_a_run(tmp_path: Path) -> None:
+    """Each is with its own table, and one about an optimizer without a table with the first."""
+    run = {"optimizers": {"G": {}, "D": {}, "idle": {}}}
+    records = [make_record(at // 2, optimizer="GD"[at % 2], run=run) for at in range(40)]
+    write(tmp_path / "run", *records)
+    browser = client(tmp_path)
+    codes = {}
+    for name in "DG":
+        answer = ask(browser, "findings", run="run", optimizer=name)
+        codes[name] = {group["code"] for group in answer["groups"]}
+        assert {group["optimizer"] for group in answer["groups"]} <= {name, "idle"}
+    assert ("no-steps" in codes["D"]) != ("no-steps" in codes["G"])
+
+
+def test_optimizers_by_parameter_and_by_module_are_diagnosed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only one of them has too many parameters: no row is without a name."""
+    monkeypatch.setattr("lrprobe.sinks.tab.MAX_ROWS", 2)
+    run = {"optimizers": {"G": {}, "D": {}}}
+    names = {"G": NAMES, "D": ("a", "b")}
+    write(
+        tmp_path / "run",
+        *(
+            make_record(step, optimizer=name, names=names[name], run=run)
+            for step in range(20)
+            for name in "GD"
+        ),
+    )
+    store = Store(provider(tmp_path))
+    runs = store.runs(RequestContext(), "")
+    entries = [store.entry(RequestContext(), "", *key, each) for key, each in runs.items()]
+    blocks = [block for found in entries for block in found.blocks]
+    frame = frame_of("run", blocks, 10_000)
+    assert set(frame["parameter"].astype(str)) == {"0", "2", "a", "b"}
+    found = lrprobe.diagnose(frame)
+    assert {each.optimizer for each in found} == {"G", "D"}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,16 @@ def tables(folder):
             yield json.loads(plugin.content), values
 
 
+def runs(folder):
+    """The descriptions of the run: their metadata, and their texts, tag by tag."""
+    loaded = load(folder)
+    for tag in loaded.Tags()["tensors"]:
+        plugin = loaded.SummaryMetadata(tag).plugin_data
+        if plugin.plugin_name == "lrprobe_run":
+            texts = [make_ndarray(event.tensor_proto).item() for event in loaded.Tensors(tag)]
+            yield json.loads(plugin.content), [json.loads(text) for text in texts]
+
+
 def test_the_tab_gets_every_parameter_in_one_tensor(tmp_path, monkeypatch):
     """Where the scalars are by module too; what its rows are is told once, in its metadata."""
     monkeypatch.setattr("lrprobe.sinks.tags.MAX_NAMES", 2)
@@ -69,3 +79,35 @@ def test_the_tensor_of_the_tab_is_bounded(tmp_path, monkeypatch, most, rows):
     assert matrix.shape == (len(about["columns"]), len(rows))
     assert len(shorter("y" * 10**6)) < 250 > len(shorter("y" * 10**6 + "z"))
     assert shorter("y" * 10**6) != shorter("y" * 10**6 + "z")
+
+
+def test_the_run_is_described_again_where_that_has_changed(tmp_path):
+    """Once for each optimizer, and anew in another attempt; not for another dict that is equal."""
+    first, second = {"optimizers": {"G": {"groups": [{"eps": 1}]}}}, {"optimizers": {"G": {}}}
+    sink = TensorBoard(tmp_path)
+    for step, run in enumerate((first, dict(first), second, second)):
+        sink.write(make_record(step, optimizer="G", run=run))
+        sink.write(make_record(step, optimizer="D", run=first))
+    sink.write(make_record(0, attempt=1, optimizer="G", run=second))
+    sink.close()
+    found = list(runs(tmp_path))
+    assert [about["optimizer"] for about, _ in found] == ["G", "D", "G"]
+    assert [texts for _, texts in found] == [[first, second], [first], [second]]
+    assert found[0][0]["sink"] == found[1][0]["sink"] != found[2][0]["sink"]
+
+
+def test_a_write_that_failed_loses_no_description(tmp_path, monkeypatch):
+    """What was not written with one record is written with the next."""
+    sink = TensorBoard(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(sink._target, "add", raising)
+        with pytest.raises(OSError, match="full"):
+            sink.write(make_record(1))
+    sink.write(make_record(2))
+    sink.close()
+    assert len(list(tables(tmp_path))) == len(list(runs(tmp_path))) == 1
+
+
+def raising(event):
+    """A disk that is full."""
+    raise OSError("the disk is full")

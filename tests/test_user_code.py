@@ -410,7 +410,7 @@ def test_whatever_fails_between_recorded_steps_stops_no_training(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     probe = lrprobe.attach(optimizer, model)
     train(model, optimizer, 1)
-    monkeypatch.setattr(lrprobe.hooks, "at_rest", fail)
+    monkeypatch.setattr(lrprobe.hooks, "all_rates_zero", fail)
     with pytest.warns(UserWarning, match="not to be asked"):
         train(model, optimizer, 2)
     assert probe.step == 3

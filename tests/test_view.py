@@ -185,6 +185,7 @@ def test_a_notebook_shows_small_tables() -> None:
     shown = probe._repr_html_()
     assert "&lt;b&gt;" in shown
     assert "step 1" in shown
+    assert "every step<" in shown
     shown = step["weight"]._repr_html_()
     assert "StepView 2×3, rule adam" in shown
     assert shown.count("<tr>") == 4

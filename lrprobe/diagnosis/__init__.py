@@ -1,9 +1,9 @@
-"""What is wrong with a training, as far as its frame tells, in plain words.
+"""Finds what is wrong with a training, from its frame.
 
-A check is one function and one row of ``CHECKS``. It looks at one optimizer of one run, as matrices
-of recorded steps × parameters, and says where it finds what it looks for. The same checks look at a
-frame (:func:`diagnose`) and at a run that still goes on (``attach(on_finding=...)``). Every
-threshold has a name; ``docs/findings.md`` says how it was measured.
+A check is one function and one row of ``CHECKS``. It searches one optimizer of one run, as matrices
+of recorded steps × parameters, and yields a hit for each problem. The same checks run on a frame
+(:func:`diagnose`) and during a run (``attach(on_finding=...)``). Every threshold has a name;
+``docs/findings.md`` says how it was measured.
 """
 
 from lrprobe.diagnosis.check import Check

@@ -1,4 +1,4 @@
-"""The check for gradients that are not set to 0 between steps."""
+"""The check for gradients that are not zeroed between steps."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import numpy as np
 from lrprobe.diagnosis.shared import FEW, Hit, matrices
 from lrprobe.series import Bools, Floats, Ints, Series, quantile
 
-ALONG, MOST = 0.3, 1.1
-"""How much of what a sum of independent gradients has in its cosine; and how many times what a sum
-of equal ones has in its norm."""
+MIN_COSINE, MAX_NORM = 0.3, 1.1
+"""Bounds on a sum of gradients: minimum of its cosine, over that of a sum of independent gradients;
+maximum of its norm, over that of a sum of equal gradients."""
 HORIZON, DISTANT = 9, 40
-"""Steps over which the norm is looked at; where recorded steps are far apart, the second."""
-FASTER, FASTER_DISTANT = 1.2, 1.4
-"""How much faster than its number of terms the norm may grow over them: leaving a saddle,
-a gradient grows faster and faster; a sum does not."""
-NEW = 0.4
-"""Norm, over the first, of what a recorded step adds: little where a gradient changes slowly."""
-PERSISTENT = 0.6
+"""Steps over which the norm's growth is checked; the second if recorded steps are far apart."""
+MAX_RISE, MAX_RISE_DISTANT = 1.2, 1.4
+"""Maximum factor by which the norm per term may rise again. A gradient that leaves a saddle grows
+faster and faster; a sum does not."""
+MIN_ADDED = 0.4
+"""Minimum norm that a recorded step adds, over the first norm. A slowly changing gradient adds
+little."""
+MIN_PERSISTENCE = 0.6
 ONGOING_ROWS = 8
 
 
 class _GrowthLaw(NamedTuple):
-    """How the norms of sums grow.
+    """A minimum growth of the norms of sums.
 
     Attributes:
-        growth: at least so much of √n after n steps.
-        terms: over so many steps; over ``DISTANT`` where recorded steps are far apart.
-        lasting: how many times the first norm that of the median step is.
-        share: of the matrices, which have to follow it.
+        growth: minimum norm after n steps, over √n times the first.
+        terms: steps over which it must hold; ``DISTANT`` if recorded steps are far apart.
+        lasting: minimum norm of the median step, over the first.
+        share: minimum share of the matrices that follow it.
     """
 
     growth: float
@@ -42,13 +43,15 @@ class _GrowthLaw(NamedTuple):
 
 TERMS = 4
 GROWTH_LAWS = (_GrowthLaw(0.9, TERMS, 1.5, 0.0), _GrowthLaw(0.5, HORIZON, 2.0, 2 / 3))
-"""What one matrix follows closely, or most of them roughly."""
+"""One matrix has to follow the first, stricter law; or most matrices have to follow the second."""
 
 
 def gradients_accumulate(series: Series) -> Iterator[Hit]:
-    """A sum of n gradients has √n to n times the norm of one, and √(m/n) of the cosine at least.
+    """Find parameters whose gradient behaves like a sum of all gradients so far.
 
-    A gradient over all of the data keeps its direction, too, but its norm does not grow so.
+    A sum of n gradients has √n to n times the norm of one. Its cosine with the sum of the first m
+    is at least √(m/n). A full-batch gradient also keeps its direction, but its norm does not grow
+    this way.
     """
     if series.ongoing and len(series.steps) < ONGOING_ROWS:
         return
@@ -80,40 +83,40 @@ def gradients_accumulate(series: Series) -> Iterator[Hit]:
 def _sums(
     series: Series, terms: Floats, grown: Floats, along: Floats, cosine: Floats
 ) -> tuple[Ints, Bools]:
-    """How many rows behave as sums do, and which matrices are sums: (parameters,) each."""
+    """The number of rows that behave like sums, and which matrices are sums: (parameters,) each."""
     large = matrices(series)
     usual = quantile(grown[1:], 0.5)
     far = len(terms) > 2 and bool(terms[2] > TERMS)
     early = terms <= (DISTANT if far else HORIZON)
     each = (grown / terms[:, None])[early]
-    most = (FASTER_DISTANT if far else FASTER) * np.fmin.accumulate(each, axis=0)
-    large = large & ~(each > most).any(axis=0)
+    limit = (MAX_RISE_DISTANT if far else MAX_RISE) * np.fmin.accumulate(each, axis=0)
+    large = large & ~(each > limit).any(axis=0)
     old, new = grown[:-1], grown[1:]
     added = np.sqrt(np.maximum(old**2 + new**2 - 2 * along[1:] * old * new, 0.0))
-    large &= quantile(added[early[1:]], 0.5) >= NEW
+    large &= quantile(added[early[1:]], 0.5) >= MIN_ADDED
     for law in GROWTH_LAWS:
         rows = _as_a_sum(law.growth, terms, grown, along)
         wrong = large & (rows >= _least_rows(law, terms))
-        wrong &= (cosine >= PERSISTENT) & (usual >= law.lasting)
+        wrong &= (cosine >= MIN_PERSISTENCE) & (usual >= law.lasting)
         if wrong.any() and wrong.sum() >= law.share * matrices(series).sum():
             return rows, wrong
     return rows, np.zeros(len(large), dtype=bool)
 
 
 def _least_rows(law: _GrowthLaw, terms: Floats) -> int:
-    """Rows that have to behave as a sum does: four, and more where they are far apart."""
+    """Minimum number of rows that behave like a sum: four, or more if they are far apart."""
     far = len(terms) > 2 and terms[2] > law.terms
-    most = DISTANT if far else law.terms
-    return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, most)) + 1))
+    limit = DISTANT if far else law.terms
+    return max(FEW + 1, min(len(terms), int(np.searchsorted(terms, limit)) + 1))
 
 
 def _as_a_sum(growth: float, terms: Floats, grown: Floats, along: Floats) -> Ints:
-    """How many rows from the first on behave as sums do: (parameters,)."""
+    """The number of rows, from the first on, that behave like sums: (parameters,)."""
     fits: Bools = np.ones(grown.shape, dtype=bool)
     shared = np.sqrt(terms[:-1] / terms[1:])[:, None]
     fits[1:] = (grown[1:] >= growth * np.sqrt(terms[1:, None])) & (
-        (along[1:] >= ALONG * shared) | (shared < 0.5)  # of few common terms a cosine says little
+        (along[1:] >= MIN_COSINE * shared) | (shared < 0.5)  # with few common terms, it is noise
     )
-    fits[1:] &= grown[1:] <= MOST * terms[1:, None]  # else it diverges
+    fits[1:] &= grown[1:] <= MAX_NORM * terms[1:, None]  # else it diverges
     result: Ints = np.logical_and.accumulate(fits, axis=0).sum(axis=0)
     return result

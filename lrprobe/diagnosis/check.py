@@ -12,17 +12,18 @@ from lrprobe.series import Series
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of the table: what to look for, and what it means.
+    """One row of the table of checks.
 
     Attributes:
         severity: of its findings, unless a hit is marked as a note.
         code: name of the finding.
-        find: searches one series.
-        needs: columns that the search requires.
+        find: yields the hits in one series.
+        needs: columns that ``find`` requires.
         title: the finding in a few words.
         meaning: what it usually means.
         advice: what to try.
-        asks: entries of the run's description that it needs: ``"groups"`` for hyperparameters.
+        asks: entries of the run's description that it needs, such as ``"groups"`` for
+            hyperparameters.
     """
 
     severity: Severity

@@ -18,19 +18,19 @@ Severity: TypeAlias = Literal["finding", "note"]
 PAGE = "docs/findings.md"
 """The page of the documentation that has a section for each code."""
 
-_SHOWN = 3  # parameters of one finding that are printed
+_SHOWN = 3  # maximum parameters printed per finding
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Recorded steps in which something was seen: the first, the last, and how many."""
+    """The recorded steps of a finding: the first, the last, and how many."""
 
     first: int
     last: int
     count: int
 
     def __str__(self) -> str:
-        """In the words of a sentence."""
+        """Phrase for a sentence: ``steps 10 to 90 (9 recorded)``."""
         if self.first == self.last:
             return f"step {self.first:,}"
         return f"steps {self.first:,} to {self.last:,} ({self.count:,} recorded)"
@@ -41,8 +41,8 @@ class Finding:
     """One problem, or one noteworthy fact, about one parameter.
 
     Attributes:
-        severity: ``"finding"``, or ``"note"`` for what is not a fault but good to know.
-        code: its name, which is also that of its section in ``docs/findings.md``.
+        severity: ``"finding"``, or ``"note"`` for something that is good to know but not a fault.
+        code: its name, and the name of its section in ``docs/findings.md``.
         title: the finding in a few words.
         run: name of the run; empty if the frame has no column ``run``.
         optimizer: name of the optimizer.
@@ -96,7 +96,7 @@ class Findings(Sequence[Finding]):
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """What is not a fault but good to know."""
+        """Facts that are good to know but not faults."""
         return tuple(each for each in self if each.severity == "note")
 
     @property
@@ -137,7 +137,7 @@ class Findings(Sequence[Finding]):
         return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
 
     def grouped(self) -> Iterator[list[Finding]]:
-        """Group findings that say the same of several parameters."""
+        """Group findings with the same code, run and optimizer."""
         for _, same in groupby(self, lambda each: (each.code, each.run, each.optimizer)):
             yield list(same)
 

@@ -17,16 +17,16 @@ ROWS_WITHOUT, ROWS_DECAYED = 0.5, 0.05
 
 
 def no_steps(series: Series) -> Iterator[Hit]:
-    """Nothing was recorded; a series with a step has none of this."""
+    """Yield a hit if the series has no steps."""
     if not len(series.steps):
         yield Hit("", series.steps, "no step was recorded", {})
 
 
 def skipped(series: Series) -> Iterator[Hit]:
-    """Steps that a gradient scaler had a fused optimizer skip; others run no hook."""
+    """Steps that a fused optimizer skipped for a gradient scaler; an unfused skip runs no hook."""
     skipped = series.skipped
     late = series.steps > SCALER_START
-    if skipped.all():  # also where that is the beginning, in which a scaler looks for its scale
+    if skipped.all():  # then include the first steps, in which a scaler searches for its scale
         late[:] = True
     count, share = int((skipped & late).sum()), float(skipped[late].mean()) if late.any() else 0.0
     if count < FEW or share <= SKIPPED_SHARE:
@@ -45,13 +45,13 @@ def skipped(series: Series) -> Iterator[Hit]:
 
 
 def never_steps(series: Series) -> Iterator[Hit]:
-    """Parameters without a gradient in all steps, or whose update is exactly 0 in all."""
-    there = series.present & ~series.skipped[:, None]
-    often = there.sum(axis=0) >= FEW
+    """Parameters without a gradient in any step, or whose update is exactly 0 in all steps."""
+    present = series.present & ~series.skipped[:, None]
+    often = present.sum(axis=0) >= FEW
     without = often & ~series.stepped.any(axis=0)
     for column in np.flatnonzero(without):
         evidence = "no gradient in any of {count:,.0f} recorded steps"
-        steps = series.steps[there[:, column]]
+        steps = series.steps[present[:, column]]
         yield Hit(series.names[column], steps, evidence, {"count": len(steps)}, 1.0)
     if "update_norm" not in series:
         return
@@ -66,7 +66,7 @@ def never_steps(series: Series) -> Iterator[Hit]:
 
 
 def no_gradient(series: Series) -> Iterator[Hit]:
-    """Matrices whose gradient is exactly 0 up to the end; those that never moved are told above."""
+    """Matrices whose gradient is exactly 0 until the end, unless ``never_steps`` reports them."""
     rows = len(series.steps)
     moved = np.ones(series.shape[1], dtype=bool)
     if "update_norm" in series:
@@ -81,10 +81,10 @@ def no_gradient(series: Series) -> Iterator[Hit]:
 
 
 def decayed(series: Series) -> Iterator[Hit]:
-    """Matrices whose norm has fallen far below its highest, where there is weight decay."""
+    """Matrices with weight decay whose norm has fallen far below its peak."""
     norm = series["param_norm"]
     share = last(norm) / peak(norm)
-    # A decay that is coupled is in no column, but in the hyperparameters, where they are known.
+    # No column has a coupled decay; it is only in the hyperparameters, if these are known.
     decays = np.max(np.nan_to_num(series["decay"]), axis=0) > 0
     decays |= weight_decay(series) > 0
     for column in np.flatnonzero(matrices(series) & decays & (share < VANISHED)):
@@ -99,28 +99,28 @@ def decayed(series: Series) -> Iterator[Hit]:
 
 
 def weight_decay(series: Series) -> Floats:
-    """λ of each parameter's group, 0 where it is unknown: (parameters,)."""
+    """λ of each parameter's group, 0 if unknown: (parameters,)."""
     given = series.option("weight_decay")
     return np.array([each if isinstance(each, int | float) else 0.0 for each in given])
 
 
 def moves_without_gradient(series: Series) -> Iterator[Hit]:
-    """Parameters, or most of their elements, that move though nothing trains them."""
+    """Parameters that move although they, or most of their elements, have no gradient."""
     yield from _moves_at_zero(series)
     yield from _moves_without_stepping(series)
     yield from _rows_decay(series)
 
 
 def _moves_at_zero(series: Series) -> Iterator[Hit]:
-    """The gradient is exactly 0 up to the end, and the parameter moves."""
+    """Parameters that move although their gradient is exactly 0 until the end."""
     count = len(series.steps)
     zero = np.logical_and(series["grad_norm"] == 0, series.stepped)
     moves = np.logical_and(zero, series["update_norm"] > 0)
     large = matrices(series)
     for column in np.flatnonzero(moves.any(axis=0)):
         seen = lasting(zero[:, column], series.stepped[:, column])
-        least = max(FEW, (LASTING if large[column] else 0.5) * count)
-        if len(seen) < least or moves[seen, column].mean() < 0.5:
+        needed = max(FEW, (LASTING if large[column] else 0.5) * count)
+        if len(seen) < needed or moves[seen, column].mean() < 0.5:
             continue
         norms = series["param_norm"][seen, column]
         values = {"count": len(seen), "all": count, "from": norms[0], "to": norms[-1]}
@@ -134,7 +134,7 @@ def _moves_at_zero(series: Series) -> Iterator[Hit]:
 
 
 def _moves_without_stepping(series: Series) -> Iterator[Hit]:
-    """There is no gradient, the optimizer passes it over, and it is another after the step."""
+    """Parameters without a gradient that change although the optimizer skips them."""
     norm = series["param_norm"]
     without = series.present & ~series.with_gradient & ~series.skipped[:, None]
     next_step = (np.diff(series.steps) == 1)[:, None]
@@ -149,7 +149,7 @@ def _moves_without_stepping(series: Series) -> Iterator[Hit]:
 
 
 def _rows_decay(series: Series) -> Iterator[Hit]:
-    """Most elements have no gradient, step after step, and decay all the same."""
+    """Matrices that decay although most of their elements have no gradient in most steps."""
     if "zero_grad_fraction" not in series or "decay" not in series:
         return
     zero = np.where(series.stepped, series["zero_grad_fraction"], np.nan)
@@ -181,7 +181,7 @@ def _rows_decay(series: Series) -> Iterator[Hit]:
 
 
 def always_clipped(series: Series) -> Iterator[Hit]:
-    """A norm that is the same in nearly all steps: of all gradients, a group's, or each one's."""
+    """A constant gradient norm: over all parameters, over a group, or of each parameter."""
     norms = series["grad_norm"]
     usable: Bools = np.asarray(series.stepped.any(axis=1) & ~np.isinf(norms).any(axis=1))
     enough = ONGOING_ROWS if series.ongoing else CLIPPED_ROWS
@@ -201,7 +201,7 @@ def always_clipped(series: Series) -> Iterator[Hit]:
         if hit is not None:
             yield hit
             return
-    # Each parameter for itself: all have the same norm, and that always.
+    # Clipping per parameter: all matrices have the same constant norm.
     large = np.flatnonzero(matrices(series) & (own < CLIPPED))
     middle = quantile(norms[usable], 0.5)[large]
     if (
@@ -215,12 +215,12 @@ def always_clipped(series: Series) -> Iterator[Hit]:
 
 
 def _spread(figures: Floats) -> Floats:
-    """How far figures are from their median, relative to it, in most rows: (parameters,)."""
+    """Relative distance of the values from their median in most rows: (parameters,)."""
     return quantile(abs(figures / quantile(figures, 0.5) - 1), CLIPPED_SHARE)
 
 
 def _clipped_together(series: Series) -> Iterator[Hit]:
-    """One clip over the parameters of several optimizers, which step together."""
+    """A constant norm over the parameters of several optimizers that step together."""
     steps = series.steps
     for other in series.siblings[1:]:
         steps = np.intersect1d(steps, other.steps)
@@ -242,7 +242,7 @@ def _clipped_together(series: Series) -> Iterator[Hit]:
 
 
 def _clipped(series: Series, name: str, norm: Floats, usable: Bools, own: Floats) -> Hit | None:
-    """A finding where a norm is nearly always the same, while those that it is made of are not."""
+    """A hit if a norm is nearly always the same while the norms that it combines vary."""
     value = float(quantile(norm[usable, None], 0.5)[0])
     if not value > 0:
         return None
@@ -251,7 +251,7 @@ def _clipped(series: Series, name: str, norm: Floats, usable: Bools, own: Floats
     changes = np.diff(norm[usable]) / value
     drifts = abs(changes) > 1e-5
     one_way = drifts.any() and abs(np.sign(changes[drifts]).mean()) > 0.9
-    # Where the gradient hardly changes, so do the norms that this one is made of.
+    # If the gradient itself hardly changes, the norms of its parts do not vary either.
     spread = max(1e-6, float(_spread(norm[usable, None])[0]))
     varies = len(own) == 1 or np.fmax.reduce(own) > 10 * spread
     if share < CLIPPED_SHARE or one_way or not varies:

@@ -1,10 +1,10 @@
-"""Findings while a run goes on: the same checks, over a bounded history of its records.
+"""Findings during a run: the same checks, over a bounded history of its records.
 
-What a record costs does not grow with the run. Kept are the newest :data:`NEWEST` records of each
-optimizer, and of the older ones every second, fourth, … one, together :data:`MOST` at most. The
-checks look at them after the first few records, after each that begins an attempt or has figures
-that are not finite, and else after every :data:`PERIOD`: with 150 parameters that is 0.6 ms a
-record in the mean.
+The cost per record does not grow with the run. The history has the newest :data:`NEWEST` records of
+each optimizer, and every second, fourth, … of the older ones, at most :data:`MAX_RECORDS` in total.
+The checks run after the first few records, after a record that begins an attempt or has values that
+are not finite, and otherwise after every :data:`PERIOD` records. With 150 parameters, that takes
+0.6 ms per record on average.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from lrprobe.series import series_of
 if TYPE_CHECKING:
     import pandas as pd
 
-NEWEST, MOST = 24, 64
-"""Records of an optimizer that are kept: all of the newest, and in all."""
-MOST_BYTES = 64 * 2**20
-"""The same in bytes, of an optimizer; the newest few are kept all the same."""
+NEWEST, MAX_RECORDS = 24, 64
+"""Records kept per optimizer: the newest without gaps, and in total."""
+MAX_BYTES = 64 * 2**20
+"""Limit of the kept records of an optimizer in bytes; the newest few are kept in any case."""
 PERIOD = 40
-"""Records between two looks, once there are many."""
+"""Records between two runs of the checks, after the first few."""
 
 _LOOKS = {1, 4, 8, 16}
 _AGAIN = ("state-lost", "lr-jumps", "schedule-stalled", "decay-jumps")
-"""Codes of what may happen anew at each resume."""
+"""Codes of findings that may occur again at each resume."""
 _TEXT = ("optimizer", "parameter", "rule")
 _OTHERS = ("step", "attempt", "group", "numel", "stepped")
 _FIGURES = tuple(
@@ -44,18 +44,17 @@ _FIGURES = tuple(
 )
 
 Key = tuple[str, str, str, int]
-"""What makes a finding the same as one that was told: code, optimizer, parameter; of those that may
-happen at each resume, the step."""
+"""Identifies a finding: code, optimizer, parameter, and the step if it may occur at each resume."""
 
 
 @dataclass(slots=True)
 class _KeptRecord:
-    """What checks ask for of one record.
+    """The columns of one record that checks need.
 
     Attributes:
-        figures: (columns of figures, parameters), as the names of its record say.
-        names: those of the figures.
-        others: the other columns, text as numbers.
+        figures: the float columns: (columns, parameters).
+        names: names of these columns.
+        others: the other columns, with text encoded as integers.
     """
 
     figures: NDArray[np.float64]
@@ -63,7 +62,7 @@ class _KeptRecord:
     others: dict[str, NDArray[Any]]
 
     def of(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """Some of the figures."""
+        """The float columns with these names."""
         if list(self.names) == names:
             return self.figures
         return self.figures[[self.names.index(name) for name in names]]
@@ -73,7 +72,7 @@ class LiveDiagnosis:
     """Reports each finding once while records arrive; a sink with its own thread.
 
     Args:
-        tell: called with each new finding.
+        callback: called with each new finding.
         history: returns what earlier attempts recorded in the dataset being continued; findings
             from them count as reported.
     """
@@ -82,52 +81,52 @@ class LiveDiagnosis:
 
     def __init__(
         self,
-        tell: Callable[[Finding], object],
+        callback: Callable[[Finding], object],
         history: Callable[[], pd.DataFrame | None] | None = None,
     ) -> None:
-        self._tell = tell
+        self._callback = callback
         self._history = history
         self._kept: dict[str, list[_KeptRecord]] = {}
         self._names: dict[str, dict[str, int]] = {name: {} for name in _TEXT}
         self._count = 0
         self._looked_at = 0
-        self._attempts: dict[str, tuple[int, int]] = {}  # the latest, and its records so far
+        self._attempts: dict[str, tuple[int, int]] = {}  # latest attempt, and its records so far
         self._runs: dict[str, Mapping[str, Any]] = {}
-        self._told_runs: list[Description] = []
+        self._descriptions: list[Description] = []
         self._before: dict[str, Any] = {}
         self._about: Mapping[str, Any] = {}
         self._urgent: set[tuple[str, str]] = set()
-        self._told: set[Key] = set()
+        self._reported: set[Key] = set()
         self._problems: list[str] = []
         self._raised = False
 
     def __repr__(self) -> str:
-        return f"on_finding={getattr(self._tell, '__qualname__', repr(self._tell))}"
+        return f"on_finding={getattr(self._callback, '__qualname__', repr(self._callback))}"
 
     @property
-    def told(self) -> list[Key]:
+    def reported(self) -> list[Key]:
         """Findings reported so far."""
-        return sorted(self._told)
+        return sorted(self._reported)
 
-    def mark_told(self, told: Iterable[Iterable[Any]]) -> None:
-        """Do not report these again: another instance has."""
-        for code, optimizer, parameter, step in told:
-            self._told.add((str(code), str(optimizer), str(parameter), int(step)))
+    def mark_reported(self, keys: Iterable[Iterable[Any]]) -> None:
+        """Mark findings as reported, because another instance has reported them."""
+        for code, optimizer, parameter, step in keys:
+            self._reported.add((str(code), str(optimizer), str(parameter), int(step)))
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Set the run's description, for the time before the first record."""
         self._about = run
 
     def write(self, record: Record) -> None:
-        """Take one record, and run the checks when they are due."""
+        """Keep one record, and run the checks if they are due."""
         if self._history is not None:
             history, self._history = self._history, None
-            with contextlib.suppress(OSError, ValueError):  # without it, less is known
+            with contextlib.suppress(OSError, ValueError):  # the history is optional
                 self._begin_after(history())
         name = record.optimizer
         if self._runs.get(name) is not record.run:
             self._runs[name] = record.run
-            self._told_runs.append(Description(record.attempt, record.step, name, record.run))
+            self._descriptions.append(Description(record.attempt, record.step, name, record.run))
         latest, count = self._attempts.get(name, (record.attempt, 0))
         count = count + 1 if latest == record.attempt else 1
         self._attempts[name] = record.attempt, count
@@ -142,7 +141,7 @@ class LiveDiagnosis:
             self._look(ongoing=True)
 
     def flush(self) -> None:
-        """Check what has arrived since the last time."""
+        """Run the checks if records have arrived since the last time."""
         if self._count > self._looked_at:
             self._look(ongoing=True)
 
@@ -165,13 +164,13 @@ class LiveDiagnosis:
         figures = np.array([columns[each] for each in names], dtype=np.float64)
         kept = self._kept.setdefault(name, [])
         kept.append(_KeptRecord(figures, names, others))
-        most = max(NEWEST // 4, min(MOST, MOST_BYTES // max(figures.nbytes, 1)))
-        if len(kept) > most:  # every second of the older ones, but for the first
-            older = max(2, len(kept) - min(NEWEST, most // 2))
+        limit = max(NEWEST // 4, min(MAX_RECORDS, MAX_BYTES // max(figures.nbytes, 1)))
+        if len(kept) > limit:  # drop every second of the older ones, but not the first
+            older = max(2, len(kept) - min(NEWEST, limit // 2))
             kept[:older] = kept[:older:2]
 
     def _is_urgent(self, name: str, columns: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether a record has, for the first time, what must be reported at once."""
+        """Whether a record shows, for the first time, something to report immediately."""
         with np.errstate(invalid="ignore"):
             signs = {
                 (name, "nonfinite"): bool((columns["nonfinite"] > 0).any()),
@@ -199,7 +198,7 @@ class LiveDiagnosis:
                 columns[name] = pd.Categorical.from_codes(columns[name], categories=known)
         frame = pd.DataFrame(columns, copy=False)
         frame.attrs[KEY] = joined(
-            self._before, merged([Description(0, 0, "", self._about), *self._told_runs])
+            self._before, merged([Description(0, 0, "", self._about), *self._descriptions])
         )
         return frame
 
@@ -217,13 +216,13 @@ class LiveDiagnosis:
             found = list(diagnose(frame if len(frame.columns) else frame.assign(step=[])))
         for finding in found:
             key = _key(finding)
-            if key not in self._told:
-                self._told.add(key)
+            if key not in self._reported:
+                self._reported.add(key)
                 self._pass_on(finding)
 
     def _pass_on(self, finding: Finding) -> None:
         try:
-            self._tell(finding)
+            self._callback(finding)
         except BaseException as error:  # noqa: BLE001 - a callback may raise what it likes
             if not self._raised:
                 self._problems.append(
@@ -233,11 +232,11 @@ class LiveDiagnosis:
             self._raised = True
 
     def _begin_after(self, history: pd.DataFrame | None) -> None:
-        """Treat what an earlier attempt recorded as the beginning of this run."""
+        """Treat the records of earlier attempts as the beginning of this run."""
         if history is None or not len(history):
             return
         self._before = description(history)
-        self._told |= {_key(finding) for finding in diagnose(history)}
+        self._reported |= {_key(finding) for finding in diagnose(history)}
         for optimizer, rows in history.groupby("optimizer", sort=False, observed=True):
             for _, one in rows.groupby(["attempt", "step"], sort=True):
                 self._keep(str(optimizer), {str(name): one[name].to_numpy() for name in one})

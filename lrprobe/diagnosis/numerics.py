@@ -1,4 +1,4 @@
-"""Checks of numbers: values that are not finite, steps unexplained, updates lost."""
+"""Checks of numerics: non-finite values, unexplained steps, updates lost to rounding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ ALIVE = 1e-5
 UNEXPLAINED, TURNED = 5e-2, 1e-2
 STATE_UNEXPLAINED = 0.2
 HALF_SMALLEST = {"float16": 2.0**-25}
-"""By dtype, what rounds to 0: half of its smallest number. bfloat16 reaches as far as float32."""
+"""Dtype to half of its smallest positive number, which rounds to 0.
+
+bfloat16 has the exponent range of float32, so it is not listed.
+"""
 
 
 def nonfinite(series: Series) -> Iterator[Hit]:
-    """The first parameter that had elements that are not finite, and what made them so."""
+    """The first parameter with non-finite elements, and their cause as far as it is visible."""
     if "nonfinite" in series:
         bad = np.logical_and(series["nonfinite"] > 0, series.stepped)
-    elif "update_norm" in series:  # of a logdir, which every step has, once there was one
+    elif "update_norm" in series:  # in a logdir; once present, every step has it
         norm = series["update_norm"]
         known = np.maximum.accumulate(np.isfinite(norm), axis=0)
         bad = series.stepped & known & ~np.isfinite(norm)
@@ -66,16 +69,16 @@ def nonfinite(series: Series) -> Iterator[Hit]:
 
 
 def unexplained(series: Series) -> Iterator[Hit]:
-    """Parameters whose steps are not the ones that their rule says."""
+    """Parameters whose actual steps differ from those of their rule."""
     measured = series.ruled_by("measured")
     error = series["reconstruction_error"]
     ruled = series.present & ~measured
     large = np.logical_and(ruled, error > UNEXPLAINED)
     turned = np.logical_and(ruled.any(axis=0), measured.any(axis=0))
-    most = np.fmax.reduce(np.where(ruled, error, np.nan), axis=0)
-    for column in np.flatnonzero((turned & ~(most < TURNED)) | (large.sum(axis=0) >= 2)):
+    largest = np.fmax.reduce(np.where(ruled, error, np.nan), axis=0)
+    for column in np.flatnonzero((turned & ~(largest < TURNED)) | (large.sum(axis=0) >= 2)):
         wrong = large[:, column] if large[:, column].any() else measured[:, column]
-        worst = float(most[column])
+        worst = float(largest[column])
         evidence = "the reconstructed and the actual step differ by up to {error:.2g} of the step"
         if turned[column]:
             evidence += "; its rate has been measured since"
@@ -86,7 +89,7 @@ def lost(series: Series) -> Iterator[Hit]:
     """Parameters most of whose updates are lost to rounding."""
     spread = series["grad_norm"] / np.sqrt(series.numel)
     alive = spread >= ALIVE * np.fmax.reduce(spread, axis=1)[:, None]
-    # What moves without a gradient is what momentum has left over: too small to be missed.
+    # Elements without a gradient move by what is left of the momentum, which is negligible.
     zero = series["zero_grad_fraction"]
     lost = (series["lost_fraction"] - zero) / (1 - zero)
     lost = np.where(series.near_peak & alive, lost, np.nan)
@@ -118,21 +121,21 @@ def lost(series: Series) -> Iterator[Hit]:
 
 
 def dtypes_of(series: Series) -> list[set[str]]:
-    """The dtypes that parameters may have, by their group: (parameters,); empty where unknown."""
+    """The dtypes in each parameter's group: (parameters,); empty if unknown."""
     return [set(found or ()) for found in series.option("dtypes")]
 
 
 def eps_underflows(series: Series) -> Iterator[Hit]:
-    """An ε that is 0 in the dtype in which it is added."""
+    """Groups whose ε rounds to 0 in the dtype in which it is added."""
     dtypes, fused = dtypes_of(series), series.option("fused")
-    told = set()
+    reported = set()
     for column, eps in enumerate(series.option("eps")):
         group = float(series.group[column])
-        if not isinstance(eps, int | float) or not eps > 0 or group in told or fused[column]:
+        if not isinstance(eps, int | float) or not eps > 0 or group in reported or fused[column]:
             continue  # fused kernels add it in float32
         for dtype in sorted(dtypes[column] & HALF_SMALLEST.keys()):
             if eps <= HALF_SMALLEST[dtype]:
-                told.add(group)
+                reported.add(group)
                 values = {"eps": eps, "smallest": 2 * HALF_SMALLEST[dtype]}
                 evidence = f"ε = {{eps:.2g}} rounds to 0 in {dtype}, whose smallest positive "
                 evidence += "number is {smallest:.2g}"
@@ -140,7 +143,7 @@ def eps_underflows(series: Series) -> Iterator[Hit]:
 
 
 def state_unexplained(series: Series) -> Iterator[Hit]:
-    """Parameters whose state is not what their rule makes of the gradient."""
+    """Parameters whose state does not follow from the gradient by their rule."""
     error = np.where(series.stepped, series["state_error"], np.nan)
     large = error > STATE_UNEXPLAINED
     for column in np.flatnonzero(large.sum(axis=0) >= 2):

@@ -1,4 +1,4 @@
-"""Checks of the rates and steps that parameters really get."""
+"""Checks of the effective rates and the sizes of steps."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ ADAGRAD_DECAY = 0.1
 
 
 def adam_scale(series: Series) -> Iterator[Hit]:
-    """Parameters whose steps are longer than Adam's can be, or far shorter than they are."""
+    """Parameters whose steps are longer than Adam allows, or far shorter than usual."""
     family = adam_family(series)
     if not family.any():
         return
     lr, root = series["lr"], np.sqrt(series.numel)
     scale = np.where(family & (lr > 0), series["update_norm"] / (lr * root), np.nan)
     own = scale
-    if "decay" in series and "param_norm" in series:  # without the part that is weight decay's
+    if "decay" in series and "param_norm" in series:  # subtract the part due to weight decay
         decay = np.nan_to_num(series["decay"])
         own = np.where(decay > 0, scale - decay * series["param_norm"] / (lr * root), scale)
-    most = _longest(series)
-    high = own > ADAM_MARGIN * most
+    longest = _longest(series)
+    high = own > ADAM_MARGIN * longest
     for column in np.flatnonzero(high.sum(axis=0) >= 2):
         row = int(np.where(high[:, column], own[:, column], -np.inf).argmax())
-        values = {"scale": own[row, column], "most": most[row, column]}
+        values = {"scale": own[row, column], "most": longest[row, column]}
         evidence = "update_norm/(lr·√numel) reaches {scale:.2g}; with these betas "
         evidence += "Adam cannot exceed {most:.2g}"
         steps = series.steps[high[:, column]]
@@ -50,7 +50,7 @@ def adam_scale(series: Series) -> Iterator[Hit]:
 
 
 def _longest(series: Series) -> Floats:
-    """The longest step that Adam can take, in units of lr: (steps, parameters); NaN if unknown.
+    """The longest step possible with Adam, in units of lr: (steps, parameters); NaN if unknown.
 
     |m̂|/√v̂ is at most √(Σ a²/b), where a and b are the weights of past gradients in m̂ and v̂
     (Cauchy and Schwarz): 1 in the first step; after a spike, about (1−β₁)/√(1−β₂).
@@ -63,22 +63,22 @@ def _longest(series: Series) -> Floats:
             continue
         one, two = float(betas[0]), float(betas[1])
         usual = longest_step(series.steps, one, two)[:, None]
-        # max(β₂·u, |g|) remembers less than a mean: Σ a·β₂⁻ᵏ.
+        # Adamax's max(β₂·u, |g|) gives the bound Σ a·β₂⁻ᵏ.
         largest = _sum(
             np.asarray((1 - one) / (1 - one**series.steps), np.float64),
             one / max(two, 1e-9),
             series.steps,
         )
-        # NAdam has more of the newest gradient, as if one more β₁ were left out.
+        # NAdam weights the newest gradient more, as if with one factor β₁ fewer.
         nadam = usual + longest_step(series.steps, 0.0, two)[:, None]
-        most = np.where(maximum, largest[:, None], np.where(nesterov, nadam, usual))
+        longest = np.where(maximum, largest[:, None], np.where(nesterov, nadam, usual))
         its = [isinstance(e, list | tuple) and tuple(e[:2]) == betas for e in given]
-        result[:, its] = most[:, its]
+        result[:, its] = longest[:, its]
     return result
 
 
 def longest_step(steps: Ints, one: float, two: float) -> Floats:
-    """√(Σ a²/b) for the betas of Adam, after so many steps."""
+    """√(Σ a²/b) for Adam's betas, after each of these numbers of steps."""
     scale = ((1 - one) / (1 - one**steps)) ** 2 * (1 - two**steps) / (1 - two)
     return np.sqrt(_sum(scale, one**2 / max(two, 1e-9), steps))
 
@@ -92,9 +92,9 @@ def _sum(scale: Floats, ratio: float, steps: Ints) -> Floats:
 
 
 def eps_rules(series: Series) -> Iterator[Hit]:
-    """Matrices in most of whose elements ε is larger than what it is added to."""
+    """Matrices in which ε exceeds the statistic that it is added to, for most elements."""
     where = series.near_peak & matrices(series) & ~series.ruled_by("adadelta")
-    live = np.where(where, series["eps_fraction"], np.nan)  # of the elements that move
+    live = np.where(where, series["eps_fraction"], np.nan)  # a share of the moving elements
     early = quantile(live[: (len(live) + 1) // 2], 0.5) > EPS_SHARE
     for column, share in medians(live, above=EPS_SHARE):
         if early[column]:
@@ -109,7 +109,7 @@ def eps_rules(series: Series) -> Iterator[Hit]:
 
 
 def second_moment_rate(series: Series) -> Floats:
-    """log₁₀ of the median effective rate over lr, where it is the second moment's: (s, p)."""
+    """log₁₀ of median effective rate over lr, NaN for rules without a second moment: (s, p)."""
     rate = np.log10(series["effective_lr_p50"] / series["lr"])
     codes, _ = series.rules
     fixed = series.ruled_by("sgd", "asgd", "rprop", "muon", "measured") | (codes < 0)
@@ -126,7 +126,7 @@ def _rate_changes(series: Series, sign: int) -> Iterator[Hit]:
     change = rate - quantile(rate[settled:base], 0.5)
     ordered = np.sort(np.where(np.isnan(change), np.inf, abs(change)), axis=1)
     known = np.maximum(np.isfinite(ordered).sum(axis=1), 1)
-    others = ordered[np.arange(count), (known - 1) // 2]  # the lower median: of two, the calmer
+    others = ordered[np.arange(count), (known - 1) // 2]  # the lower median
     own = abs(change) - others[:, None]
     far = (own > RATE_DRIFT) & (np.sign(change) == sign)
     far[:base] = False
@@ -155,17 +155,17 @@ def _rate_changes(series: Series, sign: int) -> Iterator[Hit]:
 
 
 def rate_collapses(series: Series) -> Iterator[Hit]:
-    """Matrices whose rate falls, as those of others do not."""
+    """Matrices whose rate falls while that of others does not."""
     return _rate_changes(series, -1)
 
 
 def rate_explodes(series: Series) -> Iterator[Hit]:
-    """Matrices whose rate rises, as those of others do not."""
+    """Matrices whose rate rises while that of others does not."""
     return _rate_changes(series, 1)
 
 
 def update_ratio(series: Series) -> Iterator[Hit]:
-    """Matrices whose updates are far off the usual share of their norm."""
+    """Matrices whose update ratio is far outside the usual range."""
     where = series.near_peak & matrices(series) & ~series.ruled_by("measured")
     ratio = np.where(where & np.isfinite(series["update_ratio"]), series["update_ratio"], np.nan)
     low, high = RATIO_BAND
@@ -185,7 +185,7 @@ def update_ratio(series: Series) -> Iterator[Hit]:
 
 
 def adagrad_decay(series: Series) -> Iterator[Hit]:
-    """Matrices whose rate has fallen a long way, by Adagrad's design."""
+    """Matrices whose rate has fallen far, which is Adagrad's design."""
     adagrad = series.ruled_by("adagrad")
     if not adagrad.any() or len(series.steps) < FEW:
         return
@@ -199,7 +199,7 @@ def adagrad_decay(series: Series) -> Iterator[Hit]:
 
 
 def adadelta_eps(series: Series) -> Iterator[Hit]:
-    """Matrices in which ε decides on Adadelta's rate."""
+    """Matrices in which ε determines Adadelta's rate."""
     where = series.ruled_by("adadelta") & matrices(series) & series.near_peak
     share = np.where(where, series["eps_fraction"], np.nan)
     for column, median in medians(share, above=EPS_SHARE):

@@ -1,4 +1,4 @@
-"""Checks of resumed runs: state, rate and decay have to go on where they were."""
+"""Checks of resumed runs: state, learning rate and decay must continue where they were."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lrprobe.series import Floats, Ints, Series, first, last, quantile
 
 FRESH, FRESH_JUMP, SMALL_JUMP, FRESH_MOMENTUM = 1e-3, 3.0, 0.02, 0.01
 OFF = 0.02
-"""Share of lr, or of a decay, by which a resume may be off its schedule."""
+"""Relative difference of lr, or of a decay, that is allowed at a resume."""
 STEADY, STALLED = 1.5, 2.0
 
 
 def state_lost(series: Series) -> Iterator[Hit]:
-    """Where a run went on with its parameters and without the optimizer's state."""
+    """Resumes that kept the parameters but lost the optimizer's state."""
     yield from _restarted(series)
     yield from _fresh_adadelta(series)
     yield from _fresh_moments(series)
 
 
 def _restarted(series: Series) -> Iterator[Hit]:
-    """The count began anew while the parameters went on."""
+    """Resumes whose step count started over while the parameters continued."""
     counting = series.ruled_by(*ADAM_FAMILY, "adadelta", "rmsprop", "adafactor", "rprop", "asgd")
     if not series.superseded or "param_norm" not in series or not counting.any():
         return
@@ -64,7 +64,7 @@ def _restarted(series: Series) -> Iterator[Hit]:
 
 
 def _fresh_adadelta(series: Series) -> Iterator[Hit]:
-    """Adadelta's mean of past updates is 0 before the first step only."""
+    """Adadelta's mean of past updates is 0 again, as it should be only before the first step."""
     if "rms_update_mean" not in series:
         return
     mean = series["rms_update_mean"]
@@ -83,7 +83,7 @@ def _fresh_adadelta(series: Series) -> Iterator[Hit]:
 
 
 def _fresh_moments(series: Series) -> Iterator[Hit]:
-    """Where an attempt goes on, the rates jump as they never did, or there is no momentum."""
+    """Resumes at which the rates jump as never before, or the momentum is missing."""
     large = matrices(series)
     for row in (np.flatnonzero(np.diff(series.attempt) > 0) + 1).tolist():
         if row < FEW or not large.any():
@@ -107,35 +107,43 @@ def _fresh_moments(series: Series) -> Iterator[Hit]:
 
 
 def _jumps(series: Series, row: int) -> Floats:
-    """How much rate and spread of rates change into a row, over their changes before: (p,)."""
-    most = np.full(len(series.names), np.nan)
+    """Change of rate and spread of rates at a row, over their usual changes: (parameters,)."""
+    largest = np.full(len(series.names), np.nan)
     columns = ("lr", *(f"effective_lr_{q}" for q in ("p05", "p50", "p95")))
     if not all(column in series for column in columns):
-        return most
+        return largest
     rate = second_moment_rate(series)
     spread = np.log10(series["effective_lr_p95"] / series["effective_lr_p05"])
     spread[np.isnan(rate)] = np.nan
-    rate[series.ruled_by("adafactor")] = np.nan  # whose clipping moves it from step to step
+    rate[series.ruled_by("adafactor")] = np.nan  # clipping changes it at every step
     for figure in (rate, spread):
         change = abs(np.diff(figure[max(0, row - 6) : row + 1], axis=0))
         usual = np.maximum(np.fmax.reduce(change[:-1], axis=0), SMALL_JUMP)
-        most = np.fmax(most, change[-1] / usual)
-    return most
+        largest = np.fmax(largest, change[-1] / usual)
+    return largest
 
 
 def _without_momentum(series: Series) -> Floats:
-    """How far the update is from rate times gradient, where the rule has momentum: (s, p)."""
+    """Relative difference of the update from rate times gradient: (steps, parameters).
+
+    It is near 0 only without momentum.
+    """
     if not all(name in series for name in ("effective_lr_applied", "update_norm", "grad_norm")):
         return np.full(series.shape, np.nan)
     alone = series["effective_lr_applied"] * series["grad_norm"]
     return np.where(alone > 0, abs(series["update_norm"] / alone - 1), np.nan)
 
 
-# The rate, and the decay.
+# Checks of the learning rate and of the decay.
 
 
 class _Resume(NamedTuple):
-    """A group's rate around the row in which a resumed run begins."""
+    """The rows around a resume in which a group's rate is known.
+
+    Attributes:
+        row: first row after the resume.
+        before, after: rows before and after it.
+    """
 
     row: int
     before: Ints
@@ -143,7 +151,7 @@ class _Resume(NamedTuple):
 
 
 def _resumes(series: Series, lr: Floats) -> Iterator[_Resume]:
-    """Where a group's rate is known on both sides."""
+    """The resumes at which a group's rate is known on both sides."""
     rows = np.flatnonzero(~np.isnan(lr))
     ends = [*series.resumes.tolist(), len(series.steps)]
     for row, end in pairwise(ends):
@@ -153,7 +161,7 @@ def _resumes(series: Series, lr: Floats) -> Iterator[_Resume]:
 
 
 def lr_jumps(series: Series) -> Iterator[Hit]:
-    """Groups whose rate, at a resume, is not where the schedule was."""
+    """Groups whose rate does not continue the schedule at a resume."""
     names, rates = groups(series)
     _, bases = group_figures(series, "initial_lr")
     for column, name in enumerate(names):
@@ -163,7 +171,7 @@ def lr_jumps(series: Series) -> Iterator[Hit]:
             values = {"before": lr[before], "after": lr[row], "step": series.steps[row]}
             expected = _recorded_before(series, name, resume, lr)
             if expected is not None:
-                if expected == expected:  # noqa: PLR0124 - NaN: it is where it was
+                if expected == expected:  # noqa: PLR0124 - NaN if the rates agree
                     values["expected"] = expected
                     evidence = "lr is {after:.4g} at step {step:,.0f}; before the resume it was "
                     evidence += "{expected:.4g} there"
@@ -183,9 +191,9 @@ def lr_jumps(series: Series) -> Iterator[Hit]:
 
 
 def _recorded_before(series: Series, name: str, resume: _Resume, lr: Floats) -> float | None:
-    """The rate of the attempt that was replaced, where the new one does not have it.
+    """The rate that a superseded attempt had at the steps after the resume, if it differs.
 
-    None where no attempt tells; NaN where the rates agree.
+    None if no attempt has these steps; NaN if the rates agree.
     """
     for old in reversed(series.superseded):
         old_names, old_rates = groups(old)
@@ -199,7 +207,7 @@ def _recorded_before(series: Series, name: str, resume: _Resume, lr: Floats) -> 
             at = int(np.searchsorted(steps, series.steps[row]))
             if at >= len(steps):
                 break
-            # Between two recorded steps the rate is between theirs.
+            # A rate between two recorded steps is assumed to lie between theirs.
             beside = (
                 old_lr[at : at + 1] if steps[at] == series.steps[row] else old_lr[at - 1 : at + 1]
             )
@@ -216,7 +224,7 @@ def _recorded_before(series: Series, name: str, resume: _Resume, lr: Floats) -> 
 
 
 def _off(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool:
-    """Whether the rate jumps over a resume as it does nowhere else."""
+    """Whether the rate jumps at a resume as it does nowhere else."""
     row, before = resume.row, int(resume.before[-1])
     old, new = lr[before], lr[row]
     gap = float(series.steps[row] - series.steps[before])
@@ -233,29 +241,29 @@ def _off(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool:
     with np.errstate(all="ignore"):
         change = np.diff(np.log(lr[known]))
     flat = np.concatenate([[True], abs(change) < 1e-3, [True]])
-    steps_down = change[flat[:-2] & flat[2:]]  # a step between two that are flat: StepLR's
+    steps_down = change[flat[:-2] & flat[2:]]  # a change between constant rates, as by StepLR
     at = len(resume.before) - 1
     alike = abs(change - jump) < 0.25 * abs(jump)
     alike[at] = False
-    # Between distant recorded steps no rate is flat; then the same factor again and again tells.
+    # If recorded steps are far apart, no rate looks constant, but the same factor recurs.
     again = abs(change - jump) < 1e-6
     if (alike & flat[:-2] & flat[2:]).any() or again.sum() > 2:
         return False
-    # A milestone may come with the resume; then the base stays.
+    # A milestone of the schedule may coincide with the resume; then the base rate is unchanged.
     same_base = abs(base[row] / base[before] - 1) < OFF
     between_flats = bool(flat[at] and flat[at + 2]) and len(resume.before) > 1
     return not (jump < 0 and same_base and between_flats and len(steps_down) > 0)
 
 
 def _slope(series: Series, lr: Floats, rows: Ints) -> float:
-    """Change of a rate a step, over some rows."""
+    """Change of a rate per step, over some rows."""
     if len(rows) < 2:
         return 0.0
     return float((lr[rows[-1]] - lr[rows[0]]) / (series.steps[rows[-1]] - series.steps[rows[0]]))
 
 
 def _new_base(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool:
-    """Whether the schedule took the rate of the resume as its base: it then falls more slowly."""
+    """Whether the schedule took the rate at the resume as its base, and so falls more slowly."""
     row, before = resume.row, int(resume.before[-1])
     if len(resume.before) < FEW or len(resume.after) < FEW or not lr[before] > 0:
         return False
@@ -266,13 +274,13 @@ def _new_base(series: Series, lr: Floats, resume: _Resume, base: Floats) -> bool
     matters = abs(slopes[0]) * span > OFF * lr[before]
     if not (changed and is_rate and matters):
         return False
-    # A slope is in proportion to the base: half of the base, half of the slope.
+    # The slope is proportional to the base rate.
     slower = slopes[1] / slopes[0] < np.sqrt(lr[before] / base[before])
     return bool(slower)
 
 
 def schedule_stalled(series: Series) -> Iterator[Hit]:
-    """Groups whose rate stays, since a resume, while it kept changing before."""
+    """Groups whose rate is constant since a resume although it kept changing before."""
     names, rates = groups(series)
     for column, name in enumerate(names):
         lr = rates[:, column]
@@ -280,7 +288,7 @@ def schedule_stalled(series: Series) -> Iterator[Hit]:
             after, before = lr[resume.after], resume.before
             if len(after) < FEW or np.ptp(after) > 1e-6 * abs(after).max() or after[0] == 0:
                 continue
-            moved = before[1:][np.diff(lr[before]) != 0]  # rows in which the rate was a new one
+            moved = before[1:][np.diff(lr[before]) != 0]  # rows in which the rate changed
             if len(moved) < FEW:
                 continue
             usual = float(np.diff(series.steps[moved])[-FEW:].max())
@@ -297,7 +305,7 @@ def schedule_stalled(series: Series) -> Iterator[Hit]:
 
 
 def decay_jumps(series: Series) -> Iterator[Hit]:
-    """Groups whose weight decay is another in the first step of a resume only."""
+    """Groups whose weight decay differs only in the first step after a resume."""
     names, _ = groups(series)
     for column, name in enumerate(names):
         decay = _weight_decay(series, column, int(name.split()[-1]))
@@ -315,7 +323,7 @@ def decay_jumps(series: Series) -> Iterator[Hit]:
 
 
 def _weight_decay(series: Series, column: int, group: int) -> Floats:
-    """The λ of a group in each step: from the figures where decay is decoupled, else as given."""
+    """λ of a group in each step: decay over lr if it is decoupled, else from the description."""
     _, lr = groups(series)
     _, decay = group_figures(series, "decay")
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""From a frame to findings."""
+"""``diagnose``: runs the checks on a frame."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def diagnose(
         raise ValueError("this is not an lrprobe frame: it has no column 'step'")
     found: list[tuple[tuple[bool, int, str, str, float], Finding]] = []
     counts = []
-    most = 0
+    longest = 0
     every = list(series_of(frame))
     for series in every:
         _overlay(series, hyperparameters or {})
         series.ongoing = ongoing
-        most = max(most, len(series.steps))
+        longest = max(longest, len(series.steps))
         counts.append(f"{len(series.steps):,} steps × {counted(len(series.names), series.key)}")
         found += _look(series, CHECKS)
     if not ongoing:
@@ -90,7 +90,7 @@ def diagnose(
     )
     if len(set(counts)) > 3:
         looked_at += "; and others"
-    left_out = (*_few_steps(most), *_without_columns(frame), *_without_description(every))
+    left_out = (*_few_steps(longest), *_without_columns(frame), *_without_description(every))
     return Findings([finding for _, finding in found], looked_at, left_out)
 
 
@@ -126,7 +126,7 @@ def _overlay(series: Series, hyperparameters: Mapping[str, Mapping[str, Any]]) -
 def _without_steps(
     frame: pd.DataFrame, every: Sequence[Series]
 ) -> Iterator[tuple[tuple[bool, int, str, str, float], Finding]]:
-    """Optimizers that the run describes and that have no recorded step."""
+    """Findings about optimizers in the run's description that have no recorded step."""
     runs = frame.attrs.get(KEY, {}).get("runs", {"": None})
     rank = next(at for at, check in enumerate(CHECKS) if check.find is no_steps)
     for run in runs:
@@ -139,17 +139,17 @@ def _without_steps(
                 yield (False, rank, run, name, 0.0), CHECKS[rank].finding(nothing, hit)
 
 
-def _few_steps(most: int) -> Iterator[str]:
-    """A sentence on what the recorded steps are too few for."""
-    few = f"Only {counted(most, 'step')} recorded" if most else "Nothing was recorded"
-    if most < FEW:
+def _few_steps(longest: int) -> Iterator[str]:
+    """A sentence that says for which checks there are too few recorded steps."""
+    few = f"Only {counted(longest, 'step')} recorded" if longest else "Nothing was recorded"
+    if longest < FEW:
         yield f"{few}: most checks need {FEW} steps"
-    elif most < MANY:
+    elif longest < MANY:
         yield f"{few}: it takes {MANY} to see rates collapse or explode"
 
 
 def _without_columns(frame: pd.DataFrame) -> Iterator[str]:
-    """A sentence on the checks whose columns are missing."""
+    """A sentence that lists the checks whose columns are missing."""
     missing = {check.code: [c for c in check.needs if c not in frame] for check in CHECKS}
     codes = [code for code, columns in missing.items() if columns]
     if codes:
@@ -161,7 +161,7 @@ def _without_columns(frame: pd.DataFrame) -> Iterator[str]:
 
 
 def _without_description(every: Sequence[Series]) -> Iterator[str]:
-    """A sentence on the checks that lack the run's description, or a part of it."""
+    """A sentence that lists the checks for which the run's description is incomplete."""
     unknown: dict[str, None] = {}
     for series in every:
         for check in CHECKS:

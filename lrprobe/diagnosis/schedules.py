@@ -1,4 +1,4 @@
-"""Checks of the learning rate that groups are given."""
+"""Checks of the learning-rate schedules of parameter groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAME, SAME_SHARE = 1e-6, 0.9
 
 
 def group_rate_zero(series: Series) -> Iterator[Hit]:
-    """Groups whose rate is 0 in all steps, or in the last ones."""
+    """Groups whose rate is 0 in all steps, or from some step until the end."""
     names, rates = groups(series)
     known = ~np.isnan(rates)
     for column in range(len(names)):
@@ -35,7 +35,7 @@ def group_rate_zero(series: Series) -> Iterator[Hit]:
 
 
 def group_off_schedule(series: Series) -> Iterator[Hit]:
-    """Groups whose rate stays while that of others changes."""
+    """Groups whose rate is constant while that of others changes."""
     names, rates = groups(series)
     for column in range(len(names)):
         known = ~np.isnan(rates[:, column])
@@ -56,7 +56,7 @@ def group_off_schedule(series: Series) -> Iterator[Hit]:
 
 
 def group_rate_overwritten(series: Series) -> Iterator[Hit]:
-    """Groups that began with rates of their own and have the same rate in nearly all steps."""
+    """Groups that started at different rates but have the same rate in nearly all steps."""
     if series.key != "parameter":
         return
     names, rates = groups(series)
@@ -70,7 +70,7 @@ def group_rate_overwritten(series: Series) -> Iterator[Hit]:
             base, its_base = bases[both, column][0], bases[both, other][0]
             same = abs(own / its - 1) < SAME
             apart = abs(base / its_base - 1) > 0.01
-            # What anneals to one floor is equal at the end only, and no longer moves.
+            # Schedules that anneal to one floor agree only at the end, where they are constant.
             moves = len(np.unique(own[same])) > 1 or same[1:].all()
             if apart and same.mean() >= SAME_SHARE and moves:
                 yield Hit(
@@ -91,7 +91,7 @@ def group_rate_overwritten(series: Series) -> Iterator[Hit]:
 
 
 def negative_rate(series: Series) -> Iterator[Hit]:
-    """Groups whose rate is below 0, and parameters whose effective rate is."""
+    """Groups with a negative rate, and parameters with a negative effective rate."""
     names, rates = groups(series)
     if not names:
         names, rates = series.names, series["lr"]
@@ -115,7 +115,7 @@ def negative_rate(series: Series) -> Iterator[Hit]:
 
 
 def schedule_ends_early(series: Series) -> Iterator[Hit]:
-    """Groups whose rate is next to nothing in more than half of the run."""
+    """Groups whose rate is a small fraction of its peak for more than half of the run."""
     names, rates = groups(series)
     for column, name in enumerate(names):
         rows = np.flatnonzero(~np.isnan(rates[:, column]))
@@ -125,7 +125,7 @@ def schedule_ends_early(series: Series) -> Iterator[Hit]:
         top = int(lr.argmax())
         low = (lr < ENDED * lr[top]) & (lr >= 0)
         low[:top] = False
-        span = np.diff(steps)  # of a step, since the one recorded before it
+        span = np.diff(steps)  # steps since the previous recorded step
         share = float(span[low[1:]].sum() / span.sum())
         if share > ENDED_SHARE:
             yield Hit(
@@ -139,7 +139,7 @@ def schedule_ends_early(series: Series) -> Iterator[Hit]:
 
 
 def schedule_not_reached(series: Series) -> Iterator[Hit]:
-    """Groups whose rate stays far below their own base in all of the run."""
+    """Groups whose rate stays far below their base rate for the whole run."""
     names, rates = groups(series)
     if not names or series.key != "parameter":
         return
@@ -186,7 +186,7 @@ def schedule_cycles(series: Series) -> Iterator[Hit]:
 
 
 def _lows(lr: Floats) -> list[int]:
-    """Rows where a rate had fallen to half at least, and after which it doubled at least."""
+    """Rows of minima: the rate at least halved before, and at least doubled after."""
     floor = 1e-3 * np.nanmax(lr, initial=0.0)
     lows: list[int] = []
     high, low, falling = -1, -1, False
@@ -206,7 +206,7 @@ def _lows(lr: Floats) -> list[int]:
 
 
 def short_warmup(series: Series) -> Iterator[Hit]:
-    """A warmup that is shorter than what the second moment remembers."""
+    """A warmup that is shorter than the memory of the second moment."""
     family = series.ruled_by("adam", "nadam", "sparse_adam", "rmsprop")
     columns = np.flatnonzero(family.any(axis=0))
     betas, alphas = series.option("betas"), series.option("alpha")
@@ -233,7 +233,7 @@ def short_warmup(series: Series) -> Iterator[Hit]:
 
 
 def _second(betas: object, alpha: object) -> float | None:
-    """β₂, or what RMSprop has in its place."""
+    """β₂, or RMSprop's α."""
     if isinstance(betas, list | tuple) and len(betas) > 1 and isinstance(betas[1], int | float):
         return float(betas[1])
     return float(alpha) if isinstance(alpha, int | float) else None

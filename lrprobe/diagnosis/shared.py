@@ -1,4 +1,4 @@
-"""What several checks need."""
+"""Helpers that several checks share."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lrprobe.series import Bools, Floats, Ints, Series, quantile
 from lrprobe.text import parts_of
 
 FEW = 3
-"""Recorded steps below which nothing is said to be always so."""
+"""Minimum number of recorded steps for a statement about all steps."""
 MANY = 10
-"""Those below which nothing is said of how rates develop."""
+"""Minimum number of recorded steps for a statement about how rates develop."""
 ADAM_FAMILY = ("adam", "nadam", "radam", "adamax", "sparse_adam")
 
 
 class Hit(NamedTuple):
-    """Where a check found something.
+    """One occurrence of a problem that a check found.
 
     Attributes:
-        parameter: its name.
+        parameter: name of the parameter.
         steps: the recorded steps in which it was seen.
-        evidence: in numbers, as a sentence; the words in braces are names of ``numbers``.
-        numbers: the same by name.
-        weight: how grave, among hits of the same check.
-        note: whether it is a note here, where the check is for findings.
-        meaning: what it usually means, where that is not what the check says.
-        advice: what to try, likewise.
+        evidence: a format string; its fields are the keys of ``numbers``.
+        numbers: the numbers in the evidence, by name.
+        weight: its importance among the hits of the same check.
+        note: whether it is a note although the check yields findings.
+        meaning: what it usually means, if that differs from the check's meaning.
+        advice: what to try, if that differs from the check's advice.
     """
 
     parameter: str
@@ -43,19 +43,19 @@ class Hit(NamedTuple):
 
 
 def lasting(where: Bools, known: Bools) -> Ints:
-    """The last rows of those that are known, in all of which it is so."""
+    """The longest run of known rows, up to the last one, in which the condition holds."""
     rows = np.flatnonzero(known)
     result: Ints = rows[len(rows) - np.logical_and.accumulate(where[rows][::-1]).sum() :]
     return result
 
 
 def groups(series: Series) -> tuple[list[str], Floats]:
-    """Names of the parameter groups, and the rate of each: (steps, groups)."""
+    """Names of the parameter groups, and their rates: (steps, groups)."""
     return group_figures(series, "lr")
 
 
 def group_figures(series: Series, column: str) -> tuple[list[str], Floats]:
-    """Names of the parameter groups, and the largest figure of each: (steps, groups)."""
+    """Names of the parameter groups, and the column's maximum in each: (steps, groups)."""
     numbers = np.unique(series.group[~np.isnan(series.group)])
     figures = np.full((len(series.steps), len(numbers)), np.nan)
     if column in series:
@@ -65,7 +65,7 @@ def group_figures(series: Series, column: str) -> tuple[list[str], Floats]:
 
 
 def medians(matrix: Floats, above: float) -> Iterator[tuple[int, float]]:
-    """Parameters with at least ``FEW`` figures whose median is above a bound, and the median."""
+    """(parameter, median) of those with at least ``FEW`` values and a median above a bound."""
     median = quantile(matrix, 0.5)
     enough = (~np.isnan(matrix)).sum(axis=0) >= FEW
     for column in np.flatnonzero(enough & (median > above)):
@@ -73,7 +73,7 @@ def medians(matrix: Floats, above: float) -> Iterator[tuple[int, float]]:
 
 
 def adam_family(series: Series) -> Bools:
-    """Where a parameter is stepped by Adam or a relative: by its rule, or by its name."""
+    """Where a parameter is stepped by Adam or a variant, judged by rule or optimizer name."""
     family = series.ruled_by(*ADAM_FAMILY)
     rectifying = np.zeros_like(family)
     if "effective_lr_p50" in series:
@@ -87,10 +87,11 @@ def adam_family(series: Series) -> Bools:
 
 
 def matrices(series: Series) -> Bools:
-    """Which parameters are matrices, as far as a name and a size tell: (parameters,).
+    """Which parameters are matrices, judged by name and size: (parameters,).
 
-    The frame has no shapes. A vector is called ``bias``, or is no larger than the bias beside it
-    (the weight of a norm); where there are no names, it is small. Rows of modules and groups count.
+    The frame has no shapes. A vector is called ``bias``, or is no larger than the bias of the same
+    module (the weight of a norm). Without names, a vector is a small parameter. Rows of modules and
+    groups count as matrices.
     """
     if "matrices" not in series.memo:
         series.memo["matrices"] = _matrices(series)

@@ -1,4 +1,4 @@
-"""Checks of who steps which parameter, and of how an optimizer counts its steps."""
+"""Checks of which optimizer steps which parameter, and of how optimizers count their steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lrprobe.series import Series
 
 
 def not_in_optimizer(series: Series) -> Iterator[Hit]:
-    """Parameters that had a gradient and that no optimizer with a probe has."""
-    if series.siblings[0] is not series:  # it is about the run: report it once
+    """Parameters that have a gradient but are in no optimizer with a probe."""
+    if series.siblings[0] is not series:  # it concerns the whole run, so report it once
         return
     for name in series.about.get(NOT_IN_OPTIMIZER) or ():
         evidence = "it is trainable and has a gradient, but no optimizer with a probe has it"
@@ -21,13 +21,14 @@ def not_in_optimizer(series: Series) -> Iterator[Hit]:
 def in_two_optimizers(series: Series) -> Iterator[Hit]:
     """Parameters that two optimizers step."""
     for name, optimizers in (series.about.get(IN_TWO_OPTIMIZERS) or {}).items():
-        if series is next(each for each in series.siblings if each.optimizer in optimizers):
+        having = [each for each in series.siblings if each.optimizer in optimizers]
+        if having and series is having[0]:  # report it once
             evidence = f"both {' and '.join(map(_plain, optimizers))} step it"
             yield Hit(name, series.steps, evidence, {"optimizers": len(optimizers)})
 
 
 def step_stuck(series: Series) -> Iterator[Hit]:
-    """An optimizer whose own step count was not what its steps make of it."""
+    """An optimizer whose step count does not match the steps that it took."""
     wrong = series.optimizer_about.get("step_count")
     if not wrong:
         return
@@ -39,5 +40,5 @@ def step_stuck(series: Series) -> Iterator[Hit]:
 
 
 def _plain(name: str) -> str:
-    """A name that ``str.format`` leaves as it is."""
+    """Escape a name for ``str.format``."""
     return name.replace("{", "{{").replace("}", "}}")

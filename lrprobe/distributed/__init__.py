@@ -1,10 +1,10 @@
-"""Shards and replicas of the parameters, over ``torch.distributed``: one frame, on rank 0.
+"""Merges shards and replicas of the parameters over ``torch.distributed`` into one frame on rank 0.
 
-At ``attach`` the ranks tell each other the names of their parameters and how these are laid out
-over the ranks. From that each knows which pieces of which rows it adds, so that nothing is counted
-twice. A recorded step is then two collectives on a process group of our own, a third for the
-distributions of rates that differ by element, and one more where tensor parallelism leaves partial
-gradients: issued in the optimizer's hook, and picked up at a later one.
+At ``attach``, the ranks exchange the names and layouts of their parameters. From these, each rank
+knows which pieces it contributes to which rows, so that no element is counted twice. A recorded
+step then takes two all-reduces on lrprobe's own process group, a third for the distributions of
+rates that differ by element, and one more if tensor parallelism leaves partial gradients. They are
+issued in the optimizer's hook, and completed in a later one.
 """
 
 from lrprobe.distributed.exchange import Exchange, finish

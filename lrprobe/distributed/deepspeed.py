@@ -1,9 +1,9 @@
-"""DeepSpeed's optimizers: which range of which flat tensor is whose.
+"""DeepSpeed's optimizers: maps ranges of their flat tensors to parameters.
 
-All that lrprobe knows of DeepSpeed is here. Its wrappers give a torch optimizer other tensors than
-the model's: the fp32 master weights of a parameter group, flat, and under ZeRO only this rank's
-part of them. Attributes are those of DeepSpeed 0.19; where they are not there, or do not lead to
-the parameter's own values, nothing is guessed.
+Everything that is specific to DeepSpeed is here. Its wrappers do not give a torch optimizer the
+model's parameters but flat fp32 master weights, one tensor per parameter group, of which ZeRO gives
+each rank only a part. The attributes are those of DeepSpeed 0.19. If they are missing, or do not
+lead to the parameter's values, the tensors stay unnamed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lrprobe.names import Names
 
 
 class UnknownError(Exception):
-    """Why it cannot be told whose the elements of a tensor are."""
+    """The elements of a tensor cannot be mapped to parameters; the message says why."""
 
 
 def parts_of(optimizer: Optimizer, names: Names) -> Parts | None:
-    """What DeepSpeed has given to a torch optimizer to step; None where it has given it nothing."""
+    """The flat tensors that DeepSpeed gave to a torch optimizer; None without DeepSpeed."""
     wrapper = _holder(optimizer, "deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer")
     if wrapper is None:
         return None
@@ -40,7 +40,7 @@ def parts_of(optimizer: Optimizer, names: Names) -> Parts | None:
         unknown = f"DeepSpeed's {type(wrapper).__name__}: {error}"
         flats = list(_nameless(wrapper, optimizer))
     if not flats:
-        return None  # it steps nothing that could be seen
+        return None  # no tensors to read
     group = getattr(wrapper, "dp_process_group", None)
     return Parts(
         weakref.ref(optimizer),
@@ -53,9 +53,9 @@ def parts_of(optimizer: Optimizer, names: Names) -> Parts | None:
 
 
 def _holder(inner: Any, module: str, name: str) -> Any:
-    """The instance of a class that has ``inner`` as its optimizer; None where none has.
+    """The instance of a class whose ``optimizer`` is ``inner``; None if there is none.
 
-    A torch optimizer does not know by whom it is held, and it may be all that the user has.
+    A torch optimizer does not refer to its wrapper, and the user may have only the optimizer.
     """
     cls = getattr(sys.modules.get(module), name, None)
     if cls is None:
@@ -67,18 +67,18 @@ def _holder(inner: Any, module: str, name: str) -> Any:
 
 
 class _Skips:
-    """Counts the steps that the engine skipped for gradients that are not finite: no hook tells."""
+    """Counts the steps that the engine skipped for non-finite gradients, which run no hook."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = None if engine is None else weakref.ref(engine)
         self._seen = self._counts()
 
     def __call__(self) -> int:
-        """How many there were since it was last asked."""
+        """The number of skipped steps since the last call."""
         (steps, skipped), now = self._seen, self._counts()
         self._seen = now
         new = now[1] - skipped
-        # A checkpoint that is loaded changes both in another way than a training does.
+        # Loading a checkpoint changes both counts in a way that training does not.
         return new if 0 < new <= now[0] - steps <= new + 1 else 0
 
     def _counts(self) -> tuple[int, int]:
@@ -87,16 +87,16 @@ class _Skips:
 
 
 def _is(thing: Any, module: str, name: str) -> bool:
-    """Whether it is of that very class: a subclass may keep its tensors in another way."""
+    """Whether it is exactly of this class, because a subclass may store its tensors differently."""
     return type(thing) is getattr(sys.modules.get(f"deepspeed.runtime.{module}"), name, None)
 
 
-def _flats(wrapper: Any, names: Mapping[int, str], told: Mapping[Any, str]) -> Iterator[Flat]:
-    """The flat tensors in the order of their steps; the user's names go before DeepSpeed's."""
+def _flats(wrapper: Any, names: Mapping[int, str], given: Mapping[Any, str]) -> Iterator[Flat]:
+    """The flat tensors in step order; names from the user's model override DeepSpeed's."""
 
     def name_of(param: Tensor, group: int, at: int) -> str:
-        name = names.get(id(param)) or told.get(param, f"group{group}.param{at}")
-        # Experts of other ranks have the same names in DeepSpeed's mixture of experts.
+        name = names.get(id(param)) or given.get(param, f"group{group}.param{at}")
+        # In DeepSpeed's mixture of experts, experts on different ranks have the same names.
         return name if getattr(param, "allreduce", True) else f"{_expert(param)}.{name}"
 
     if _is(wrapper, "zero.stage_1_and_2", "DeepSpeedZeroOptimizer"):
@@ -113,11 +113,11 @@ def _flats(wrapper: Any, names: Mapping[int, str], told: Mapping[Any, str]) -> I
         return _copies(wrapper.fp32_groups_flat, wrapper.fp16_groups, name_of)
     if _is(wrapper, "fp16.unfused_optimizer", "FP16_UnfusedOptimizer"):
         return _separate(wrapper.fp32_groups, wrapper.fp16_groups, name_of)
-    raise UnknownError("how it keeps its master weights is not known")
+    raise UnknownError("lrprobe does not know where this class keeps its master weights")
 
 
 _APART = 0.05
-"""How far master weights may be from the model's, relative to these."""
+"""Maximum relative difference between the master weights and the model's weights."""
 
 _Name = Callable[[Tensor, int, int], str]
 
@@ -129,9 +129,9 @@ def _partitions(
     flattened: Sequence[Tensor],
     name_of: _Name,
 ) -> Iterator[Flat]:
-    """Stages 1 and 2: of each group, flattened, this rank has one of equal partitions.
+    """Stages 1 and 2: each group is flattened and cut into equal partitions, one per rank.
 
-    The model's parameters are views of the flattened group, in whichever order.
+    The model's parameters are views of the flattened group, in any order.
     """
     for group, (flat, params, both) in enumerate(zip(master, groups, flattened, strict=True)):
         ranks = ranks_of(wrapper.real_dp_process_group[group])
@@ -140,7 +140,7 @@ def _partitions(
         pieces = []
         for at, param in enumerate(params):
             if param.untyped_storage().data_ptr() != both.untyped_storage().data_ptr():
-                raise UnknownError("its parameters are not where it flattened them")
+                raise UnknownError("its parameters are not views of its flattened groups")
             offset = int(param.storage_offset() - both.storage_offset())
             start, stop = max(offset, begin), min(offset + param.numel(), begin + size)
             stop = max(start, stop)
@@ -153,9 +153,9 @@ def _partitions(
 
 
 def _sub_groups(wrapper: Any, name_of: _Name) -> Iterator[Flat]:
-    """Stage 3: each parameter is cut into equal parts; this rank's are flattened by sub-group."""
+    """Stage 3: each parameter is cut into equal parts; each sub-group flattens the rank's parts."""
     if wrapper.swap_optimizer:
-        raise UnknownError("its master weights are on NVMe, and in memory only while it steps them")
+        raise UnknownError("its master weights are on NVMe, and in memory only during their step")
     for number, (flat, params) in enumerate(
         zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
     ):
@@ -169,7 +169,7 @@ def _sub_groups(wrapper: Any, name_of: _Name) -> Iterator[Flat]:
             group = wrapper.sub_group_to_group_id[number]
             name = name_of(param, group, at)
             piece = Piece(name, param.ds_numel, slice(offset, offset + count), layout)
-            if param.ds_tensor.numel() >= count:  # else it was swapped out
+            if param.ds_tensor.numel() >= count:  # else it is swapped out
                 _check(piece, flat, param.ds_tensor.detach().reshape(-1)[:count])
             pieces.append(piece)
         yield Flat(flat, wrapper.sub_group_to_group_id[number], pieces)
@@ -178,7 +178,7 @@ def _sub_groups(wrapper: Any, name_of: _Name) -> Iterator[Flat]:
 def _copies(
     master: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], name_of: _Name
 ) -> Iterator[Flat]:
-    """No stage, with a fused optimizer: all ranks have each group whole and flat."""
+    """Without ZeRO, fused optimizer: every rank has each group as one flat tensor."""
     for group, (flat, params) in enumerate(zip(master, groups, strict=True)):
         pieces, offset = [], 0
         for at, param in enumerate(params):
@@ -193,7 +193,7 @@ def _copies(
 def _separate(
     master: Sequence[Sequence[Tensor]], groups: Sequence[Sequence[Tensor]], name_of: _Name
 ) -> Iterator[Flat]:
-    """No stage, in 16 bits: a copy of each parameter, on all ranks."""
+    """Without ZeRO, unfused 16-bit optimizer: every rank has an fp32 copy of each parameter."""
     for group, (copies, params) in enumerate(zip(master, groups, strict=True)):
         for at, (copy, param) in enumerate(zip(copies, params, strict=True)):
             piece = Piece(name_of(param, group, at), param.numel(), None, whole(param.shape))
@@ -201,22 +201,22 @@ def _separate(
 
 
 def _check(piece: Piece, flat: Tensor, param: Tensor) -> None:
-    """See that the model has the master weights, rounded, where they are said to be.
+    """Check that a piece of the flat tensor has the values of the model's parameter.
 
-    They need not be the same: some releases take a step without gradients, to make the optimizer's
-    state, which decays them.
+    They may differ slightly: some releases create the optimizer's state by a step without
+    gradients, whose weight decay changes the master weights.
 
     Raises:
-        UnknownError: if they are others.
+        UnknownError: if the values differ.
     """
     master, param = flat.detach()[piece.span].to(param.device).double(), param.double()
     apart = (master - param).nan_to_num().norm()
     if apart > _APART * param.nan_to_num().norm():
-        raise UnknownError(f"its master weights are not those of {piece.name}")
+        raise UnknownError(f"its master weights do not match {piece.name}")
 
 
 def _nameless(wrapper: Any, optimizer: Optimizer) -> Iterator[Flat]:
-    """Tensors that are nobody's, as far as is known."""
+    """The tensors under names by group and position, if they cannot be mapped to parameters."""
     count = [0] * len(optimizer.param_groups)
     for group, flat in _tensors(wrapper, optimizer):
         name = f"group{group}.param{count[group]}"
@@ -225,7 +225,7 @@ def _nameless(wrapper: Any, optimizer: Optimizer) -> Iterator[Flat]:
 
 
 def _tensors(wrapper: Any, optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
-    """(group, tensor): those of stage 3 are in no group between two steps."""
+    """(group, tensor) of each tensor; between steps, those of stage 3 are in no group."""
     sub_groups = getattr(wrapper, "fp32_partitioned_groups_flat", None)
     if sub_groups is not None:
         yield from ((wrapper.sub_group_to_group_id[at], flat) for at, flat in enumerate(sub_groups))
@@ -235,7 +235,7 @@ def _tensors(wrapper: Any, optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]
 
 
 def _params(wrapper: Any) -> list[Tensor]:
-    """Parameters of the model, which autograd sees."""
+    """The model's parameters, which autograd sees."""
     for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
         groups = getattr(wrapper, name, None)
         if groups:
@@ -244,6 +244,6 @@ def _params(wrapper: Any) -> list[Tensor]:
 
 
 def _expert(param: Any) -> str:
-    """Whose expert it is: its name within a rank is not its own."""
-    ranks = ranks_of(getattr(param, "ds_process_group", None) or param._dp_group)  # noqa: SLF001 - DeepSpeed's own mark
+    """A prefix for the names of this rank's experts, which are not unique across ranks."""
+    ranks = ranks_of(getattr(param, "ds_process_group", None) or param._dp_group)  # noqa: SLF001 - set by DeepSpeed
     return f"rank{ranks[0]}"

@@ -1,4 +1,4 @@
-"""One optimizer whose parameters are spread over ranks: its recorded steps, merged by messages."""
+"""Merges the recorded steps of an optimizer whose parameters are spread over ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from lrprobe.distributed.layouts import Layouts
-from lrprobe.distributed.ranks import Spec, Union, World, apart, holdings_of, union
-from lrprobe.engine import PreStep, nothing_kept
+from lrprobe.distributed.ranks import (
+    MergedRows,
+    Spec,
+    World,
+    holdings_of,
+    merge_rows,
+    rename_by_rank,
+)
+from lrprobe.engine import PreStep, empty_pre_step
 from lrprobe.engine.buffers import SUMS, Buffers, blank, fill
-from lrprobe.engine.columns import Row, StepInfo, judged, slots_of
+from lrprobe.engine.columns import Row, StepInfo, judge_rules, slots_of
 from lrprobe.engine.flight import CHANGED, MOVED, PATIENCE, StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
 
@@ -23,10 +30,13 @@ if TYPE_CHECKING:
 
 
 class Exchange:
-    """One optimizer whose parameters are spread over ranks."""
+    """Gathers the steps of an optimizer whose parameters are spread over ranks, by all-reduce.
+
+    ``LocalGatherer`` is its counterpart for a single process.
+    """
 
     def __init__(
-        self, hooks: Hooks, layouts: Layouts, world: World, merged: Union, device: torch.device
+        self, hooks: Hooks, layouts: Layouts, world: World, merged: MergedRows, device: torch.device
     ) -> None:
         self._hooks = hooks
         self._layouts = layouts
@@ -34,15 +44,15 @@ class Exchange:
         self._group = world.new_group()
         self._device = device
         self._previous: StepInFlight | None = None
-        self._still = False
+        self._maybe_dummy = False
         self._error = ""
         self._buffers: Buffers | None = None
         self._failure: Exception | None = None
         self._take(merged)
 
-    def _take(self, merged: Union) -> None:
+    def _take(self, merged: MergedRows) -> None:
         self._union = merged
-        self._told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
+        self._described = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
         self._changed = False
         self._watched: list[WatchedParameter] = []
         self._held: list[WatchedParameter] = []
@@ -50,19 +60,19 @@ class Exchange:
         self._slots: dict[int, Tensor] = {}
 
     def _follow(self, watched: list[WatchedParameter]) -> None:
-        """The parameters that this rank holds may have changed."""
+        """Determine which pieces this rank contributes, if its parameters have changed."""
         if watched is self._watched:
             return
         self._watched = watched
         here = holdings_of(watched, self._layouts)
-        self._changed = tuple(holding for holding, *_ in here) != self._told
+        self._changed = tuple(holding for holding, *_ in here) != self._described
         rows = self._union.rows
         index = {row.name: at for at, row in enumerate(rows)}
         slots, _ = slots_of(rows)
         self._held, self._row_of, self._slots = [], [], {}
         for holding, w, layout in here:
             at = index.get(holding.name)
-            if at is None:  # it came since: the next recorded step has it
+            if at is None:  # it is new: the next recorded step includes it
                 continue
             if rows[at].rule == "measured":
                 w.rule = None
@@ -82,20 +92,20 @@ class Exchange:
 
     @property
     def under_way(self) -> bool:
-        """Whether a step has begun that was not sent."""
+        """Whether a step has begun and has not been sent."""
         return self._buffers is not None
 
     def before(self, optimizer: Any, *, closure: bool = False) -> PreStep:
-        """In the pre-hook of a recorded step: what to keep."""
+        """Keep what the step will overwrite; called in the pre-hook of a recorded step."""
         if self._error:
             raise RuntimeError(self._error)
         return self._hooks.engine.before(self._held, optimizer, closure=closure)
 
     def catch_up(self) -> None:
-        """Before a recorded step: with what the last one told, and what parameters are there.
+        """Before a recorded step, apply the result of the last one, and follow new parameters.
 
         Raises:
-            Exception: if that cannot be known, now and from now on.
+            Exception: if the result does not arrive; recording over ranks then ends.
         """
         if self._error:
             raise RuntimeError(self._error)
@@ -108,7 +118,7 @@ class Exchange:
         self._follow(watched)
 
     def add(self, optimizer: Any, kept: PreStep) -> None:
-        """In the post-hook: the figures of what was stepped. All that this rank has may be none."""
+        """Add the figures of one call of ``step``; this rank may hold no pieces at all."""
         if self._error:
             return
         if self._buffers is None:
@@ -116,20 +126,20 @@ class Exchange:
         try:
             figures = self._hooks.engine.after(self._held, optimizer, kept, self._partial())
             fill(self._buffers, figures, self._row_of, self._slots, folds=True)
-        except Exception as error:  # noqa: BLE001 - the other ranks must not wait
+        except Exception as error:  # noqa: BLE001 - still join the collectives, without figures
             self._buffers, self._failure = self._blank(), error
 
-    def send(self, info: StepInfo, *, still: bool = False) -> StepInFlight | None:
-        """At the end of the step: start the collectives.
+    def send(self, info: StepInfo, *, dummy: bool = False) -> StepInFlight | None:
+        """Finish the step: start the collectives.
 
-        ``still`` tells whether every rate and gradient here was 0.
+        ``dummy`` is whether every rate and gradient on this rank was 0.
         """
         buffers, self._buffers = self._buffers, None
         if self._error or buffers is None:
             return None
         rows = self._union.rows
         buffers.maxima[-1, CHANGED] = float(self._changed)
-        buffers.maxima[-1, MOVED] = float(not still)
+        buffers.maxima[-1, MOVED] = float(not dummy)
         works = [
             self._reduce(buffers.maxima, torch.distributed.ReduceOp.MAX),
             self._reduce(buffers.added, torch.distributed.ReduceOp.SUM),
@@ -139,24 +149,24 @@ class Exchange:
             folded = buffers.fold_rows(counted)
             works.append(self._reduce(folded, torch.distributed.ReduceOp.SUM))
         step = StepInFlight(rows, buffers, info, works, reads_rates=self.leads)
-        self._previous, self._still = step, still
+        self._previous, self._maybe_dummy = step, dummy
         if self._failure is not None:
             raise self._failure
         return step if self.leads else None
 
     def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:
-        """A step that was skipped after the last one, at the end, when nobody sends any more.
+        """Gather a step that was skipped after the last one, without collectives, at the close.
 
-        Parameters are as that step, number ``since``, left them; their norms are known if it was
-        recorded.
+        The parameters are as the last step, number ``since``, left them; their norms are known if
+        that step was recorded.
         """
         if not self.leads or self._error:
             return None
         self._follow(self._hooks.watched)
         buffers, last = self._blank(), self._previous
-        figures = self._hooks.engine.after(self._held, optimizer, nothing_kept(), {})
+        figures = self._hooks.engine.after(self._held, optimizer, empty_pre_step(), {})
         fill(buffers, figures, self._row_of, {}, folds=True)
-        buffers.note(MOVED, 1.0)
+        buffers.set_flag(MOVED, 1.0)
         square = SUMS.index("param_square")
         buffers.sums[:, square] = torch.nan
         if last is not None and last.info.step == since and last.wait():
@@ -168,40 +178,40 @@ class Exchange:
         _, tracked = slots_of(rows)
         return blank(len(rows), tracked, self._device)
 
-    def none_taken(self) -> bool:
-        """Whether the last recorded step was none, as all ranks find; told once.
+    def last_was_dummy(self) -> bool:
+        """Whether the last recorded step was a dummy step on all ranks; true only once per step.
 
-        Where it may have been one, as far as is known here, the other ranks are waited for.
+        If it was a dummy step on this rank, this waits for the other ranks.
         """
-        if self._previous is None or not self._still:
+        if self._previous is None or not self._maybe_dummy:
             return False
-        self._still = False
+        self._maybe_dummy = False
         try:
-            return self._previous.none_taken
-        except Exception as error:  # noqa: BLE001 - the step about to be taken counts all the same
+            return self._previous.is_dummy
+        except Exception as error:  # noqa: BLE001 - the upcoming step is still counted
             self._error = f"recording over ranks has ended: {error}"
             return False
 
     def finish(self, until: float) -> None:
-        """Wait for what this rank still owes to the others, which it must not take down with it."""
+        """Wait for the pending collectives, so that the other ranks do not fail when this ends."""
         if self._previous is not None:
             self._previous.until = until
             self._previous.wait()
 
     @property
     def leads(self) -> bool:
-        """Whether this rank writes."""
+        """Whether this rank writes the records."""
         return self._world.rank == 0
 
     def _reduce(self, tensor: Tensor, op: Any) -> Any:
         return torch.distributed.all_reduce(tensor, op, group=self._group, async_op=True)
 
     def _partial(self) -> dict[int, Tensor | None]:
-        """Gradients that tensor parallelism has left as a part of a sum on each rank, summed.
+        """Reduce the partial gradients that tensor parallelism left; parameter id to gradient.
 
-        The optimizer did the same in its step, among the same ranks. It is done for one mesh; None
-        stands for a gradient over another one, which stays unknown. Replicas take part too, whose
-        figures another rank adds.
+        The optimizer does the same reduction in its step, over the same ranks. Only one mesh is
+        supported; a partial gradient on another mesh is None, for unknown. Replicas take part in
+        the collective too, although another rank contributes their figures.
         """
         module = sys.modules.get("torch.distributed.tensor")
         if module is None:
@@ -234,32 +244,32 @@ class Exchange:
         return result
 
     def _settle(self, watched: list[WatchedParameter]) -> None:
-        """What the last recorded step says of the rules, and whether some rank has new parameters.
+        """Judge the rules by the last recorded step, and join again if parameters changed.
 
-        All ranks do so at the same recorded step, and come to the same.
+        All ranks do this at the same recorded step, and come to the same result.
         """
         previous, self._previous = self._previous, None
         if previous is None:
             return
         rows = self._union.rows
-        failed = judged(rows, previous.arrived())
+        failed = judge_rules(rows, previous.arrived())
         if failed:
             names = {rows[at].name for at in failed}
             for w in watched:
                 if w.name in names:
                     w.rule = None
             if self.leads:
-                self._hooks.tell_unexplained(sorted(names), next(iter(failed.values())))
+                self._hooks.warn_unexplained(sorted(names), next(iter(failed.values())))
         if previous.changed:
             self._join_again()
 
     def _join_again(self) -> None:
         name = self._hooks.name
-        told = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
-        kinds = self._world.kinds(Spec(((name, told),)), self._device)
-        kinds = apart(self._hooks, kinds, self._world)
+        holdings = tuple(h for h, *_ in holdings_of(self._hooks.watched, self._layouts))
+        kinds = self._world.kinds(Spec(((name, holdings),)), self._device)
+        kinds = rename_by_rank(self._hooks, kinds, self._world)
         known = {row.name: row for row in self._union.rows}
-        merged = union(name, kinds, self._world.ranks, self._hooks.options.track)
+        merged = merge_rows(name, kinds, self._world.ranks, self._hooks.options.track)
         for row in merged.rows:
             if row.name in known and known[row.name].rule == "measured":
                 row.rule = "measured"
@@ -267,12 +277,12 @@ class Exchange:
 
 
 def counted_rows(rows: Sequence[Row]) -> list[int]:
-    """Rows whose rates may differ by element, so that their distributions travel."""
+    """Rows whose rates may differ by element, and whose distributions are therefore reduced."""
     return [at for at, row in enumerate(rows) if row.rule == "measured" or not row.shared_rate]
 
 
 def finish(exchanges: Sequence[Exchange]) -> None:
-    """Wait for what this rank still owes to the others, a minute in all; then for nothing more."""
+    """Wait for the pending collectives of all exchanges, for a minute in total."""
     until = time.monotonic() + PATIENCE
     for exchange in exchanges:
         exchange.finish(until)

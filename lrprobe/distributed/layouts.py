@@ -1,4 +1,4 @@
-"""How parameters are laid out over ranks: which elements of a parameter a rank holds."""
+"""Layouts of parameters over ranks: which elements of a parameter a rank holds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Cuts: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Which elements of a parameter a rank holds: in each dimension, ranges of indices.
+    """The elements of a parameter that a rank holds, as ranges of indices in each dimension.
 
     Attributes:
         shape: of the whole parameter (complex: with a last dimension of 2).
-        cuts: per dimension the ascending (start, stop) that it holds.
+        cuts: per dimension, the ascending (start, stop) ranges.
     """
 
     shape: tuple[int, ...]
@@ -35,21 +35,21 @@ class Region:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of what is held."""
+        """Shape of the local shard."""
         return tuple(sum(stop - start for start, stop in ranges) for ranges in self.cuts)
 
     @property
     def numel(self) -> int:
-        """Elements held."""
+        """Number of local elements."""
         return math.prod(self.local_shape)
 
     @property
     def whole(self) -> bool:
-        """Whether everything is held."""
+        """Whether the rank holds the whole parameter."""
         return self.local_shape == self.shape
 
     def find(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of some global flat positions are held: their indices, and local flat positions."""
+        """Find global flat positions on this rank: their indices, and local flat positions."""
         if self.whole:
             return torch.arange(len(wanted)), wanted
         held = torch.ones_like(wanted, dtype=torch.bool)
@@ -70,16 +70,16 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one parameter is laid out over the ranks.
+    """The layout of one parameter over the ranks.
 
     Attributes:
-        shape: of the whole parameter, as a real one (complex: with a last dimension of 2).
-        region: what this rank holds of it.
-        key: the same on all ranks that hold parts of one copy; "" for a plain tensor.
-        first: the rank that comes first in those; −1 for a plain tensor.
-        sharded: whether it is cut into parts.
-        contributes: whether this rank is one of the first replica.
-        parts: global ranks that hold the parts of the copy that counts.
+        shape: of the whole parameter (complex: with a last dimension of 2).
+        region: the elements on this rank.
+        key: equal on all ranks that hold parts of one copy; "" for a plain tensor.
+        first: the first of these ranks; −1 for a plain tensor.
+        sharded: whether the parameter is cut into shards.
+        contributes: whether this rank belongs to the first replica.
+        parts: global ranks that hold the shards of the first replica.
     """
 
     shape: tuple[int, ...]
@@ -92,14 +92,14 @@ class Layout:
 
 
 class Layouts:
-    """Layouts of the parameters of a model, by their type and by the modules that hold them."""
+    """Determines layouts from the types of parameters and of the model's wrappers."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = None if model is None else weakref.ref(model)
         self._keys: dict[Any, tuple[str, int, Any]] = {}
 
     def of(self, param: Tensor, flat: Mapping[int, tuple[Any, int | None]]) -> Layout:
-        """The layout of one parameter; ``flat`` is of ``flat_shards``."""
+        """The layout of one parameter; ``flat`` is the result of ``flat_shards``."""
         if id(param) in flat:
             return self._flat(param, *flat[id(param)])
         module = sys.modules.get("torch.distributed.tensor")
@@ -109,7 +109,10 @@ class Layouts:
         return Layout(shape, Region.all_of(shape))
 
     def flat_shards(self) -> dict[int, tuple[Any, int | None]]:
-        """id of each sharded parameter of FSDP1 to its handle and place in the flat parameter."""
+        """id of each FSDP1 parameter to its handle and its index in the flat parameter.
+
+        The index is None for the flat parameter itself.
+        """
         fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
         model = self._model() if self._model is not None else None
         if fsdp is None or model is None:
@@ -123,7 +126,7 @@ class Layouts:
             if not handle.uses_sharded_strategy:
                 continue
             found[id(flat)] = handle, None
-            params = flat._params or ()  # noqa: SLF001 - torch tells it nowhere else
+            params = flat._params or ()  # noqa: SLF001 - torch has no public name for it
             found |= {id(param): (handle, at) for at, param in enumerate(params)}
         return found
 
@@ -172,19 +175,19 @@ class Layouts:
 
     def _key(self, over: Any, how: tuple[Any, ...], ranks: Sequence[int]) -> tuple[str, int]:
         if (id(over), how) not in self._keys:
-            # Which ranks, not which object, since every rank has one of its own.
+            # Hash the ranks, not the object: every rank has its own.
             digest = key_of(f"{how} {getattr(over, 'shape', '')}", ranks)
-            self._keys[id(over), how] = digest, ranks[0], over  # kept alive, for its id
+            self._keys[id(over), how] = digest, ranks[0], over  # stored so its id is not reused
         return self._keys[id(over), how][:2]
 
 
 def key_of(how: str, ranks: Sequence[int]) -> str:
-    """The same for all that is laid out in one way over the same ranks."""
+    """A key that is equal for equal layouts over the same ranks."""
     return hashlib.sha256(f"{how} {list(ranks)}".encode()).hexdigest()[:16]
 
 
 def _chunks(ranges: Sequence[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
-    """Cut ranges of indices into ``count`` pieces as ``torch.chunk`` does; some may be empty."""
+    """Cut ranges of indices into ``count`` pieces like ``torch.chunk``; some may be empty."""
     total = sum(stop - start for start, stop in ranges)
     size = -(-total // count)
     result: list[list[tuple[int, int]]] = []
@@ -211,7 +214,7 @@ def ranks_of(group: Any) -> list[int]:
 
 
 def data_parallel(model: nn.Module | None) -> int | None:
-    """Over how many ranks a model's wrapper spreads the samples; None where there is none."""
+    """Number of ranks over which a model's wrapper spreads samples; None without a wrapper."""
     if model is None:
         return None
     ddp = sys.modules.get("torch.nn.parallel.distributed")
@@ -225,9 +228,9 @@ def data_parallel(model: nn.Module | None) -> int | None:
             between = getattr(each, "_inter_node_pg", None)
             return int(each.process_group.size()) * (1 if between is None else between.size())
         if fsdp2 is not None and isinstance(each, fsdp2.FSDPModule):
-            state = each._get_fsdp_state()  # noqa: SLF001 - torch tells it nowhere else
+            state = each._get_fsdp_state()  # noqa: SLF001 - torch has no public name for it
             groups = getattr(state, "_fsdp_param_groups", None)
-            if groups is None:  # in older ones there is at most one
+            if groups is None:  # older releases have at most one
                 groups = [one] if (one := getattr(state, "_fsdp_param_group", None)) else []
             if groups:
                 mesh = groups[0].mesh_info

@@ -1,8 +1,8 @@
-"""Optimizers of flat tensors, each of which has ranges of many parameters.
+"""Optimizers of flat tensors, each of which contains ranges of many parameters.
 
-ZeRO keeps its master weights so, this rank's share of them, and gives them to the optimizer one
-after another: one step of the training is then several calls of ``optimizer.step()``. Which range
-is whose is known to the library that made them; see ``deepspeed.py``.
+ZeRO keeps a rank's share of the master weights in flat tensors, and gives them to the optimizer one
+after another. One step of the training is then several calls of ``optimizer.step()``. Only the
+library that made the tensors knows which range belongs to which parameter; see ``deepspeed.py``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lrprobe.names import Located
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a flat tensor has of one parameter.
+    """The part of one parameter in a flat tensor.
 
     Attributes:
-        name: the parameter's.
+        name: name of the parameter.
         numel: elements of the whole parameter.
-        span: where in the flat tensor; None for all of it.
-        layout: which elements of the parameter these are, and which ranks have the others.
+        span: its range in the flat tensor; None for all of it.
+        layout: which elements of the parameter it contains, and which ranks hold the others.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A tensor that an optimizer steps, and what is in it.
+    """A flat tensor that an optimizer steps, and its contents.
 
     Attributes:
         tensor: the master weights of this rank.
-        group: number of its parameter group.
-        pieces: of all parameters that it has parts of on some rank; some may be empty here.
+        group: index of its parameter group.
+        pieces: one per parameter that has a part in it on any rank; some may be empty here.
     """
 
     tensor: Tensor
@@ -55,12 +55,12 @@ class Flat:
 
 @dataclass(frozen=True, slots=True)
 class FlatPlace:
-    """Where a flat tensor is, which is not kept alive; see ``names.Place``.
+    """A reference to a flat tensor that does not keep it alive; see ``names.Place``.
 
     Attributes:
-        tensor: reference to it.
-        id: the tensor's.
-        now: ids of the tensors that are being stepped; empty outside of steps.
+        tensor: weak reference to the tensor.
+        id: id of the tensor.
+        now: ids of the tensors that the current call steps; empty between calls.
     """
 
     tensor: weakref.ref[Tensor]
@@ -68,13 +68,13 @@ class FlatPlace:
     now: set[int]
 
     def __call__(self) -> Tensor | None:
-        """The tensor; None where another one is being stepped."""
+        """The tensor; None while the optimizer steps others."""
         return self.tensor() if not self.now or self.id in self.now else None
 
 
 @dataclass(frozen=True, slots=True)
 class Watchable:
-    """One parameter that hooks may watch: ``WatchedParameter`` says what the fields mean."""
+    """One parameter that hooks may watch; ``WatchedParameter`` documents the fields."""
 
     name: str
     group: int
@@ -86,19 +86,19 @@ class Watchable:
 
 @dataclass(slots=True)
 class Parts:
-    """An optimizer of flat tensors, seen as one that has all of them all the time.
+    """A view of an optimizer of flat tensors that has all of them, even while it steps only some.
 
-    It has what is read of an ``Optimizer``: ``param_groups``, ``state`` and whatever else that has.
+    It can be read like an ``Optimizer``: ``param_groups``, ``state`` and other attributes.
 
     Attributes:
-        optimizer: reference to it.
+        optimizer: weak reference to the optimizer.
         flats: its tensors, in the order in which they are stepped.
-        skips: tells how many steps were skipped since it was last asked, with no step of the
-            optimizer's to tell of them.
-        ranks: over how many the samples are spread.
-        leaves: parameters that autograd sees.
-        unknown: why it is not known whose the elements are; empty where it is.
-        last: whether the call of ``step`` that was begun is the last of a step of the training.
+        skips: returns the number of steps since the last call that were skipped without a call of
+            ``optimizer.step()``.
+        ranks: number of ranks over which samples are spread.
+        leaves: the model's parameters, which autograd sees.
+        unknown: why the tensors cannot be mapped to parameters; empty if they can.
+        last: whether the current call of ``optimizer.step()`` is the last one of a training step.
     """
 
     optimizer: weakref.ref[Optimizer]
@@ -133,33 +133,33 @@ class Parts:
         self.flats = ()
 
     def __getattr__(self, name: str) -> Any:
-        """What the optimizer has beside its groups."""
+        """Any other attribute of the optimizer."""
         return getattr(self.optimizer(), name)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """All groups with all their tensors, also while one of them is being stepped."""
+        """All groups with all their tensors, even while only some are being stepped."""
         if self._seen is not None:
             return self._seen
         groups = [
             {**group, "params": [tensor for ref in held if (tensor := ref()) is not None]}
             for group, held in zip(self._groups, self._held, strict=True)
         ]
-        if self._now:  # later they would keep the tensors alive
+        if self._now:  # cached during a call only, because it keeps the tensors alive
             self._seen = groups
         return groups
 
     def watchable(self) -> list[Watchable]:
-        """The parameters in it."""
+        """The parameters in the flat tensors."""
         return self._watchable
 
     def begin(self, optimizer: Optimizer) -> bool:
-        """A call of ``step`` begins; whether it is the first of a step of the training."""
+        """Begin a call of ``optimizer.step()``; whether it is the first of a training step."""
         groups = optimizer.param_groups
         now = {id(tensor) for group in groups for tensor in group["params"]}
         if len(groups) == len(self._groups):
             self._groups = list(groups)
-        else:  # stages 1 and 2 take the other groups out for the time being
+        else:  # stages 1 and 2 temporarily remove the other groups
             for group in groups:
                 ids = {id(tensor) for tensor in group["params"]}
                 for at, held in enumerate(self._held):
@@ -172,11 +172,11 @@ class Parts:
         return self._order[0] in now
 
     def enter(self) -> None:
-        """From here on only the tensors of that call are seen."""
+        """Restrict the visible tensors to those of the current call."""
         self._now.update(self._next)
 
     def end(self) -> None:
-        """That call has ended."""
+        """End the current call."""
         self._now.clear()
         self._seen = None
 
@@ -186,9 +186,9 @@ def part_of(shape: Sequence[int], start: int, stop: int, ranks: Sequence[int]) -
 
     Args:
         shape: of the whole parameter.
-        start: first of its elements that this rank has.
-        stop: end of these.
-        ranks: global ranks that have the parts of one copy, in order.
+        start: first of its elements on this rank.
+        stop: end of its elements on this rank.
+        ranks: global ranks that hold the parts of one copy, in order.
     """
     if len(ranks) == 1:
         return whole(shape)
@@ -199,12 +199,12 @@ def part_of(shape: Sequence[int], start: int, stop: int, ranks: Sequence[int]) -
 
 
 def whole(shape: Sequence[int]) -> Layout:
-    """The layout of a parameter that this rank has whole."""
+    """The layout of a parameter that this rank holds whole."""
     return Layout(tuple(shape), Region.all_of((math.prod(shape),)))
 
 
 def numel_of(param: Tensor) -> int:
-    """Real elements (a complex one counts twice); −1 of a lazy parameter that has none yet."""
+    """Number of real elements (a complex one counts twice); −1 for an uninitialised lazy one."""
     if torch.nn.parameter.is_lazy(param):
         return -1
     return param.numel() * (2 if param.is_complex() else 1)

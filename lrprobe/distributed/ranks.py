@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other at ``attach``, and the rows they agree on."""
+"""What the ranks of a process group exchange at ``attach``, and the rows that they agree on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lrprobe.distributed import meeting
+from lrprobe.distributed import rendezvous
 from lrprobe.distributed.layouts import Layout, Layouts, data_parallel, has_ranks, ranks_of
-from lrprobe.distributed.strangers import named_apart, told
+from lrprobe.distributed.unknown_tensors import rename_differing, unmerged_warning
 from lrprobe.engine.columns import Row
-from lrprobe.engine.pieces import WatchedParameter, draw, local
+from lrprobe.engine.pieces import WatchedParameter, draw_tracked, local
 from lrprobe.rules.base import tolerance
 from lrprobe.text import warn
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One parameter as a rank tells the others of it; see ``Layout`` and ``Row``."""
+    """A rank's description of one parameter, for the other ranks; see ``Layout`` and ``Row``."""
 
     name: str
     group: int
@@ -44,15 +44,15 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a rank tells the others.
+    """What a rank sends to the others.
 
     Attributes:
-        holdings: optimizer to its parameters.
-        options: arguments of ``attach`` that must be the same everywhere.
+        holdings: optimizer name to its parameters.
+        options: arguments of ``attach`` that must be equal on all ranks.
         device: type of the parameters' device.
-        samples: what tells ranks that see other samples apart; see ``data_parallel``.
+        samples: equal on ranks with the same model, which see different samples.
         unused: patterns that match no name on this rank.
-        error: why ``attach`` failed on this rank; empty where it did not.
+        error: why ``attach`` failed on this rank; empty if it did not.
     """
 
     holdings: tuple[tuple[str, tuple[Holding, ...]], ...]
@@ -63,7 +63,7 @@ class Spec:
     error: str = ""
 
     def digests(self) -> tuple[bytes, bytes]:
-        """Of all that is here, over whichever ranks it is laid out; and of that too."""
+        """Hashes of the spec: without the ranks of each layout, and with them."""
         anywhere = replace(
             self,
             holdings=tuple(
@@ -83,9 +83,11 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Ranks that hold the same: their numbers in the group, and what the first of them told.
+    """Ranks with the same spec, apart from the ranks of their layouts.
 
-    The others may hold it in replicas of their own, over other ranks.
+    Attributes:
+        ranks: their indices in the process group.
+        spec: that of the first of these ranks; the others may belong to other replicas.
     """
 
     ranks: tuple[int, ...]
@@ -102,7 +104,7 @@ class World:
         self.ranks = ranks_of(group if group is not None else torch.distributed.group.WORLD)
 
     def kinds(self, spec: Spec, device: torch.device) -> list[Kind]:
-        """What all ranks hold, by the lowest rank of each kind. A collective."""
+        """Group all ranks by their specs. A collective call."""
         distributed = torch.distributed
         with _on(device):
             digests: list[Any] = [None] * self.size
@@ -114,13 +116,15 @@ class World:
                 return [Kind(tuple(range(self.size)), spec)]
             kinds = []
             for ranks in members.values():
-                told: list[Any] = [spec if self.rank == ranks[0] else None]
-                distributed.broadcast_object_list(told, src=self.ranks[ranks[0]], group=self._group)
-                kinds.append(Kind(tuple(ranks), told[0]))
+                received: list[Any] = [spec if self.rank == ranks[0] else None]
+                distributed.broadcast_object_list(
+                    received, src=self.ranks[ranks[0]], group=self._group
+                )
+                kinds.append(Kind(tuple(ranks), received[0]))
         return kinds
 
     def new_group(self) -> Any:
-        """A process group of these ranks that nobody else uses. A collective."""
+        """Create a process group of these ranks for lrprobe's own use. A collective call."""
         if self._group is None:
             return torch.distributed.new_group()
         return torch.distributed.new_group(self.ranks, use_local_synchronization=True)
@@ -128,11 +132,11 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """One process that records for itself.
+    """One process that records alone.
 
     Attributes:
-        missing: ranks that did not come to record together.
-        rank: its own among those that record.
+        missing: ranks that did not attach together with this one.
+        rank: its rank among those that record, which is 0.
     """
 
     missing: tuple[int, ...] = ()
@@ -140,7 +144,7 @@ class Alone:
 
     @property
     def ranks(self) -> list[int]:
-        """Its global rank."""
+        """The global rank of this process."""
         return [torch.distributed.get_rank()]
 
 
@@ -155,24 +159,24 @@ def world(process_group: Any) -> World | Alone:
     if torch.distributed.get_rank(process_group) < 0:
         raise ValueError("process_group= does not contain this rank")
     found = World(process_group)
-    missing = meeting.missing_from(found.ranks) if found.size > 1 else []
+    missing = rendezvous.missing_from(found.ranks) if found.size > 1 else []
     return Alone(tuple(missing)) if missing or found.size == 1 else found
 
 
 def _on(device: torch.device) -> Any:
-    """Objects travel through the current device."""
+    """Make a device current, because collectives of Python objects use the current device."""
     if device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(device).device(device)
 
 
 @dataclass(slots=True)
-class Union:
+class MergedRows:
     """All rows of one optimizer, in order of first appearance.
 
     Attributes:
-        rows: as the frame has them.
-        owners: row to the holding that counts, and the rank that counts where it is not sharded.
+        rows: the rows of the frame.
+        owners: per row, the holding that counts, and the rank that contributes it if not sharded.
     """
 
     rows: list[Row]
@@ -180,23 +184,25 @@ class Union:
 
     @property
     def alone(self) -> bool:
-        """Whether rank 0 holds everything, so that there is nothing to merge."""
+        """Whether rank 0 holds everything, so there is nothing to merge."""
         return all(not holding.key and rank == 0 for holding, rank in self.owners)
 
 
-def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: int) -> Union:
-    """Merge by name what all ranks hold of an optimizer.
+def merge_rows(
+    optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: int
+) -> MergedRows:
+    """Merge the holdings of all ranks in an optimizer, by name.
 
     Args:
         optimizer: its name.
-        kinds: what all ranks hold.
+        kinds: the specs of all ranks.
         ranks: global rank of each rank in the group.
         track: elements to track of each parameter.
 
     Raises:
-        ValueError: if a name stands for different things; the same on every rank.
+        ValueError: if a name has different shapes or dtypes; the same error on every rank.
     """
-    found = Union([], [])
+    found = MergedRows([], [])
     index: dict[str, int] = {}
     where: list[Kind] = []
     conflicts: list[str] = []
@@ -213,7 +219,7 @@ def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: in
                     tolerance=holding.tolerance,
                     shared_rate=holding.shared_rate,
                 )
-                row.tracked = draw(row.name, row.numel, track)
+                row.tracked = draw_tracked(row.name, row.numel, track)
                 found.rows.append(row)
                 first = kind.ranks[0]
                 if holding.key and holding.first in ranks:
@@ -231,20 +237,20 @@ def union(optimizer: str, kinds: Sequence[Kind], ranks: Sequence[int], track: in
     if conflicts:
         raise ValueError(
             f"the parameters of {optimizer} differ between ranks: {'; '.join(conflicts[:10])}"
-            f"{f'; and {len(conflicts) - 10} more' if len(conflicts) > 10 else ''}. One name must "
-            "stand for one parameter on all ranks: attach(optimizer, model) with the wrapped model "
-            "gives the names, and tells which part of a parameter a rank holds"
+            f"{f'; and {len(conflicts) - 10} more' if len(conflicts) > 10 else ''}. A name must "
+            "mean the same parameter on all ranks: call attach(optimizer, model) with the wrapped "
+            "model, which provides the names and the shards that a rank holds"
         )
     return found
 
 
 def check_alike(kinds: Sequence[Kind]) -> None:
-    """What must not differ between ranks.
+    """Check what must be equal on all ranks.
 
     Raises:
-        RuntimeError: if ``attach`` failed on some rank.
-        ValueError: if arguments of ``attach`` or names of optimizers differ; the same on every
-            rank.
+        RuntimeError: if ``attach`` failed on a rank.
+        ValueError: if arguments of ``attach`` or names of optimizers differ; the same error on
+            every rank.
     """
     for kind in kinds:
         if kind.spec.error:
@@ -273,7 +279,7 @@ def _described(holding: Holding) -> str:
 
 
 def _numbers(ranks: Sequence[int]) -> str:
-    """Ranks as people write them: ranks 0-3, 6."""
+    """Ranks as text: ``ranks 0-3, 6``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -287,7 +293,7 @@ def _numbers(ranks: Sequence[int]) -> str:
 def holdings_of(
     watched: Sequence[WatchedParameter], layouts: Layouts
 ) -> list[tuple[Holding, WatchedParameter, Layout]]:
-    """What this rank holds, in the order of the optimizer."""
+    """The parameters on this rank, in the order of the optimizer."""
     found = []
     flat = layouts.flat_shards()
     for w in watched:
@@ -297,7 +303,7 @@ def holdings_of(
         layout = layouts.of(param, flat) if w.layout is None else w.layout
         rule = w.rule
         if rule is None or (layout.sharded and rule.whole is not None):
-            name = "measured"  # a part does not tell what such a rule asks of the whole
+            name = "measured"  # a shard is not enough for statistics of the whole parameter
         else:
             name = rule.name
         dtype = str(param.dtype).removeprefix("torch.")
@@ -319,8 +325,8 @@ def holdings_of(
     return found
 
 
-def _torn(found: World | Alone, hooks: Sequence[Hooks], layouts: Layouts) -> str:
-    """What parameters have parts on ranks that are not among these; empty where none has."""
+def _missing_shards(found: World | Alone, hooks: Sequence[Hooks], layouts: Layouts) -> str:
+    """An error message if a parameter has shards on ranks that did not attach; else empty."""
     if not has_ranks():
         return ""
     here = set(found.ranks)
@@ -330,18 +336,18 @@ def _torn(found: World | Alone, hooks: Sequence[Hooks], layouts: Layouts) -> str
             if layout.sharded and others:
                 return (
                     f"{holding.name} is sharded over {_numbers(layout.parts)}, of which "
-                    f"{_numbers(others)} did not attach with this one: a part alone has no "
-                    "figures. Call attach on all ranks that hold a part"
+                    f"{_numbers(others)} did not attach with this one, and a shard alone cannot "
+                    "be recorded. Call attach on all ranks that hold a shard"
                 )
     return ""
 
 
-def _stay_alone(found: Alone, chosen: Filter | None, error: Exception | None) -> None:
+def _record_alone(found: Alone, chosen: Filter | None, error: Exception | None) -> None:
     if error is not None:
         raise error
     if found.missing:
         warn(
-            f"{_numbers(found.missing)} did not attach within {meeting.patience():.3g} s: this "
+            f"{_numbers(found.missing)} did not attach within {rendezvous.patience():.3g} s: this "
             "rank records alone. To record all ranks as one, call attach on each of them"
         )
     if chosen is not None:
@@ -354,26 +360,26 @@ def join(
     model: nn.Module | None,
     error: Exception | None = None,
 ) -> None:
-    """Tell the other ranks what is here, and give each of ``hooks`` its part. A collective.
+    """Exchange specs with the other ranks, and set up each of ``hooks``. A collective call.
 
     Args:
         found: the ranks.
-        hooks: of all optimizers.
-        model: whose wrappers tell how parameters are laid out.
-        error: why ``attach`` failed here, if it did, so that it fails everywhere.
+        hooks: those of all optimizers.
+        model: its wrappers determine how parameters are laid out.
+        error: why ``attach`` failed here, if it did, so that it fails on every rank.
 
     Raises:
         Exception: ``error``.
         RuntimeError: if ``attach`` failed on another rank, or if parameters are sharded over ranks
-            that are not here.
-        ValueError: if what the ranks have cannot be merged; the same on every rank.
+            that did not attach.
+        ValueError: if the ranks' parameters cannot be merged; the same error on every rank.
     """
     chosen = hooks[0].options.chosen if hooks else None
     layouts = Layouts(model if error is None else None)
-    if error is None and (torn := _torn(found, hooks, layouts)):
-        error = RuntimeError(torn)
+    if error is None and (message := _missing_shards(found, hooks, layouts)):
+        error = RuntimeError(message)
     if isinstance(found, Alone):
-        _stay_alone(found, chosen, error)
+        _record_alone(found, chosen, error)
         for each in hooks:
             _name_by_rank(
                 each,
@@ -384,7 +390,7 @@ def join(
                 },
             )
         return
-    if error is not None:  # which may be the model's
+    if error is not None:  # the parameters may be unusable, so use the CPU
         what = f"{type(error).__name__}: {error}"
         found.kinds(Spec((), error=what), torch.device("cpu"))
         raise error
@@ -406,7 +412,7 @@ def join(
     )
     kinds = found.kinds(spec, device)
     check_alike(kinds)
-    if chosen is not None and found.rank == 0:  # a pattern may be for parameters of another rank
+    if chosen is not None and found.rank == 0:  # a pattern may match on another rank
         chosen.warn_unused(set(chosen.unused).intersection(*(kind.spec.unused for kind in kinds)))
     own = next(kind for kind in kinds if found.rank in kind.ranks)
     alike = sum(len(kind.ranks) for kind in kinds if kind.spec.samples == own.spec.samples)
@@ -417,7 +423,9 @@ def join(
     device = _buffers_on({kind.spec.device for kind in kinds}, device)
     flat = list({id(h): h.flat_param for h, _ in layouts.flat_shards().values()}.values())
     for each in hooks:
-        merged = union(each.name, apart(each, kinds, found), found.ranks, each.options.track)
+        merged = merge_rows(
+            each.name, rename_by_rank(each, kinds, found), found.ranks, each.options.track
+        )
         if each.parts is not None:
             size = each.parts.ranks
         each.join(size, flat, silent=merged.alone and found.rank > 0)
@@ -427,24 +435,24 @@ def join(
             each.exchange = Exchange(each, layouts, found, merged, device)
 
 
-def apart(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
-    """Have tensors that are not the same on all ranks named by rank, here as on the others."""
-    kinds, renamed = named_apart(kinds, hooks.name, found.ranks)
+def rename_by_rank(hooks: Hooks, kinds: Sequence[Kind], found: World) -> list[Kind]:
+    """Rename tensors whose contents differ between ranks, in ``kinds`` and in ``hooks``."""
+    kinds, renamed = rename_differing(kinds, hooks.name, found.ranks)
     own = next(new for kind, new in zip(kinds, renamed, strict=True) if found.rank in kind.ranks)
     _name_by_rank(hooks, own, quiet=found.rank > 0)
     return kinds
 
 
 def _name_by_rank(hooks: Hooks, names: Mapping[str, str], *, quiet: bool = False) -> None:
-    """Rename what is not known to be the same elsewhere, and say so."""
+    """Rename parameters that are not merged over ranks, with a warning unless ``quiet``."""
     if names and not quiet:
-        warn(told(names, "" if hooks.parts is None else hooks.parts.unknown))
+        warn(unmerged_warning(names, "" if hooks.parts is None else hooks.parts.unknown))
     if names and hooks.optimizer is not None:
         hooks.watching.rename(names, hooks.optimizer)
 
 
 def _buffers_on(types: set[str], own: torch.device) -> torch.device:
-    """Where the figures merge: on an accelerator where some rank has its parameters there."""
+    """The device on which figures merge: an accelerator if a rank's parameters are on one."""
     kind = min(types, key=lambda name: (name == "cpu", name))
     if kind == own.type:
         return own
@@ -452,7 +460,7 @@ def _buffers_on(types: set[str], own: torch.device) -> torch.device:
 
 
 def _samples_key(model: nn.Module | None) -> str:
-    """The same on ranks whose models have the same parameters, which then see other samples."""
+    """A key that is equal on ranks with the same model, which then see different samples."""
     if model is None:
         return ""
     names = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters()]

@@ -1,9 +1,9 @@
-"""How a step becomes figures: what is kept before it, and what is read after it.
+"""How a step becomes figures: what is kept before it, and what is computed after it.
 
     before: a check sample of each parameter, its state and its gradient
-    after:  rule → figures of each local piece, by one call for all pieces of a kind
+    after:  rule → figures of each local piece, in one call for all pieces of a kind
 
-Nothing here reads a value that is on a device.
+Nothing here reads device values on the host, so no hook synchronizes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine import eager
-from lrprobe.engine.batch import Batch, add_whole_figures, addresses_of, batch_of, described
+from lrprobe.engine.backends import EngineName, backends_for, warn_eager_once
+from lrprobe.engine.batch import Batch, add_batch_statistics, addresses_of, batch_of, describe
 from lrprobe.engine.buffers import StepFigures, Vectors, column
 from lrprobe.engine.check import Samples
 from lrprobe.engine.distribution import Bins, fold
@@ -27,34 +28,33 @@ from lrprobe.engine.pieces import (
     entry_of,
     flattened,
     local,
+    local_real,
     read,
-    real,
     sample,
     sample_runs,
     sampled,
 )
 from lrprobe.engine.program import Program, UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
-from lrprobe.engine.ways import Way, generators, notice
-from lrprobe.rules.base import Entry, Rule, Scalar, brought, there
+from lrprobe.rules.base import Entry, Rule, Scalar, to_device, to_device_float64
 
-_MOST_PROGRAMS = 256
+_MAX_PROGRAMS = 256
 
 PARAM: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name == "param_square")
-"""Of a parameter that has no gradient."""
+"""The figures of a parameter without a gradient."""
 
 
 @dataclass(slots=True)
 class PreStep:
-    """What is kept from before a step; keys are numbers of parameters.
+    """What is kept from before a step; keys are indices of watched parameters.
 
     Attributes:
         samples: check samples of parameters, their state, and gradients that may be overwritten.
-        grads: gradients, which the step may drop.
-        gradient: ``GRADIENT`` figures of those that may be overwritten.
-        scalars: what rules asked for.
+        grads: references to the gradients, because the step may set ``grad`` to None.
+        gradient: ``GRADIENT`` figures of the gradients that may be overwritten.
+        scalars: what ``Rule.before`` returned.
         tracked: tracked elements of the parameter, and of a gradient that may be overwritten.
-        failed: what a rule raised.
+        failed: the error that ``Rule.before`` raised.
     """
 
     samples: Samples
@@ -65,18 +65,18 @@ class PreStep:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-def nothing_kept() -> PreStep:
-    """Of a step before which nothing was kept: no parameter takes it."""
+def empty_pre_step() -> PreStep:
+    """Return a ``PreStep`` without samples; with it, no parameter counts as stepped."""
     return PreStep(Samples({}))
 
 
 class Engine:
-    """Takes the figures of steps, in the way that was chosen."""
+    """Computes the figures of steps, with generated code where a backend is available."""
 
-    def __init__(self, way: Way) -> None:
-        self.ways = generators(way)
+    def __init__(self, engine: EngineName) -> None:
+        self.backends = backends_for(engine)
         self._programs: dict[Any, Program] = {}
-        """By table, first parameter of a batch and number of its parameters: the last recorded."""
+        """(table, first parameter of a batch, size of the batch) to its last recorded program."""
 
     def before(
         self,
@@ -85,27 +85,27 @@ class Engine:
         *,
         closure: bool = False,
     ) -> PreStep:
-        """Keep what cannot be told after the step; with a closure there is no gradient yet."""
-        pre = PreStep(Samples(self.ways))
+        """Keep what the step overwrites; with a closure the gradients do not exist yet."""
+        pre = PreStep(Samples(self.backends))
         for i, w in enumerate(watched):
             param = w.place()
-            # What is frozen is stepped all the same where an old gradient was left.
+            # An optimizer also steps a frozen parameter that still has a gradient.
             if param is None or not (param.requires_grad or param.grad is not None):
                 continue
             group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
             if "initial_lr" in group:  # a scheduler may be made after the probe
                 w.initial_lr = copied(group["initial_lr"])
-            _ask_rule(w, param, state, group, pre, i)
-            flat = real(param, w.span)
-            pre.samples.want(i, "param", flat)
+            _run_before(w, param, state, group, pre, i)
+            flat = local_real(param, w.span)
+            pre.samples.request(i, "param", flat)
             if w.tracked is not None:
-                at = there(w.tracked, flat.device)
-                pre.tracked[i] = {"param": _tracked_of(flat, at)}
+                at = to_device(w.tracked, flat.device)
+                pre.tracked[i] = {"param": _read_flat(flat, at)}
             if w.rule is not None and w.rule.advance is not None:
                 shape = param.shape
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.shape == shape and name != "step":
-                        pre.samples.want(i, name, real(value, w.span))
+                        pre.samples.request(i, name, local_real(value, w.span))
             if param.grad is not None and not closure:
                 pre.grads[i] = param.grad
                 self._keep_gradient(i, w, param, group, pre)
@@ -124,7 +124,7 @@ class Engine:
         group: Mapping[str, Any],
         pre: PreStep,
     ) -> None:
-        """Where the optimizer may leave something else in its stead."""
+        """Keep samples and figures of a gradient that the optimizer may overwrite."""
         grad = param.grad
         overwrites = w.rule is None or (w.rule.overwrites is not None and w.rule.overwrites(group))
         if not overwrites:
@@ -132,12 +132,12 @@ class Engine:
         partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
         if grad is None or grad.is_sparse or partial:
             return
-        flat = real(grad, w.span)
-        pre.samples.want(i, "grad", flat)
+        flat = local_real(grad, w.span)
+        pre.samples.request(i, "grad", flat)
         if w.tracked is not None:
-            at = there(w.tracked, flat.device)
-            pre.tracked[i]["grad"] = _tracked_of(flat, at)
-        pre.gradient[i] = self._of_one(GRADIENT, flat)
+            at = to_device(w.tracked, flat.device)
+            pre.tracked[i]["grad"] = _read_flat(flat, at)
+        pre.gradient[i] = self._tensor_figures(GRADIENT, flat)
 
     def after(
         self,
@@ -150,9 +150,10 @@ class Engine:
 
         Args:
             watched: the parameters.
-            optimizer: theirs.
+            optimizer: their optimizer.
             pre: what ``before`` kept.
-            grads: id of a parameter to the gradient that stands in for its own; None: unknown.
+            grads: id of a parameter to the gradient to use instead of its own; None marks a
+                gradient that is unknown.
         """
         found = StepFigures(failed=dict(pre.failed))
         found.skipped = copied(getattr(optimizer, "found_inf", None))
@@ -160,7 +161,7 @@ class Engine:
         rates = [_rate_of(group) for group in optimizer.param_groups]
         batches: dict[Any, Batch] = {}
         resting: list[tuple[int, Tensor]] = []
-        latest = Samples(self.ways)
+        latest = Samples(self.backends)
         for i, w in enumerate(watched):
             param = w.place()
             if param is None:
@@ -173,11 +174,11 @@ class Engine:
             if grad is not None and "param" in pre.samples.names(i):
                 group, state = optimizer.param_groups[w.group], optimizer.state.get(param, {})
                 entry = entry_of(param, state, pre.scalars.get(i, {}), grad, w.span)
-                self._sort(i, w, entry, group, pre, batches, found)
+                self._assign(i, w, entry, group, pre, batches, found)
             else:
                 resting.append((i, param))
         for batch in batches.values():
-            found.vectors += self._summarised(batch, pre, found)
+            found.vectors += self._batch_figures(batch, pre, found)
             self._track(batch, watched, pre, found)
             self._remember_gradients(batch, watched, pre, latest)
         latest.take()
@@ -185,7 +186,7 @@ class Engine:
             found.resting[i] = self._resting(param, watched[i].span)
         return found
 
-    def _sort(
+    def _assign(
         self,
         i: int,
         w: WatchedParameter,
@@ -195,33 +196,33 @@ class Engine:
         batches: dict[Any, Batch],
         found: StepFigures,
     ) -> None:
-        """Put a piece beside others of its kind; one without elements is done at once."""
+        """Add a piece to the batch of its kind; compute an empty piece's figures directly."""
         rule = None if i in pre.failed else w.rule
         if entry.param.numel() == 0:
-            found.vectors.append(_empty(i, entry, group, rule, found))
+            found.vectors.append(_empty_figures(i, entry, group, rule, found))
             return
-        kind, addresses, contiguous = described(self.ways, entry)
+        kind, addresses, contiguous = describe(self.backends, entry)
         key = w.group, rule, "grad" in pre.samples.names(i), contiguous, kind
         if key not in batches:
             batches[key] = Batch([], [], group, rule, whole=contiguous)
         batches[key].add(i, entry, addresses)
 
-    def _summarised(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
-        """Figures of a batch by its rule; of what that cannot read, measured ones."""
+    def _batch_figures(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
+        """Figures of a batch by its rule; measured figures for pieces on which the rule fails."""
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
-                    add_whole_figures(self.ways, batch)
+                    add_batch_statistics(self.backends, batch)
                 return [self._checked_figures(batch, pre)]
-            except torch.OutOfMemoryError:  # which is no fault of the rule's
+            except torch.OutOfMemoryError:  # not the rule's fault
                 raise
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
-                if len(batch.at) > 1:  # which of them it cannot explain
+                if len(batch.at) > 1:  # find the pieces on which it fails
                     return [
                         vectors
                         for i, entry in zip(batch.at, batch.entries, strict=True)
-                        for vectors in self._summarised(
-                            batch_of(self.ways, i, entry, batch.group, batch.rule), pre, found
+                        for vectors in self._batch_figures(
+                            batch_of(self.backends, i, entry, batch.group, batch.rule), pre, found
                         )
                     ]
                 found.failed[batch.at[0]] = cause(error)
@@ -238,7 +239,7 @@ class Engine:
                 for at, figure in enumerate(GRADIENT):
                     whole.table[row, column(figure.name)] = pre.gradient[i][at]
         scale = torch.tensor([n / _checked(n) for n in whole.numel], dtype=torch.float64)
-        checked = checks.table * there(scale.unsqueeze(1), checks.table.device)
+        checked = checks.table * to_device(scale.unsqueeze(1), checks.table.device)
         table = torch.cat([whole.table, checked.to(whole.table.device, non_blocking=True)], 1)
         rates = whole if ruled else checks
         return Vectors(batch.at, table, whole.numel, rates.bins, rates.folded)
@@ -251,24 +252,24 @@ class Engine:
         rates: bool,
         samples: Samples | None = None,
     ) -> Vectors:
-        """Figures of a batch, of all elements or of the check sample.
+        """Figures of a batch: of all elements, or of the check sample if ``samples`` is given.
 
-        Generated code reads what lies densely in memory, plain tensor operations anything else.
+        Generated code reads tensors that are dense in memory; eager code handles all others.
         """
-        way = self.ways.get(batch.entries[0].param.device.type)
+        backend = self.backends.get(batch.entries[0].param.device.type)
         recorded = None
-        if way is not None and batch.columns:
+        if backend is not None and batch.columns:
             recorded = self._recorded(table, batch, rates=rates, samples=samples)
-        if way is None or recorded is None:
+        if backend is None or recorded is None:
             return _eager(table, batch, rates=rates, samples=samples)
-        found = addresses_of(recorded, batch, samples, way)
+        found = addresses_of(recorded, batch, samples, backend)
         if found is None:
             return _eager(table, batch, rates=rates, samples=samples)
         addresses, dtypes, _alive = found
         numel = [entry.param.numel() for entry in batch.entries]
         taken = numel if samples is None else [_checked(n) for n in numel]
         exact = samples is not None or batch.entries[0].param.dtype == torch.float64
-        values, bins, folds = way.figures(
+        values, bins, folds = backend.figures(
             recorded, addresses, np.array(taken, np.int64), dtypes, exact=exact
         )
         return Vectors(batch.at, values, numel, bins, folds)
@@ -276,10 +277,10 @@ class Engine:
     def _recorded(
         self, table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
     ) -> Recorded | None:
-        """The batch's program; None where it has to be eager."""
+        """The batch's program; None if the batch has to be computed eagerly."""
         kept = () if samples is None else [samples.names(i) for i in batch.at]
         key = table[0].name, batch.at[0], len(batch.at)
-        if len(self._programs) > _MOST_PROGRAMS:
+        if len(self._programs) > _MAX_PROGRAMS:
             self._programs.clear()
         try:
             recorded = record(
@@ -294,9 +295,9 @@ class Engine:
             )
         except UnknownOperationError as error:
             name = batch.rule.name if batch.rule is not None else "the table"
-            notice(f"no code can be generated for {error} in the rule {name!r}")
+            warn_eager_once(f"no code can be generated for {error} in the rule {name!r}")
             return None
-        except Exception:  # noqa: BLE001 - eager code tells whether it is the rule's own
+        except Exception:  # noqa: BLE001 - if it is the rule's own error, eager code raises it too
             return None
         self._programs[key] = recorded.program
         return recorded
@@ -313,7 +314,7 @@ class Engine:
             at, rule = watched[i].tracked, None if i in found.failed else batch.rule
             if at is None or not len(at) or i not in pre.tracked:
                 continue
-            at = there(at, entry.param.device)
+            at = to_device(at, entry.param.device)
             kept = {name: value.double() for name, value in pre.tracked[i].items()}
             s = eager.slice_of(entry, batch.group, at, torch.float64, old=kept, chosen=True)
             e = Elements(s, rule)
@@ -322,7 +323,7 @@ class Engine:
                 change: Any = e.observed
             else:
                 rate, change = torch.as_tensor(e.rate, dtype=torch.float64), e.change
-                rate = brought(rate, e.param.device).expand(e.param.shape)
+                rate = to_device_float64(rate, e.param.device).expand(e.param.shape)
             sign = -1.0 if batch.group.get("maximize", False) else 1.0
             found.tracked[i] = torch.stack([rate, change, sign * e.grad, e.param])
 
@@ -331,34 +332,34 @@ class Engine:
     ) -> None:
         """Keep the check sample of each gradient for the next recorded step."""
         for i, entry in zip(batch.at, batch.entries, strict=True):
-            if "grad" in pre.samples.names(i):  # which the optimizer may have overwritten
+            if "grad" in pre.samples.names(i):  # the optimizer may have overwritten p.grad
                 latest.put(i, "previous", pre.samples.tensor(i, "grad").clone())
             elif isinstance(entry.grad, Tensor):
-                latest.want(i, "previous", entry.grad)
+                latest.request(i, "previous", entry.grad)
             else:
                 latest.put(i, "previous", sample(entry.grad, entry.param.shape))
             watched[i].previous = latest, i
 
     def _resting(self, param: Tensor, span: slice | None) -> Tensor:
-        """Σθ² of a parameter that took no step; NaN where its values cannot be read."""
+        """Σθ² of a parameter that took no step; NaN if its values cannot be read."""
         unknown = torch.tensor(torch.nan, dtype=torch.float64)
-        if param.device.type == "meta":  # which has none
+        if param.device.type == "meta":  # it has no values
             return unknown
         try:
-            return self._of_one(PARAM, real(param, span))[0]
+            return self._tensor_figures(PARAM, local_real(param, span))[0]
         except (RuntimeError, NotImplementedError, TypeError):
-            return unknown  # of a subclass that holds its values in a way of its own
+            return unknown  # a tensor subclass with its own storage format
 
-    def _of_one(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
+    def _tensor_figures(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""
-        batch = batch_of(self.ways, 0, Entry(tensor, tensor), {}, None)
+        batch = batch_of(self.backends, 0, Entry(tensor, tensor), {}, None)
         return self._figures(table, batch, rates=False).table[0]
 
 
 def _eager(
     table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
 ) -> Vectors:
-    """The figures of a batch, piece by piece."""
+    """Compute the figures of a batch piece by piece, with plain tensor operations."""
     values, bins, folds, numel = [], [], [], []
     for place, (i, entry) in enumerate(zip(batch.at, batch.entries, strict=True)):
         numel.append(entry.param.numel())
@@ -390,7 +391,7 @@ def _eager(
     )
 
 
-def _empty(
+def _empty_figures(
     i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None, found: StepFigures
 ) -> Vectors:
     try:
@@ -399,12 +400,12 @@ def _empty(
         if rule is None:
             raise
         found.failed[i] = cause(error)
-        return _empty(i, entry, group, None, found)
+        return _empty_figures(i, entry, group, None, found)
     checks = torch.zeros(len(CHECKS), dtype=torch.float64)
     return Vectors([i], torch.cat([values.cpu(), checks]).unsqueeze(0), [0])
 
 
-def _ask_rule(
+def _run_before(
     w: WatchedParameter,
     param: Tensor,
     state: Mapping[str, Any],
@@ -419,12 +420,12 @@ def _ask_rule(
             pre.failed[i] = cause(error)
 
 
-def _tracked_of(flat: Tensor, at: Tensor) -> Tensor:
+def _read_flat(flat: Tensor, at: Tensor) -> Tensor:
     return read(flat, at, flat.shape)
 
 
 def _checked(numel: int) -> int:
-    """Elements of a piece in its check sample."""
+    """Number of elements in the check sample of a piece."""
     runs, run, _ = sample_runs(numel)
     return runs * run
 
@@ -435,10 +436,10 @@ def _rate_of(group: Mapping[str, Any]) -> Scalar:
 
 
 def copied(value: Any) -> Any:
-    """A hyperparameter as it stands now: a tensor's copy, anything else itself."""
+    """A hyperparameter's current value: a tensor is copied, anything else returned as it is."""
     return local(value).detach().clone() if isinstance(value, Tensor) else value
 
 
 def cause(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The type and message of an error."""
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Pieces of one kind, which one call reads together, and the addresses of their elements."""
+"""Batches: pieces of one kind that one call processes together, and their memory addresses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.check import Samples
-from lrprobe.engine.eager import add_whole
-from lrprobe.engine.pieces import SAMPLE, is_dense, is_wide, sample
+from lrprobe.engine.eager import add_whole_statistics
+from lrprobe.engine.pieces import SAMPLE, is_dense, is_per_element, sample
 from lrprobe.engine.recording import Recorded
 from lrprobe.rules.base import Coded, Entry, Rule, SparseRows
 
-Ways = Mapping[str, ModuleType]
-"""Type of a device to what generates code for it."""
+Backends = Mapping[str, ModuleType]
+"""Device type to the module that generates code for it."""
 
 
 @dataclass(slots=True)
@@ -27,13 +27,13 @@ class Batch:
     """Pieces of one kind: the same rule, group, dtypes, device and state entries.
 
     Attributes:
-        at: numbers of their parameters.
-        entries: what rules read of each.
-        group, rule: theirs.
-        columns: name of a tensor of elements to its address in each piece; nothing where the
-            tensors cannot all be read by address.
-        whole: whether all of those are contiguous.
-        memo: scalars that its programs share.
+        at: indices of their parameters.
+        entries: the tensors of each piece.
+        group, rule: shared by all pieces.
+        columns: name of an element-wise tensor to its address in each piece; empty unless every
+            such tensor can be read by address.
+        whole: whether all of these tensors are contiguous.
+        memo: scalars that the programs of the batch share.
     """
 
     at: list[int]
@@ -48,7 +48,7 @@ class Batch:
         return iter(range(len(self.at)))
 
     def add(self, i: int, entry: Entry, addresses: Mapping[str, int]) -> None:
-        """Take a piece."""
+        """Add a piece."""
         self.at.append(i)
         self.entries.append(entry)
         for name, address in addresses.items():
@@ -56,72 +56,71 @@ class Batch:
 
 
 def batch_of(
-    ways: Ways, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None
+    backends: Backends, i: int, entry: Entry, group: Mapping[str, Any], rule: Rule | None
 ) -> Batch:
     """A batch of one piece."""
-    _, addresses, contiguous = described(ways, entry)
+    _, addresses, contiguous = describe(backends, entry)
     batch = Batch([], [], group, rule, whole=contiguous)
     batch.add(i, entry, addresses if entry.param.numel() else {})
     return batch
 
 
-def described(ways: Ways, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
-    """What pieces that are read together have in common; the addresses of the elements.
+def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[str, int], bool]:
+    """The batch key of a piece, the addresses of its tensors, and whether it is contiguous.
 
-    There are none where the tensors have not all one dense layout. And whether that is the
-    contiguous one.
+    There are no addresses unless all tensors have the same dense layout.
     """
     param, grad = entry.param, entry.grad
     shape, strides, device = param.shape, param.stride(), param.device
-    way = ways.get("cpu" if param.is_cpu else device.type)
+    backend = backends.get("cpu" if param.is_cpu else device.type)
     if isinstance(grad, Tensor):
         tensors: list[tuple[str, Any]] = [("param", param), ("grad", grad)]
     else:
-        way, tensors = None, [("param", param)]
+        backend, tensors = None, [("param", param)]
     addresses: dict[str, int] = {}
     kinds: list[Any] = [device, type(grad) is SparseRows]
     for name, value in (*tensors, *entry.state.items()):
         if not isinstance(value, Tensor):
             kinds.append((name, value is None))
-            way = None if isinstance(value, Coded) else way
+            backend = None if isinstance(value, Coded) else backend
             continue
         same = value.shape == shape
         kinds.append((name, value.dtype, same))
         if same and (shape or value.device == device):
             if (
-                way is None
+                backend is None
                 or value.device != device
                 or value.stride() != strides
-                or not way.is_addressable(value)
+                or not backend.is_addressable(value)
             ):
-                way = None
+                backend = None
             else:
                 addresses[name] = value.data_ptr()
-        elif value.dim() and is_wide(value, shape):
-            way = None  # it is broadcast
+        elif value.dim() and is_per_element(value, shape):
+            backend = None  # generated code does not broadcast
     contiguous = param.is_contiguous()
-    if way is None or not (contiguous or is_dense(param)):
+    if backend is None or not (contiguous or is_dense(param)):
         addresses = {}
     return (*kinds, bool(addresses)), addresses, contiguous
 
 
-def add_whole_figures(ways: Ways, batch: Batch) -> None:
-    """Add figures of whole parameters, whose tensors then have addresses too."""
+def add_batch_statistics(backends: Backends, batch: Batch) -> None:
+    """Add what ``Rule.whole`` computes to each entry, and refresh the addresses."""
     if batch.rule is not None:
         for entry in batch.entries:
-            add_whole(entry, batch.group, batch.rule)
-    found = [described(ways, entry) for entry in batch.entries]
+            add_whole_statistics(entry, batch.group, batch.rule)
+    found = [describe(backends, entry) for entry in batch.entries]
     alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
     names = found[0][1] if alike else ()
     batch.columns = {name: [addresses[name] for _, addresses, _ in found] for name in names}
 
 
 def addresses_of(
-    recorded: Recorded, batch: Batch, samples: Samples | None, way: ModuleType
+    recorded: Recorded, batch: Batch, samples: Samples | None, backend: ModuleType
 ) -> tuple[NDArray[np.int64], list[torch.dtype], list[Tensor]] | None:
-    """Addresses and dtypes of the leaves of each piece, and what must live until they are read.
+    """Addresses and dtypes of the leaves of each piece, and tensors to keep alive meanwhile.
 
-    None where a tensor that the program reads has none.
+    None if a tensor that the program reads has no address.
     """
     columns, dtypes, alive = [], [], []
     wanted: list[tuple[list[int], int, Tensor]] = []
@@ -150,7 +149,7 @@ def addresses_of(
                 column[n] = alive[-1].data_ptr()
         columns.append(column)
     if wanted:
-        buffer, starts = way.gather([tensor for _, _, tensor in wanted])
+        buffer, starts = backend.gather([tensor for _, _, tensor in wanted])
         alive.append(buffer)
         for (column, n, _), start in zip(wanted, starts, strict=True):
             column[n] = buffer.data_ptr() + start
@@ -159,7 +158,7 @@ def addresses_of(
 
 
 def leaf_of(entry: Entry, name: str) -> Any:
-    """A tensor of an entry, by the name that programs have for it."""
+    """A tensor of an entry, by its name in programs."""
     if name in ("param", "grad"):
         return entry.param if name == "param" else entry.grad
     return entry.state.get(name)

@@ -1,7 +1,7 @@
-"""A recorded program as the text of a block program that Triton compiles.
+"""Prints a recorded program as the source of a Triton kernel.
 
-A program takes a chunk of one piece: rows of neighbours, one a thread, block by block. Sums are
-kept by thread, and added up at the end of the chunk.
+Each program instance processes a chunk of one piece, block by block; a thread reads one row of
+adjacent elements. Sums are kept per thread, and reduced at the end of the chunk.
 """
 
 from __future__ import annotations
@@ -79,11 +79,15 @@ def again(table, scalars, out, wide, counts, seen,
 """
 
 _TINY = "1e-28"
-"""A sum of squares below it may have lost some to underflow."""
+"""A smaller sum of squares may have lost terms to underflow."""
 
 
 def source(recorded: Recorded, dtypes: Sequence[torch.dtype]) -> str:
-    """The text of a module with the programs ``kernel`` and ``again``; ``dtypes`` of the leaves."""
+    """The source of a module with the kernels ``kernel`` and ``again``; ``dtypes`` are the leaves'.
+
+    ``again`` recomputes chunks whose float32 sums are not sound with sums in float64, and counts
+    the rates of large pieces with few moving elements in full.
+    """
     names = Names(
         recorded.program, OPERATIONS, "tl.load(s + {0}).to(REAL)", "tl.load(s + {0}).to(WIDE)"
     )
@@ -127,7 +131,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype]) -> str:
 
 
 def _stored(sums: Sequence[Sum], *, counted: bool) -> list[str]:
-    """Lines that keep the sums of a chunk, and whether they are sound."""
+    """Lines that store the sums of a chunk, and whether they are sound."""
     pad, inner = " " * 4, " " * 8
     width = len(sums) + 1
     by_name = {one.name: one.value for one in sums}
@@ -159,14 +163,14 @@ def _stored(sums: Sequence[Sum], *, counted: bool) -> list[str]:
 
 
 class Sum:
-    """How a figure is added up over a chunk.
+    """How a figure is reduced over a chunk.
 
     Attributes:
-        name, merge: the figure's.
-        pivoted: whether it is one of a mean and a sum of squared distances to it, where sums are
-            in float32.
-        begin, add, end: lines before, in and after the loop.
-        value: what it is then.
+        name, merge: those of the figure.
+        pivoted: whether it is computed, if sums are in float32, as a mean or as a sum of squared
+            distances to the mean.
+        begin, add, end: lines before, inside and after the loop.
+        value: the variable that holds the result.
     """
 
     def __init__(self, recorded: Recorded, i: int) -> None:
@@ -194,7 +198,7 @@ class Sum:
             self._pivot(recorded, i, figure.name == "rate")
 
     def _pivot(self, recorded: Recorded, i: int, first: bool) -> None:
-        """Sum distances from each row's first mean where sums are in float32, not the values."""
+        """In float32, sum the distances to each row's first mean instead of the values."""
         rate = recorded.rate.label  # type: ignore[union-attr]
         plain, end = self.add[0], self.end[0]
         if not first:
@@ -219,7 +223,7 @@ class Sum:
 
 
 def added(value: str, ok: str = "move") -> str:
-    """Sum over each row of the elements that are wanted."""
+    """An expression for the sum of the selected elements of each row."""
     masked = f"tl.where({ok}, ({value}).to(WIDE), 0.0)"
     if ok == "ok":
         masked = f"({value}).to(WIDE) if FULL else {masked}"

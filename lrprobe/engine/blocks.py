@@ -1,7 +1,7 @@
-"""What generated block programs call, and the programs that are the same for all rules."""
+"""Triton functions that generated kernels call, and the kernels that are the same for all rules."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, N803, PLR0124, PLR0915, SIM108, SIM300 - Triton compiles these; they are no Python functions
+# ruff: noqa: ANN001, ANN201, N803, PLR0124, PLR0915, SIM108, SIM300 - Triton compiles these; they are not Python functions
 
 import triton
 import triton.language as tl
@@ -9,27 +9,28 @@ import triton.language as tl
 from lrprobe.engine import distribution
 
 ROWS = tl.constexpr(128)
-"""Threads of a program; each has a row of neighbours."""
+"""Threads of a program; each reads one row of adjacent elements."""
 BINS, SHIFT, ZERO = map(tl.constexpr, (distribution.BINS, distribution.SHIFT, distribution.ZERO))
 STRIDE = tl.constexpr(distribution.STRIDE)
 FINE, OCTAVES = tl.constexpr(distribution.FINE), tl.constexpr(distribution.OCTAVES)
 ALL = tl.constexpr(4 * distribution.EXACT)
-"""Moving elements up to which every rate is counted; more than on a CPU, since those of a large
-tensor are counted as its elements stand, not as its moving elements do."""
+"""Moving elements up to which every rate is counted. It is larger than on a CPU because rates of a
+large tensor are subsampled by position among all elements, not among the moving ones."""
 
 PIECES, ROUNDS, CHUNK, FULL_ROWS, WIDTH, FIRST, BEGIN, NUMEL, ADDRESSES, COLUMNS = map(
     tl.constexpr, range(10)
 )
-"""Head of a table: numbers, then where its parts begin."""
+"""Fields of a table's header: numbers, then the offsets of its parts."""
 HEAD = tl.constexpr(16)
 
-SUM, MIN, MAX, NOTHING, SHARED, LEAST, MOST, MEAN, SPREAD = map(tl.constexpr, range(9))
-"""What makes a column of the result: rows; nothing; a scalar; means and spreads."""
+SUM, MIN, MAX, NOTHING, SHARED, SHARED_MIN, SHARED_MAX, MEAN, SPREAD = map(tl.constexpr, range(9))
+"""How a column of the result is made: from rows of sums, from nothing, from a scalar, or from means
+and spreads."""
 
 
 @triton.jit
 def ordered(x):
-    """Bits that are ordered as the values are; NaN beyond all."""
+    """Map a float to an integer with the same order; NaN is beyond all numbers."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
         key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
@@ -41,7 +42,7 @@ def ordered(x):
 
 @triton.jit
 def extreme(TYPE: tl.constexpr, GREATEST: tl.constexpr):
-    """What no ``ordered`` bits of a number reach."""
+    """An integer beyond the ``ordered`` integer of every number."""
     if TYPE == tl.float64:
         key = tl.full([], 0x7FFFFFFFFFFFFFFF if GREATEST else -0x8000000000000000, tl.int64)
     else:
@@ -51,7 +52,7 @@ def extreme(TYPE: tl.constexpr, GREATEST: tl.constexpr):
 
 @triton.jit
 def value_of(key):
-    """The opposite of ``ordered``."""
+    """The inverse of ``ordered``."""
     if key.dtype == tl.int64:
         value = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
     else:
@@ -61,7 +62,7 @@ def value_of(key):
 
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
-    """The nearest number of a 16-bit type."""
+    """Round to the nearest number of a 16-bit type."""
     y = x.to(tl.float32)
     if TYPE == tl.float16:
         y = y.to(tl.float16).to(tl.float32)
@@ -73,16 +74,16 @@ def rounded(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def ulp(x, eps, least):
-    """Distance of a non-negative float64 to the next number of a dtype with this ``eps``."""
+def ulp(x, eps, smallest):
+    """Distance from a non-negative float64 to the next number of a dtype with this ``eps``."""
     bits = x.to(tl.float64).to(tl.int64, bitcast=True)
     power = (bits & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-    return tl.maximum(power * eps, least)
+    return tl.maximum(power * eps, smallest)
 
 
 @triton.jit
 def root(x):
-    """Square root, also of denormals."""
+    """Square root that is correct for denormals too."""
     if x.dtype == tl.float32:
         y = tl.sqrt_rn(x)
     else:
@@ -92,9 +93,9 @@ def root(x):
 
 @triton.jit
 def mean_and_spread(count, pivot, one, two):
-    """Mean, and sum of squared distances to it, of all rows together.
+    """The mean of all rows together, and the sum of squared distances to it.
 
-    Of each row: how many, a pivot, and the sums of the distances to it and of their squares.
+    Each row gives its count, a pivot, and the sums of distances to the pivot and of their squares.
     """
     some = tl.maximum(count, 1.0)
     means = pivot + one / some
@@ -105,7 +106,7 @@ def mean_and_spread(count, pivot, one, two):
 
 @triton.jit
 def place(table, row, ANY: tl.constexpr, FULL: tl.constexpr):
-    """A row of sums: its number, its piece, first element, and the elements from there on."""
+    """Locate a row of sums: its number, its piece, its first element, and the elements left."""
     pieces = tl.load(table + PIECES)
     full = tl.load(table + FULL_ROWS)
     first = table + tl.load(table + FIRST)
@@ -133,9 +134,9 @@ def place(table, row, ANY: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def count(counts, rate, ok, at, start, numel, AGAIN: tl.constexpr):
-    """Count rates; of a large piece one in so many, or, again, all that were not counted."""
+    """Count rates. A large piece counts one in ``STRIDE``; ``AGAIN`` corrects that to all."""
     bins = (ordered(rate.to(tl.float32)) >> SHIFT) + ZERO
-    met = (at + (start % STRIDE).to(tl.int32)) % STRIDE == 0
+    met = at % STRIDE == (at // STRIDE + (start // 4096 % STRIDE).to(tl.int32)) % STRIDE
     if AGAIN:
         tl.atomic_add(counts + bins, tl.where(met, 1 - STRIDE, 1), mask=ok, sem="relaxed")
     else:
@@ -158,9 +159,9 @@ def combine(
     N: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Rows of sums to figures in float64: a program for each piece, and some that fold its counts.
+    """Reduce rows of sums to figures in float64: one program per piece, more to fold its counts.
 
-    A row of ``out`` ends with whether it is sound; what is not is in ``wide``.
+    The last value of a row of ``out`` says whether the row is sound; if not, ``wide`` has it.
     """
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) - 1
@@ -205,15 +206,15 @@ def combine(
                 moved += tl.sum(n, axis=0)
                 low = tl.where(ok & ((x < low) | (x != x)), x, low)
                 high = tl.where(ok & ((x > high) | (x != x)), x, high)
-        least, most = tl.min(low, axis=0), tl.max(high, axis=0)
-        least = tl.where(tl.max((low != low).to(tl.int32), axis=0) > 0, float("nan"), least)
-        most = tl.where(tl.max((high != high).to(tl.int32), axis=0) > 0, float("nan"), most)
-        value = tl.where(kind == MIN, least, tl.where(kind == MAX, most, total))
+        lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+        lowest = tl.where(tl.max((low != low).to(tl.int32), axis=0) > 0, float("nan"), lowest)
+        highest = tl.where(tl.max((high != high).to(tl.int32), axis=0) > 0, float("nan"), highest)
+        value = tl.where(kind == MIN, lowest, tl.where(kind == MAX, highest, total))
         given = (kind > NOTHING) & (kind < MEAN)
         shared = tl.load(scalars + t * tl.load(table + WIDTH) + at, mask=given, other=float("nan"))
         numel = tl.load(table + tl.load(table + NUMEL) + t).to(tl.float64)
         n = tl.where(moving >= 0, moved, numel)
-        none = tl.where(kind == LEAST, float("inf"), float("-inf"))
+        none = tl.where(kind == SHARED_MIN, float("inf"), float("-inf"))
         none = tl.where(kind == SHARED, 0.0, none)
         shared = tl.where(n > 0, tl.where(kind == SHARED, n * shared, shared), none)
         value = tl.where(given, shared, tl.where(kind == NOTHING, float("nan"), value))
@@ -233,9 +234,9 @@ def combine(
 
 @triton.jit
 def copy(table, buffer, N: tl.constexpr):
-    """The check sample of each tensor: address, runs, neighbours, from start to start, target.
+    """Copy the check sample of each tensor: a row is address, runs, run length, stride, target.
 
-    All but the runs in units of two bytes.
+    Lengths, strides and targets are in units of two bytes.
     """
     about = table + tl.program_id(0) * 5
     source = tl.load(about).to(tl.pointer_type(tl.int16))

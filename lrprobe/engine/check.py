@@ -1,4 +1,4 @@
-"""The check sample: elements kept from before the step, to compare with the step really taken."""
+"""The check sample: elements kept from before the step, to compare with the actual step."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from lrprobe.engine.pieces import SAMPLE, sample, sample_runs
 
 @cache
 def zeros(device: torch.device) -> Tensor:
-    """A check sample of zeros of any dtype."""
+    """A buffer of zeros that is a check sample in any dtype."""
     return torch.zeros(SAMPLE * 8, dtype=torch.uint8, device=device)
 
 
 class Samples:
-    """Check samples of many tensors; those of one device that lie flat there in one buffer."""
+    """Check samples of many tensors; contiguous tensors of one device share a buffer."""
 
-    def __init__(self, ways: dict[str, ModuleType]) -> None:
-        self._ways = ways
+    def __init__(self, backends: dict[str, ModuleType]) -> None:
+        self._backends = backends
         self._buffers: list[Tensor] = []
         self._places: dict[int, dict[str, tuple[int, int, torch.dtype, int]]] = {}
-        """Number of the parameter and name of the tensor to buffer, byte, dtype and elements."""
-        self._wanted: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
+        """Parameter index and tensor name to (buffer, byte offset, dtype, elements)."""
+        self._requested: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
         self._borrowed: Tensor | None = None
         self._borrowed_number = 0
 
-    def want(self, at: int, name: str, tensor: Tensor) -> None:
-        """Have a sample of a tensor taken when ``take`` is called, at the latest."""
-        way = self._ways.get("cpu" if tensor.is_cpu else tensor.device.type)
-        if way is not None and tensor.is_contiguous() and way.is_addressable(tensor):
-            self._wanted.setdefault(tensor.device, []).append((at, name, tensor))
+    def request(self, at: int, name: str, tensor: Tensor) -> None:
+        """Sample a tensor now, or together with others when ``take`` is called."""
+        backend = self._backends.get("cpu" if tensor.is_cpu else tensor.device.type)
+        if backend is not None and tensor.is_contiguous() and backend.is_addressable(tensor):
+            self._requested.setdefault(tensor.device, []).append((at, name, tensor))
         else:
             self.put(at, name, sample(tensor, tensor.shape).clone())
 
     def put(self, at: int, name: str, kept: Tensor) -> None:
-        """Take a sample that was made already: flat."""
+        """Add an existing flat sample."""
         self._places.setdefault(at, {})[name] = len(self._buffers), 0, kept.dtype, len(kept)
         self._buffers.append(kept)
 
     def borrow(self, at: int, name: str, other: Samples, their: int) -> None:
-        """Have a sample that other samples keep."""
+        """Refer to a sample in another ``Samples``, without a copy."""
         number, start, dtype, numel = other._places[their][name]
         buffer = other._buffers[number]
         if self._borrowed is not buffer:
@@ -53,29 +53,29 @@ class Samples:
         self._places.setdefault(at, {})[name] = self._borrowed_number, start, dtype, numel
 
     def take(self) -> None:
-        """Copy the samples that are wanted, at once."""
-        for device, some in self._wanted.items():
-            buffer, starts = self._ways[device.type].gather([tensor for _, _, tensor in some])
+        """Copy all requested samples, in one call per device."""
+        for device, some in self._requested.items():
+            buffer, starts = self._backends[device.type].gather([tensor for _, _, tensor in some])
             for (at, name, tensor), start in zip(some, starts, strict=True):
                 runs, run, _ = sample_runs(tensor.numel())
                 place = len(self._buffers), start, tensor.dtype, runs * run
                 self._places.setdefault(at, {})[name] = place
             self._buffers.append(buffer)
-        self._wanted = {}
+        self._requested = {}
 
     def names(self, at: int) -> dict[str, tuple[int, int, torch.dtype, int]]:
-        """What was kept of a parameter."""
+        """The samples of a parameter, by tensor name."""
         return self._places.get(at, {})
 
     def address(self, at: int, name: str, device: torch.device) -> int:
-        """Where a sample begins; that of zeros where nothing was kept."""
+        """Address of a sample; that of ``zeros`` if nothing was kept."""
         place = self._places.get(at, {}).get(name)
         if place is None:
             return zeros(device).data_ptr()
         return self._buffers[place[0]].data_ptr() + place[1]
 
     def tensor(self, at: int, name: str) -> Tensor:
-        """A sample: flat."""
+        """A sample as a flat tensor."""
         number, start, dtype, numel = self._places[at][name]
         buffer = self._buffers[number]
         if buffer.dtype == dtype:
@@ -83,9 +83,9 @@ class Samples:
         return buffer[start : start + numel * dtype.itemsize].view(dtype)
 
     def length(self, at: int, name: str) -> int:
-        """Elements of a sample; 0 where nothing was kept."""
+        """Elements of a sample; 0 if nothing was kept."""
         return self._places.get(at, {}).get(name, (0, 0, None, 0))[3]
 
     def old(self, at: int) -> dict[str, Tensor]:
-        """All that was kept of a parameter."""
+        """All samples of a parameter, as flat tensors by name."""
         return {name: self.tensor(at, name) for name in self.names(at)}

@@ -1,4 +1,4 @@
-"""Figures by a generated loop: one call for all pieces of a kind, on the CPU."""
+"""Computes figures with a generated loop: one call for all pieces of a kind, on the CPU."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.distribution import BINS, Bins
-from lrprobe.engine.generated import folder, imported
+from lrprobe.engine.generated import cache_folder, import_generated
 from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
+from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
 
 _THREADED = 1 << 20
-"""Elements from which more than one thread is worth its start."""
-_MOST_THREADS = 8
+"""Elements above which starting several threads pays off."""
+_MAX_THREADS = 8
 _ALIGNED = 64
-"""Bytes to which a check sample is aligned: one cache line."""
+"""Alignment of a check sample in bytes: one cache line."""
 _RANGES = 8
-"""Parts of the work for each thread: one that is held up leaves its parts to the others."""
+"""Parts of the work per thread, so that the others can take over those of a delayed thread."""
 
 
 def unavailable() -> str:
-    """Why no loop can be compiled here; empty where one can be."""
+    """Why no loop can be compiled here; empty if one can be."""
     try:
         import numba  # noqa: F401
     except ImportError as error:
         return f"numba cannot be imported ({error})"
-    if folder() is None:
-        return "there is no folder that generated code could be written to"
+    if cache_folder() is None:
+        return "there is no writable folder for generated code"
     return ""
 
 
@@ -51,9 +52,9 @@ def figures(
     """Figures of several pieces: (pieces, figures) float64, and the distribution of their rates.
 
     Args:
-        recorded: what is computed.
+        recorded: what to compute.
         addresses: of the leaves of each piece: (pieces, leaves).
-        numel: elements of each piece, none of which is empty: (pieces,).
+        numel: elements of each piece, at least 1: (pieces,).
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
     """
@@ -85,19 +86,44 @@ def figures(
         work(0, parts)
         for thread in helpers:
             thread.join()
-    except BaseException:  # an interrupted cell: what still counts must not meet the next step
+    except BaseException:  # after an interrupt, threads may still write to the old scratch tables
         _local.scratch = None
         raise
-    merge = {"sum": np.add, "min": np.minimum, "max": np.maximum}
-    sums = {
-        i: torch.from_numpy(merge[recorded.table[i].merge].reduceat(out[:, at], layout.first))
-        for at, i in enumerate(found)
-    }
-    table = recorded.filled(sums, torch.from_numpy(numel).double())
+    table = torch.from_numpy(_table(recorded, found, out, layout.first, numel))
     if not counted:
         return table, None, None
     each = [Bins(p[:, 0], p[:, 1], p[:, 2].astype(np.float64)) for p in _parts(pool, begin, end)]
     return table, Bins.joined([one for one in each if len(one.owner)]), None
+
+
+def _table(
+    recorded: Recorded,
+    found: list[int],
+    out: NDArray[np.float64],
+    first: NDArray[np.int64],
+    numel: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """All figures of each piece: (pieces, figures); ``found`` lists those summed by chunk."""
+    table = np.full((len(numel), len(recorded.table)), np.nan)
+    table[:, found] = np.add.reduceat(out, first, axis=0)
+    extremes = {"min": np.minimum, "max": np.maximum}
+    moving = numel.astype(np.float64)
+    for at, i in enumerate(found):
+        figure = recorded.table[i]
+        if figure.merge != "sum":
+            table[:, i] = extremes[figure.merge].reduceat(out[:, at], first)
+        elif figure.name == "moving":
+            moving = table[:, i]
+    for i, (figure, value) in enumerate(zip(recorded.table, recorded.values, strict=True)):
+        if value is None or isinstance(value, Symbol):
+            continue
+        shared = value.detach().double().numpy().reshape(-1) if isinstance(value, Tensor) else value
+        count = moving if figure.moving else numel
+        nothing = {"sum": 0.0, "min": np.inf, "max": -np.inf}[figure.merge]
+        with np.errstate(all="ignore"):
+            total = shared * count if figure.merge == "sum" else shared
+        table[:, i] = np.where(count > 0, total, nothing)
+    return table
 
 
 def _parts(
@@ -107,7 +133,7 @@ def _parts(
 
 
 def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Check samples of several tensors: a buffer of bytes, and where each sample begins in it."""
+    """Copy the check samples of several tensors to one byte buffer; also return their offsets."""
     from lrprobe.engine.intrinsics import gather as copy
 
     runs = np.array([sample_runs(t.numel()) for t in tensors], np.int64).reshape(-1, 3)
@@ -121,14 +147,14 @@ def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 class _Layout(NamedTuple):
-    """How the work is cut.
+    """How the work is divided.
 
     Attributes:
-        threads: how many work.
+        threads: how many threads work.
         owner, start: piece and first element of each chunk.
-        first: number of each piece's first chunk.
+        first: index of each piece's first chunk.
         bounds: first chunk of each range, and the end.
-        room: entries that the counts of each range can need.
+        room: upper bound of the count entries of each range.
     """
 
     threads: int
@@ -158,14 +184,14 @@ def _layout(sizes: tuple[int, ...], threads: int) -> _Layout:
 
 
 def _threads(elements: int) -> int:
-    return min(torch.get_num_threads(), _MOST_THREADS) if elements >= _THREADED else 1
+    return min(torch.get_num_threads(), _MAX_THREADS) if elements >= _THREADED else 1
 
 
 _local = threading.local()
 
 
 def _scratch(threads: int) -> NDArray[np.int64]:
-    """Tables for counting, which every call leaves at zero; each calling thread has its own."""
+    """Counting tables; every call leaves them zeroed, and each calling thread has its own."""
     table = getattr(_local, "scratch", None)
     if table is None or len(table) < threads:
         table = _local.scratch = np.zeros((threads, LANES, BINS), np.int64)
@@ -179,11 +205,11 @@ _compiling = threading.Lock()
 
 
 def _call(function: Any, *args: Any) -> None:
-    """Call a function that numba compiles; the first time in a thread of its own.
+    """Call a numba function; compile it in a separate thread.
 
-    Numba keeps frames of what it does then, and with them those of all callers: the training's.
+    While it compiles, numba keeps references to stack frames, and so to the training's tensors.
     """
-    if function.signatures:
+    if function.overloads:
         function(*args)
     else:
         with ThreadPoolExecutor(1) as compiler:
@@ -198,19 +224,19 @@ def _kernel(recorded: Recorded, dtypes: tuple[torch.dtype, ...], exact: bool) ->
             text = source(recorded, dtypes, exact=exact)
             from lrprobe.engine import intrinsics
 
-            kernel = _kernels[key] = imported(text, intrinsics.__file__).kernel
+            kernel = _kernels[key] = import_generated(text, intrinsics.__file__).kernel
     return kernel
 
 
 def is_addressable(tensor: Tensor) -> bool:
-    """Whether elements that lie densely can be read from the tensor's address on: all are there."""
+    """Whether a dense tensor's elements can be read from its address."""
     return (
         tensor.is_cpu
         and tensor.dtype in LOADED
         and tensor.layout is torch.strided
-        # Only a view has the negative bit; asking for it lets other threads run in between.
+        # Only a view can have the negative bit; `is_neg` lets other threads run.
         and not (tensor._is_view() and tensor.is_neg())  # noqa: SLF001 - torch has no other way
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         <= tensor.untyped_storage().nbytes()
-        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # a wrapper of other tensors has none
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # 0 for a wrapper subclass
     )

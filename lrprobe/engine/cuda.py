@@ -1,6 +1,6 @@
-"""Figures by generated block programs: a few launches for all pieces of a kind, on CUDA.
+"""Computes figures with generated Triton kernels: a few launches for all pieces of a kind.
 
-Nothing here reads what is on the device, and nothing waits for it.
+Nothing here synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from torch import Tensor
 
 from lrprobe.engine.block_printer import TYPES, Sum, source
 from lrprobe.engine.distribution import BINS, FOLDED, Bins
-from lrprobe.engine.generated import folder, imported
+from lrprobe.engine.generated import cache_folder, import_generated
 from lrprobe.engine.pieces import sample_runs
 from lrprobe.engine.printer import differing
 from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
-from lrprobe.rules.base import there
+from lrprobe.rules.base import to_device
 
 _CHUNK = 4096
-"""Elements that one program takes; more where there would be too many chunks."""
-_MOST_CHUNKS = 1 << 17
-_MOST_COUNTED = 1 << 10
-"""Pieces whose counts fit into the memory that may be taken at once."""
+"""Elements of a chunk, which one program processes; doubled until the chunks are not too many."""
+_MAX_CHUNKS = 1 << 17
+_MAX_COUNTED = 1 << 10
+"""Pieces counted in one launch, which bounds the memory of their counts."""
 _ALIGNED = 16
-"""Bytes that a thread reads at once."""
+"""Bytes that a thread loads at once."""
 _PARTS = 8
 """Programs that fold the counts of a piece."""
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets programs, on the CPU."""
+    """Whether Triton's interpreter runs kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 DEVICES = {"cpu" if interpreted() else "cuda"}
-"""Types of devices whose memory programs can read."""
+"""Types of devices whose memory kernels can read."""
 
 
 def unavailable() -> str:
-    """Why no program can be compiled here; empty where one can be."""
+    """Why no kernel can be compiled here; empty if one can be."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -57,15 +57,15 @@ def unavailable() -> str:
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         if torch.version.cuda is None:
-            return "this is not NVIDIA's CUDA"
+            return "this torch was not built with NVIDIA's CUDA"
         compilers = [os.environ.get("CC", ""), "clang", "gcc", "cc"]
         if not any(shutil.which(name) for name in compilers if name):
             return "there is no C compiler, which Triton needs"
-    return "" if folder() else "there is no folder that generated code could be written to"
+    return "" if cache_folder() else "there is no writable folder for generated code"
 
 
 def is_addressable(tensor: Tensor) -> bool:
-    """Whether elements that lie densely can be read from the tensor's address on: all are there."""
+    """Whether a dense tensor's elements can be read from its address."""
     return (
         tensor.device.type in DEVICES
         and tensor.dtype in TYPES
@@ -78,7 +78,7 @@ def is_addressable(tensor: Tensor) -> bool:
 
 
 def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Check samples of several tensors: a buffer of bytes, and where each sample begins in it."""
+    """Copy the check samples of several tensors to one byte buffer; also return their offsets."""
     from lrprobe.engine import blocks
 
     runs = np.array([sample_runs(t.numel()) for t in tensors], np.int64).reshape(-1, 3)
@@ -89,7 +89,7 @@ def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     buffer = torch.empty(2 * int(room.sum()), dtype=torch.uint8, device=device)
     addresses = np.array([t.data_ptr() for t in tensors], np.int64)
     columns = addresses, runs[:, 0], runs[:, 1] * units, runs[:, 2] * units, starts
-    table = there(torch.from_numpy(np.stack(columns, 1)), device)
+    table = to_device(torch.from_numpy(np.stack(columns, 1)), device)
     launch(blocks.copy, (len(tensors),), table, buffer.view(torch.int16), N=1024)
     return buffer, (2 * starts).tolist()
 
@@ -105,29 +105,29 @@ def figures(
     """Figures of several pieces: (pieces, figures) float64, and the distribution of their rates.
 
     Args:
-        recorded: what is computed.
+        recorded: what to compute.
         addresses: of the leaves of each piece: (pieces, leaves).
-        numel: elements of each piece, none of which is empty: (pieces,).
+        numel: elements of each piece, at least 1: (pieces,).
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
     """
     module = _module(recorded, tuple(dtypes))
-    columns = _columns(recorded)  # which adds scalars of figures to those of the program
+    columns = _columns(recorded)  # before `table`: it adds the figures' scalars to the program's
     scalars = recorded.program.table(recorded.device)
     counted = recorded.rate is not None and recorded.moves is not None
-    most = _MOST_COUNTED if counted else len(numel)
+    size = _MAX_COUNTED if counted else len(numel)
     results = [
         _figures(
             module,
-            addresses[at : at + most],
-            numel[at : at + most],
-            scalars[at : at + most],
+            addresses[at : at + size],
+            numel[at : at + size],
+            scalars[at : at + size],
             columns,
             exact=exact,
             counted=counted,
             device=recorded.device,
         )
-        for at in range(0, len(numel), most)
+        for at in range(0, len(numel), size)
     ]
     tables, folds = zip(*results, strict=True)
     if len(tables) == 1:
@@ -153,12 +153,12 @@ def _figures(
     pieces = len(numel)
     host, full, rest = _table(addresses, numel, scalars.shape[1], columns)
     table = torch.from_numpy(host)
-    if scalars.device.type == "cpu":  # both cross at once
+    if scalars.device.type == "cpu":  # one copy for both
         known = scalars.contiguous().view(torch.int64).reshape(-1)
-        table = there(torch.cat([table, known]), device)
+        table = to_device(torch.cat([table, known]), device)
         scalars = table[len(host) :].view(torch.float64)
     else:
-        table = there(table, device)
+        table = to_device(table, device)
     width, rows, n = int(columns[0]), full + rest, len(columns) // 3
     single, double = (1, rows * width) if exact else (rows * width, rows * width)
     out = torch.empty(single, dtype=torch.float32, device=device)
@@ -186,7 +186,7 @@ def _figures(
 
 
 def lanes(full: bool, wide: bool) -> int:
-    """Neighbours that a thread takes at once: as many as its registers hold."""
+    """Adjacent elements that a thread processes at once: as many as fit in its registers."""
     if interpreted():
         return 8
     return (2 if wide else 4) if full else (1 if wide else 2)
@@ -195,11 +195,11 @@ def lanes(full: bool, wide: bool) -> int:
 def _table(
     addresses: NDArray[np.int64], numel: NDArray[np.int64], scalars: int, columns: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], int, int]:
-    """What programs know of the pieces; the number of full chunks, and of others."""
+    """The table that kernels read, and the numbers of full chunks and of other chunks."""
     from lrprobe.engine import blocks
 
     chunk = _CHUNK
-    while numel.sum() > _MOST_CHUNKS * chunk:
+    while numel.sum() > _MAX_CHUNKS * chunk:
         chunk *= 2
     aligned = (addresses % _ALIGNED == 0).all(1) & (numel.max() > chunk)  # else one launch does
     full = np.where(aligned, numel // chunk, 0)
@@ -216,14 +216,14 @@ def _table(
 
 
 def _columns(recorded: Recorded) -> NDArray[np.int64]:
-    """How ``combine`` makes each figure: width of a row of sums, then kind, place and count."""
+    """Tells ``combine`` how to make each figure: row width, then (kind, place, count) each."""
     from lrprobe.engine import blocks as b
 
     sums = [Sum(recorded, i) for i in differing(recorded)]
     place = {one.name: at for at, one in enumerate(sums)}
     by_name = {one.name: one for one in sums}
     plain = {"sum": b.SUM, "min": b.MIN, "max": b.MAX}
-    shared = {"sum": b.SHARED, "min": b.LEAST, "max": b.MOST}
+    shared = {"sum": b.SHARED, "min": b.SHARED_MIN, "max": b.SHARED_MAX}
     about = [len(sums) + 1]
     for figure, value in zip(recorded.table, recorded.values, strict=True):
         moving = place.get("moving", -1) if figure.moving else -1
@@ -240,7 +240,7 @@ def _columns(recorded: Recorded) -> NDArray[np.int64]:
 
 
 def launch(program: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a program on the device of its first tensor."""
+    """Launch a kernel on the device of its first tensor."""
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         program[grid](*args, **constants, enable_fp_fusion=True)
@@ -258,5 +258,5 @@ def _module(recorded: Recorded, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
             from lrprobe.engine import blocks
 
             text = source(recorded, dtypes)
-            module = _modules[key] = imported(text, blocks.__file__)
+            module = _modules[key] = import_generated(text, blocks.__file__)
     return module

@@ -1,8 +1,8 @@
-"""How the rates are distributed: counts in logarithmic bins.
+"""The distribution of the rates: counts in logarithmic bins.
 
-A bin is told by the upper bits of a float32: its sign, its exponent and six bits of its fraction,
-which makes 64 bins an octave. Counts add up over blocks, parameters, modules, ranks and time.
-Quantiles and recorded histograms are read off them on the host.
+The upper bits of a float32 identify its bin: its sign, its exponent and six bits of its fraction,
+so there are 64 bins per octave. Counts add up over blocks, parameters, modules, ranks and time.
+The host computes quantiles and recorded histograms from them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ Ints = NDArray[np.int64]
 
 SHIFT = 17
 BINS = 1 << 15
-"""Bins in the order of their values: those of negative rates, then those from 0 on."""
+"""Number of bins, in the order of their values: negative rates first."""
 ZERO = BINS // 2
-"""The bin where the rates from 0 on begin."""
+"""The bin of the rate 0."""
 
-EXACT = 1 << 17
+EXACT = 1 << 16
 """Moving elements of a piece up to which every rate is counted."""
 STRIDE = 11
-"""Beyond that one in so many is, for all of them; odd, so that all columns of a matrix are met."""
+"""Beyond ``EXACT``, one rate in so many is counted: 0, 12, 24, …, 120 of each 121, so that the
+sample does not align with the rows of a matrix."""
 
 OCTAVES, FINE = 512, 4096
 FOLDED = OCTAVES + FINE
 """Length of a folded table: counts by octave, and by bin modulo 64 octaves.
 
-Few parameters have rates 64 octaves apart; there a folded count is shared out as the octaves are.
+Few parameters have rates 64 octaves apart; their folded counts are split in proportion to the
+counts of the octaves.
 """
 _INFINITE = int(np.float32(np.inf).view(np.int32)) >> SHIFT
 _COARSE = 3
-"""Bins in one bin of a recorded histogram, as a power of two: 8 bins an octave."""
+"""log₂ of the bins in one bin of a recorded histogram, which has 8 bins per octave."""
 _SHARES = np.array(list(QUANTILES.values()))
 
 
@@ -49,11 +51,11 @@ _SHARES = np.array(list(QUANTILES.values()))
 
 @dataclass(slots=True)
 class RateCounts:
-    """Counts of the rates of one piece: (BINS,), where its tensors are.
+    """Counts of the rates of one piece, on the device of its tensors.
 
     Attributes:
-        table: the counts, int64.
-        seen: moving elements so far, where the host knows them.
+        table: the counts, int64: (BINS,).
+        seen: moving elements so far; on the host only.
     """
 
     table: Tensor
@@ -61,7 +63,7 @@ class RateCounts:
 
 
 def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateCounts:
-    """Count the rates of elements that move, beside those that were counted before."""
+    """Count the rates of the elements that move, and add them to earlier counts."""
     host = rate.device.type == "cpu"
     if counts is None:
         counts = RateCounts(torch.zeros(BINS, dtype=torch.int64, device=rate.device))
@@ -69,7 +71,9 @@ def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateC
     if host:
         seen, counts.seen = counts.seen, counts.seen + int(moves.sum().numpy())
         if seen >= EXACT:
-            rate, moves, weight = rate[::STRIDE], moves[::STRIDE], STRIDE
+            at = torch.arange(0, len(rate) - STRIDE, STRIDE)
+            at += at // STRIDE % STRIDE
+            rate, moves, weight = rate[at], moves[at], STRIDE
     bits = rate.to(torch.float32).contiguous().view(torch.int32)
     at = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) + ZERO
     if host:
@@ -81,7 +85,7 @@ def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateC
 
 
 def fold(table: Tensor) -> Tensor:
-    """Counts as they travel: (..., BINS) to (..., FOLDED), float64."""
+    """Fold counts for the copy to the host or the all-reduce: (..., BINS) to (..., FOLDED)."""
     octaves = table.reshape(*table.shape[:-1], OCTAVES, -1).sum(-1)
     fine = table.reshape(*table.shape[:-1], -1, FINE).sum(-2)
     return torch.cat([octaves, fine], -1).double()
@@ -92,7 +96,7 @@ def fold(table: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Bins:
-    """Counts of several owners, those of an owner side by side and ascending.
+    """Counts of several owners, sorted by owner and bin.
 
     Attributes:
         owner: (entries,), ascending.
@@ -106,19 +110,19 @@ class Bins:
 
     @classmethod
     def empty(cls) -> Bins:
-        """Of nothing."""
+        """Create an instance without counts."""
         return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
     @classmethod
     def of(cls, owner: int, counts: RateCounts) -> Bins:
-        """Of one owner whose rates were counted on the host."""
+        """Create from the counts of one owner, made on the host."""
         table = counts.table.numpy()
         found = np.flatnonzero(table)
         return cls(np.full(len(found), owner), found - ZERO, table[found].astype(np.float64))
 
     @classmethod
     def joined(cls, each: Sequence[Bins]) -> Bins:
-        """Of all owners of several; counts of the same bin of an owner are added up."""
+        """Join several instances; counts of the same owner and bin add up."""
         if not each:
             return cls.empty()
         if len(each) == 1:
@@ -131,7 +135,7 @@ class Bins:
         return found.merged(np.arange(int(found.owner.max(initial=-1)) + 1))
 
     def merged(self, label: Ints) -> Bins:
-        """Those of the rows with these labels, one an owner; a negative one is left out."""
+        """Merge owners that have the same label; a negative label leaves an owner out."""
         row = label[self.owner]
         key = row * BINS + (self.bins + ZERO)
         order = np.argsort(key, kind="stable")
@@ -143,8 +147,17 @@ class Bins:
         counts = np.add.reduceat(self.counts[order], starts)
         return Bins(key[starts] // BINS, key[starts] % BINS - ZERO, counts)
 
+    def spread(self, owner: Ints, row: Ints) -> Bins:
+        """Merge owners into rows; ``owner`` and ``row`` are (pairs,): each row an owner is in."""
+        first = np.searchsorted(self.owner, owner)
+        sizes = np.searchsorted(self.owner, owner, side="right") - first
+        begin = np.cumsum(sizes) - sizes
+        at = np.repeat(first - begin, sizes) + np.arange(int(sizes.sum()))
+        rows = Bins(np.repeat(row, sizes), self.bins[at], self.counts[at])
+        return rows.merged(np.arange(int(row.max(initial=-1)) + 1))
+
     def scaled(self, total: Floats) -> Bins:
-        """The same distributions, the counts of each owner adding up to its total: (owners,)."""
+        """Scale the counts of each owner so that they add up to ``total``: (owners,)."""
         if not len(self.owner):
             return self
         now = np.bincount(self.owner, self.counts, len(total))
@@ -152,7 +165,7 @@ class Bins:
 
 
 def unfold(tables: NDArray[Any], owners: Sequence[int] | None = None) -> Bins:
-    """Folded tables: (owners, FOLDED); by default of owners 0, 1, …."""
+    """Unfold tables (owners, FOLDED); the owners are 0, 1, … by default."""
     each = []
     for owner in np.flatnonzero(tables[:, :OCTAVES].any(axis=1)):
         octaves = tables[owner, :OCTAVES].astype(np.float64)
@@ -171,7 +184,7 @@ def unfold(tables: NDArray[Any], owners: Sequence[int] | None = None) -> Bins:
 
 
 def folded(bins: Bins, owners: int) -> Floats:
-    """The opposite of ``unfold``: (owners, FOLDED)."""
+    """The inverse of ``unfold``: (owners, FOLDED)."""
     result = np.zeros((owners, FOLDED))
     np.add.at(result, (bins.owner, (bins.bins >> 6) + OCTAVES // 2), bins.counts)
     np.add.at(result, (bins.owner, OCTAVES + bins.bins % FINE), bins.counts)
@@ -179,7 +192,7 @@ def folded(bins: Bins, owners: int) -> Floats:
 
 
 def constant_bins(owners: Ints, rates: Floats, counts: Floats) -> Bins:
-    """Of owners whose elements all share a rate, ascending."""
+    """Bins of owners whose elements share one rate; ``owners`` is ascending."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         bits = rates.astype(np.float32).view(np.int32)
     bins = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
@@ -197,9 +210,9 @@ def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
     """``QUANTILES`` of each row, as NumPy's ``inverted_cdf`` within 1 %: (rows, QUANTILES).
 
     Args:
-        bins: of the rows.
-        low: each row's least rate; NaN where unknown.
-        high: its greatest.
+        bins: the distributions, with rows as owners.
+        low: each row's smallest rate; NaN if unknown.
+        high: its largest rate; NaN if unknown.
     """
     result = np.full((len(low), len(_SHARES)), np.nan)
     rows, starts = np.unique(bins.owner, return_index=True)
@@ -214,16 +227,16 @@ def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
     inside = bins.bins[at]
     value = (edges(inside) + edges(inside + 1)) / 2
     value = np.where(inside >= _INFINITE, np.inf, np.where(inside == 0, 0.0, value))
-    least = np.where(np.isnan(low), -np.inf, low)[rows, None]
-    most = np.where(np.isnan(high), np.inf, high)[rows, None]
-    result[rows] = np.fmax(np.fmin(value, most), least)
+    lowest = np.where(np.isnan(low), -np.inf, low)[rows, None]
+    highest = np.where(np.isnan(high), np.inf, high)[rows, None]
+    result[rows] = np.fmax(np.fmin(value, highest), lowest)
     return result
 
 
 def histograms(bins: Bins, count: int) -> tuple[list[Floats], list[Ints]]:
-    """A histogram of each of ``count`` owners to keep: edges (n + 1,), counts (n,).
+    """Histograms of owners 0 to ``count`` − 1, for the record: edges (n + 1,), counts (n,).
 
-    An owner without rates has empty ones; a run of empty bins is one wide bin.
+    Both are empty for an owner without rates; a run of empty bins becomes one wide bin.
     """
     keep = np.abs(bins.bins) < _INFINITE
     coarse = Bins(bins.owner[keep], bins.bins[keep] >> _COARSE, bins.counts[keep])
@@ -232,13 +245,13 @@ def histograms(bins: Bins, count: int) -> tuple[list[Floats], list[Ints]]:
         return [np.zeros(0)] * count, [np.zeros(0, np.int64)] * count
     owner, found = coarse.owner, coarse.bins
     first = np.append(True, owner[1:] != owner[:-1])
-    # Rounded so that the whole of an owner is right.
+    # Cumulative counts are rounded, so that the total of an owner is exact.
     upto = np.cumsum(coarse.counts)
     before = (upto - coarse.counts)[first][np.cumsum(first) - 1]
     rounded = np.rint(upto - before)
     whole = np.diff(rounded, prepend=0.0)
     whole[first] = rounded[first]
-    # An edge at the start of each bin, and where none follows it at once, at its end.
+    # An edge at the start of each bin, and at its end unless the next bin is adjacent.
     last = np.append((np.diff(found) != 1) | first[1:], True)
     at = np.arange(len(found)) + np.append(0, np.cumsum(last[:-1]))
     ends_of = np.empty(len(found) + int(last.sum()), np.int64)

@@ -1,6 +1,6 @@
 """Figures with plain tensor operations: any device, any dtype, sparse and low-bit state.
 
-The simple way, which every other must agree with: one piece at a time, block by block.
+This is the reference for generated code: it processes one piece at a time, block by block.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from lrprobe.engine.distribution import RateCounts, count_rates
 from lrprobe.engine.figures import Elements, Figure, is_elementwise
 from lrprobe.engine.pieces import At, precision, read
-from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, brought
+from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, to_device_float64
 
 BLOCK = 1 << 17
-"""Elements that are read at once: few enough for what is made of them to stay in cache."""
+"""Elements processed at once: few enough that all intermediate results stay in cache."""
 
 
 def slice_of(
@@ -32,7 +32,8 @@ def slice_of(
 ) -> Slice:
     """Some elements of an entry, flat.
 
-    ``old`` has what is known of it from before the step: of all elements, or of the ``chosen``.
+    ``old`` has tensors from before the step, with all elements, or with only those in ``at`` if
+    they are ``chosen``.
     """
     shape = entry.param.shape
     kept = old or {}
@@ -58,7 +59,7 @@ def slices(
     dtype: torch.dtype,
     old: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Slice]:
-    """All of an entry in order, block by block."""
+    """All elements of an entry in order, block by block."""
     memo: dict[Any, Any] = {}
     numel = entry.param.numel()
     for start in range(0, numel, BLOCK):
@@ -66,8 +67,8 @@ def slices(
         yield slice_of(entry, group, at, dtype, memo, old)
 
 
-def add_whole(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
-    """Add what the rule needs to know of the whole parameter to the entry's state."""
+def add_whole_statistics(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
+    """Add what ``Rule.whole`` computes to the entry's state."""
     if rule.whole is not None:
         exact = torch.float64 if entry.param.numel() <= BLOCK else precision(entry.param)
         made = Whole(entry, group, lambda: slices(entry, group, exact))
@@ -90,12 +91,11 @@ def figures(
         table: which figures.
         entry: the elements.
         group: their parameter group.
-        rule: what says how they moved; None where nothing does.
+        rule: their rule; None if the rate is measured.
         rates: whether the rates are counted.
-        dtype: of the elements while they are computed. By default float32 for all but float64,
-            and float64 where sums in float32 may have overflowed or underflowed (which only a
-            CPU is asked).
-        old: what is known of the elements from before the step.
+        dtype: of the computation. By default float64; float32 for large pieces on a CPU that are
+            not float64, unless their sums overflow or underflow.
+        old: tensors from before the step.
     """
     if dtype is not None:
         return _figures(table, entry, group, rule, rates=rates, dtype=dtype, old=old)
@@ -148,7 +148,7 @@ def _block(
             number = _over_elements(figure, value, e)
         else:
             number = _shared(figure, value, like.numel() if not figure.moving else moving)
-        numbers.append(brought(number, like.device))
+        numbers.append(to_device_float64(number, like.device))
     return torch.stack(numbers)
 
 
@@ -163,11 +163,11 @@ def _over_elements(figure: Figure, value: Tensor, e: Elements) -> Tensor:
 
 
 def _shared(figure: Figure, value: Any, count: Any) -> Tensor:
-    """What a value that all elements share comes to over so many of them."""
+    """The figure of ``count`` elements that all share one value."""
     value = torch.as_tensor(value, dtype=torch.float64).reshape(())
     count = torch.as_tensor(count, dtype=torch.float64)
     device = count.device if value.device.type == "cpu" else value.device
-    value, count = brought(value, device), brought(count, device)
+    value, count = to_device_float64(value, device), to_device_float64(count, device)
     if figure.merge == "sum":
         return torch.where(count > 0, value * count, 0.0)
     return torch.where(count > 0, value, torch.inf if figure.merge == "min" else -torch.inf)
@@ -184,7 +184,8 @@ def _counted(e: Elements, counts: RateCounts | None) -> RateCounts | None:
         return count_rates(e.measured_rate, e.has_grad, counts)
     if is_elementwise(e.rate):
         return count_rates(e.rate, e.moves, counts)
-    if e.param.numel() == 1 and isinstance(e.rate, Tensor):  # other ranks or blocks have more
+    # A block of one element looks scalar; other ranks or blocks may have more elements.
+    if e.param.numel() == 1 and isinstance(e.rate, Tensor):
         return count_rates(e.rate.reshape(1), e.moves.reshape(1), counts)
     return counts
 
@@ -193,7 +194,7 @@ _SQUARES = ("direction_square", "moved_square", "param_square", "grad_square")
 
 
 def _is_sound(table: Sequence[Figure], found: Tensor) -> bool:
-    """Whether no sum of float32 products has overflowed or underflowed, or met a NaN."""
+    """Whether no sum of float32 products overflowed, underflowed or is NaN."""
     named = dict(zip((f.name for f in table), found.tolist(), strict=True))
     return all(1e-24 < named[name] < float("inf") for name in _SQUARES if name in named)
 
@@ -201,7 +202,7 @@ def _is_sound(table: Sequence[Figure], found: Tensor) -> bool:
 def _empty(
     table: Sequence[Figure], entry: Entry, group: Mapping[str, Any], rule: Rule | None
 ) -> Tensor:
-    """Figures of no elements: sums are 0, or NaN where the rule has none."""
+    """Figures of zero elements: sums are 0, or NaN if the rule lacks the figure."""
     numbers = []
     e = None
     if rule is not None and rule.whole is None:

@@ -1,8 +1,8 @@
-"""THE TABLE of figures: what each adds up over elements, and how it merges.
+"""THE TABLE of figures: what each accumulates over elements, and how it merges.
 
-Eager code, generated code, the messages between ranks and the columns of the frame are driven by
-it. A figure of a parameter is a sum, a least or a greatest value over its elements, so that
-figures of blocks, pieces, parameters, modules and ranks merge in the same way.
+Eager code, generated code, the messages between ranks and the columns of the frame are derived
+from it. A figure of a parameter is a sum, a minimum or a maximum over its elements, so figures of
+blocks, pieces, parameters, modules and ranks all merge the same way.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine.program import Symbol, is_elementwise, wide
-from lrprobe.rules.base import Rule, Slice, Update, writes_of
+from lrprobe.rules.base import Rule, Slice, Update, as_tensor, writes_of
 
 STATES = 3
-"""State entries of a rule that the check compares, at most."""
+"""Maximum number of state entries of a rule that the check compares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Figure:
     """One row of the table.
 
     Attributes:
-        name: what columns call it.
-        of: its value at each element; a scalar where all elements share it, None where there is
-            none.
-        merge: how values of elements, pieces, parameters and ranks become one.
+        name: its name in ``columns.py``.
+        of: computes its value at each element; a scalar if all elements share it, None if there
+            is none.
+        merge: the reduction over elements, pieces, parameters and ranks.
         moving: whether only elements that move count.
     """
 
@@ -41,9 +41,9 @@ class Figure:
 
 
 class Elements:
-    """What figures read: elements of one step, and what the rule says of them.
+    """What figures read: elements of one step, and the rule's update of them.
 
-    Values are tensors of elements, or symbols of them; scalars where all elements share a value.
+    Values are element-wise tensors or symbols, or scalars if all elements share a value.
     """
 
     def __init__(self, s: Slice, rule: Rule | None) -> None:
@@ -58,7 +58,7 @@ class Elements:
 
     @cached_property
     def raw_grad(self) -> Tensor:
-        """The gradient of the step, also where the optimizer has overwritten it."""
+        """The gradient of the step, even if the optimizer has overwritten ``p.grad``."""
         given = None if self._update is None else self._update.grad
         if given is None and self._update is None and self._s.keeps("grad"):
             old: Any = self._s.old("grad")  # an optimizer without a rule may have overwritten it
@@ -67,18 +67,24 @@ class Elements:
 
     @cached_property
     def grad(self) -> Tensor:
-        """The same, in the precision of sums."""
+        """The gradient in the precision of sums."""
         return wide(self.raw_grad)  # type: ignore[no-any-return]
 
     @property
     def rate(self) -> Any:
-        """The effective learning rate, in its own precision."""
+        """The effective learning rate, in the precision of the elements."""
         return None if self._update is None else self._update.effective_lr
 
     @cached_property
     def wide_rate(self) -> Any:
-        """The same, in the precision of sums."""
+        """The effective learning rate in the precision of sums."""
         return wide(self.rate)
+
+    @cached_property
+    def exact_rate(self) -> Any:
+        """The rate in float64, because the variance is a difference of nearly equal squares."""
+        rate = self.wide_rate
+        return rate.double() if isinstance(rate, Tensor) else rate
 
     @cached_property
     def direction(self) -> Any:
@@ -97,7 +103,7 @@ class Elements:
 
     @cached_property
     def descent(self) -> Any:
-        """−Δθ before any rounding, from the state after the step alone."""
+        """−Δθ before any rounding, computed from the state after the step only."""
         if self._update is None:
             return None
         decay = self._update.decay
@@ -123,7 +129,7 @@ class Elements:
 
     @cached_property
     def below_eps(self) -> Any:
-        """Whether ε is at least what it is added to."""
+        """Whether ε is at least as large as the statistic that it is added to."""
         if self._update is None or self._update.eps is None:
             return None
         statistic, eps = self._update.eps
@@ -135,16 +141,16 @@ class Elements:
         found: Any = None
         for tensor in (self._s.param, self._s.grad, *map(self._s.__getitem__, self._s.states)):
             real = isinstance(tensor, Symbol) or tensor.dtype != torch.float64
-            most = torch.finfo(torch.float32 if real else torch.float64).max
-            bad = (tensor.abs() <= most).logical_not()
+            largest = torch.finfo(torch.float32 if real else torch.float64).max
+            bad = (tensor.abs() <= largest).logical_not()
             found = bad if found is None else found | bad
         return found
 
-    # What follows is of the check sample, where the step is known from before and after it.
+    # The rest is defined on the check sample only, which has values from before the step.
 
     @cached_property
     def observed(self) -> Tensor:
-        """Δθ as it was really taken."""
+        """The actual Δθ."""
         return self.param - self.before
 
     @property
@@ -154,19 +160,19 @@ class Elements:
 
     @cached_property
     def change(self) -> Any:
-        """Δθ as the rule says."""
+        """Δθ according to the rule."""
         return None if self.descent is None else -self.descent
 
     @cached_property
     def lost(self) -> Any:
-        """Whether an update was meant, and the parameter did not change by one bit."""
+        """Whether the intended update is not 0 but the parameter did not change at all."""
         if self.change is None:
             return None
         return (self.change != 0) & (self.before == self.param)
 
     @cached_property
     def residual(self) -> Any:
-        """What of |Δθ − observed| the rounding of the parameter does not explain."""
+        """The part of |Δθ − observed| that rounding of the parameter does not explain."""
         if self.change is None or self._rule is None:
             return None
         writes = writes_of(self._rule, self._s.group)
@@ -187,7 +193,7 @@ class Elements:
 
     @property
     def previous_grad(self) -> Any:
-        """The gradient of the recorded step before this one."""
+        """The gradient of the previous recorded step."""
         if not self._s.keeps("previous"):
             return None
         previous = self._s.old("previous")
@@ -195,19 +201,19 @@ class Elements:
 
     @cached_property
     def states(self) -> list[tuple[Any, Any]]:
-        """By state entry: what its equation does not explain, and how it changed."""
+        """Per state entry: the error of ``Rule.advance`` beyond rounding, and the change."""
         if self._rule is None or self._rule.advance is None:
             return []
         found = []
-        for name, told in self._rule.advance(self._s).items():
+        for name, expected in self._rule.advance(self._s).items():
             if name not in self._s:
                 continue
             after, before = self._s[name], self._s.old(name)
-            most = after.abs()
+            largest = after.abs()
             if isinstance(before, Tensor):
-                most = torch.maximum(most, before.abs())
-            slack = 2 * ulp(most, self._s.dtype_of(name))
-            found.append((((told - after).abs() - slack).clamp(min=0), after - before))
+                largest = torch.maximum(largest, before.abs())
+            slack = 2 * ulp(largest, self._s.dtype_of(name))
+            found.append((((expected - after).abs() - slack).clamp(min=0), after - before))
         return found[:STATES]
 
 
@@ -220,26 +226,26 @@ def unexplained(
     writes: int,
     decays: bool,
 ) -> Tensor:
-    """What of |Δθ − observed| so many writes of a parameter of this dtype do not explain."""
-    # Half an ulp a write, and half an ulp for the arithmetic inside it.
-    most = torch.maximum(before.abs(), after.abs())
-    slack = (0.5 + 0.5 * writes) * ulp(most, dtype)
-    if decays:  # torch rounds the factor 1 − decay to the dtype, too
-        slack = slack + 0.5 * torch.finfo(dtype).eps * most
+    """The part of |Δθ − observed| that rounding in so many writes does not explain."""
+    # Half an ulp per write, and half an ulp for the arithmetic.
+    largest = torch.maximum(before.abs(), after.abs())
+    slack = (0.5 + 0.5 * writes) * ulp(largest, dtype)
+    if decays:  # torch also rounds the factor 1 − decay to the dtype
+        slack = slack + 0.5 * torch.finfo(dtype).eps * largest
     return ((change - (after - before)).abs() - slack).clamp(min=0)
 
 
-def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance of float64 values to the next one in ``dtype``: (as ``values``)."""
+def ulp(values: Any, dtype: torch.dtype) -> Tensor:
+    """Distance from float64 values to the next number of ``dtype``; shaped like ``values``."""
     info = torch.finfo(dtype)
-    least = info.smallest_normal * info.eps
+    smallest = info.smallest_normal * info.eps
     if isinstance(values, Symbol):
-        return values.program.emit("ulp", (values, info.eps, least))
-    power = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
-    return power.mul_(info.eps).clamp_(min=least)
+        return values.program.emit("ulp", (values, info.eps, smallest))  # type: ignore[return-value]
+    power: Tensor = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
+    return power.mul_(info.eps).clamp_(min=smallest)
 
 
-_EXPONENT = 0x7FF << 52  # of a float64
+_EXPONENT = 0x7FF << 52  # exponent bits of a float64
 
 
 def _square(name: str) -> Callable[[Elements], Any]:
@@ -269,7 +275,7 @@ def _wide(name: str) -> Callable[[Elements], Any]:
 def _log_rate(e: Elements) -> Any:
     if e.rate is None:
         return None
-    size = torch.as_tensor(e.rate).abs()
+    size: Any = as_tensor(e.rate).abs()
     return size.program.emit("fast_log2", (size,)) if isinstance(size, Symbol) else size.log2()
 
 
@@ -285,8 +291,8 @@ def _state(at: int, which: int) -> Callable[[Elements], Any]:
 
 FIGURES: tuple[Figure, ...] = (
     Figure("moving", _plain("moves")),
-    Figure("rate", _plain("wide_rate"), moving=True),
-    Figure("rate_square", _square("wide_rate"), moving=True),
+    Figure("rate", _plain("exact_rate"), moving=True),
+    Figure("rate_square", _square("exact_rate"), moving=True),
     Figure("rate_log2", _log_rate, moving=True),
     Figure("rate_min", _plain("rate"), "min", moving=True),
     Figure("rate_max", _plain("rate"), "max", moving=True),
@@ -303,7 +309,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("nonfinite", _plain("nonfinite")),
     Figure("decay", _plain("decay"), "max"),
 )
-"""Of all elements of a parameter."""
+"""Figures of all elements of a parameter."""
 
 CHECKS: tuple[Figure, ...] = (
     Figure("checked", lambda _: 1.0),
@@ -319,10 +325,10 @@ CHECKS: tuple[Figure, ...] = (
     *(Figure(f"state{i}_residual", _state(i, 0)) for i in range(STATES)),
     *(Figure(f"state{i}_change", _state(i, 1)) for i in range(STATES)),
 )
-"""Of the check sample, in float64; what adds up is scaled to all elements."""
+"""Figures of the check sample, in float64; sums are scaled to all elements."""
 
 GRADIENT: tuple[Figure, ...] = tuple(f for f in FIGURES if f.name in ("grad_square", "zeros"))
-"""Of a gradient that the step may overwrite, taken before it."""
+"""Figures of a gradient that the step may overwrite, computed before the step."""
 
 FIGURE_NAMES = tuple(figure.name for figure in FIGURES)
 CHECK_NAMES = tuple(figure.name for figure in CHECKS)

@@ -19,20 +19,20 @@ from lrprobe.engine.distribution import Bins, unfold
 from lrprobe.record import Record
 
 PATIENCE = 60.0
-"""Seconds to wait for the other ranks, where the figures of a step have to be waited for."""
+"""Maximum seconds to wait for the other ranks' figures."""
 
 CHANGED, MOVED = 0, 1
-"""Columns of the last row of the maxima: whether some rank has other parameters than it told of,
-and whether some rate and some gradient was not 0."""
+"""Flags in the last row of the maxima: whether the parameters of a rank have changed since it
+described them, and whether a rate and a gradient were not 0."""
 
 
 class StepInFlight:
-    """The figures of one step, until the host has them.
+    """The figures of one step, until they are on the host.
 
     Attributes:
-        info: what the hooks know of the step.
-        rows: of the frame.
-        until: when it is over with waiting, as ``time.monotonic`` tells it.
+        info: what the hooks know about the step.
+        rows: the parameters of the frame.
+        until: deadline for waiting, on the ``time.monotonic`` clock.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class StepInFlight:
         *,
         reads_rates: bool = True,
     ) -> None:
-        """Begin to cross; with ``works`` (collectives) not before they are done.
+        """Start the copy to the host, or wait for the collectives in ``works`` first.
 
-        ``reads_rates`` tells whether the distributions are wanted here: only where records are
-        made.
+        ``reads_rates`` is whether to copy the distributions, which only the rank that creates
+        records needs.
         """
         self.info = info
         self.rows = rows
@@ -63,20 +63,20 @@ class StepInFlight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that wait until the record is made."""
+        """Bytes held until the record is created."""
         buffers = self._buffers
         tensors = (buffers.sums, buffers.maxima, buffers.tracked, buffers.folded)
         known = 0 if buffers.bins is None else 24 * len(buffers.bins.owner)
         return known + sum(t.nbytes for t in tensors if t is not None)
 
     @property
-    def none_taken(self) -> bool:
-        """Whether every rate, or every gradient, was 0: a checkpoint library's, to make state."""
+    def is_dummy(self) -> bool:
+        """Whether every rate or every gradient was 0, as when a checkpoint library makes state."""
         return bool(self.arrived().maxima[-1, MOVED] <= 0)
 
     @property
     def changed(self) -> bool:
-        """Whether some rank has other parameters than it told of."""
+        """Whether the parameters of a rank have changed since it described them."""
         return bool(self.arrived().maxima[-1, CHANGED] > 0)
 
     def ready(self) -> bool:
@@ -85,7 +85,7 @@ class StepInFlight:
         return crossing is not None and crossing.ready()
 
     def _begun(self) -> Crossing | None:
-        """The way to the host, once the other ranks have done their part."""
+        """The copy to the host; None until the collectives are done."""
         if self._crossing is None and all(work.is_completed() for work in self._works):
             with _side_stream(self._buffers.sums.device):
                 for work in self._works:
@@ -94,7 +94,7 @@ class StepInFlight:
         return self._crossing
 
     def wait(self) -> bool:
-        """Wait for the other ranks, not forever; whether they have done their part."""
+        """Wait for the collectives, at most until the deadline; whether they are done."""
         until, pause = min(self.until, time.monotonic() + PATIENCE), 1e-4
         while self._begun() is None:
             if time.monotonic() > until:
@@ -104,10 +104,10 @@ class StepInFlight:
         return True
 
     def arrived(self) -> Arrived:
-        """The figures.
+        """The figures on the host; waits for them.
 
         Raises:
-            TimeoutError: if other ranks do not take part.
+            TimeoutError: if other ranks do not take part in the collectives.
             RuntimeError: if the process group has failed.
         """
         if self._arrived is None:
@@ -124,7 +124,7 @@ class StepInFlight:
         return self._arrived
 
     def record(self) -> Record:
-        """Finish the figures of every level."""
+        """Create the record."""
         return record_of(self.rows, self._rules, self.arrived(), self.info)
 
     def _cross(self) -> None:
@@ -136,7 +136,7 @@ class StepInFlight:
 
 
 class Crossing:
-    """Tensors on their way to the host, those of one device in one buffer."""
+    """An asynchronous copy of tensors to the host, with one buffer per device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -156,11 +156,11 @@ class Crossing:
             self._events.append(event)
 
     def ready(self) -> bool:
-        """Whether all have arrived."""
+        """Whether the copy is complete."""
         return all(event.query() for event in self._events)
 
     def arrays(self) -> list[NDArray[Any]]:
-        """The values of the tensors, in order; waits for what is still on its way."""
+        """The values of the tensors, in order; waits for the copy."""
         for event in self._events:
             event.synchronize()
         start = dict.fromkeys(self._buffers, 0)
@@ -177,7 +177,7 @@ class Crossing:
 
 
 def _side_stream(device: torch.device) -> Any:
-    """So that what waits for the process group does not hold up the training's own stream."""
+    """A separate stream, so that waiting for the process group does not block the training's."""
     if device.type == "cpu":
         return nullcontext()
     module = torch.get_device_module(device)

@@ -1,4 +1,4 @@
-"""Generated code as modules in real files, next to which a compiler keeps what it made of them."""
+"""Imports generated code from files in a cache folder, where compilers keep their output too."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 from types import ModuleType
 
 
-def imported(text: str, builds_on: str) -> ModuleType:
-    """The text as a module; ``builds_on`` names a file whose changes make it another one.
+def import_generated(text: str, builds_on: str) -> ModuleType:
+    """Import source text as a module; a change of the file ``builds_on`` makes a new module.
 
     Raises:
-        OSError: if there is no folder that it could be written to.
+        OSError: if there is no writable cache folder.
     """
     name = "lrprobe_" + hashlib.sha256((_text_of(builds_on) + text).encode()).hexdigest()[:20]
     if name in sys.modules:
         return sys.modules[name]
-    kept = folder()
+    kept = cache_folder()
     if kept is None:
-        raise OSError("there is no folder that generated code could be written to")
+        raise OSError("there is no writable folder for generated code")
     path = kept / f"{name}.py"
-    if not path.exists():  # complete, or not there: other processes read it
+    if not path.exists():  # replaced atomically, because other processes may read it
         with tempfile.NamedTemporaryFile("w", dir=kept, suffix=".tmp", delete=False) as file:
             file.write(text)
         Path(file.name).replace(path)
@@ -45,8 +45,8 @@ def _text_of(path: str) -> str:
 
 
 @cache
-def folder() -> Path | None:
-    """Where generated code is kept: in this user's cache, else in a temporary folder of theirs."""
+def cache_folder() -> Path | None:
+    """The folder of generated code: in the user's cache, else in a temporary folder; or None."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     for found in (Path(home) / "lrprobe", Path(tempfile.gettempdir()) / f"lrprobe-{user}"):

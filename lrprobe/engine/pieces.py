@@ -1,7 +1,7 @@
-"""Pieces of parameters as this process holds them, and how their elements are read.
+"""The local pieces of parameters, and how their elements are read.
 
-A parameter is a list of local pieces: a plain tensor; the local part of a ``DTensor``; a range of
-a flat buffer. Each is an ``Entry``: real tensors that belong together element by element.
+A piece is a plain tensor, the local shard of a ``DTensor``, or a range of a flat buffer. Each
+becomes an ``Entry``: real tensors of parameter, gradient and state that match element by element.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lrprobe.names import Located
 from lrprobe.rules.base import Coded, Entry, Readable, Rule, Scalar, SparseRows
 
 SAMPLE = 4096
-"""Elements of a piece that are checked against the step really taken; all of a smaller one."""
+"""Elements of a piece that are compared with the actual step; all elements of a smaller piece."""
 
 RUN = 128
-"""Neighbours in the check sample of a larger one."""
+"""Length of a run of adjacent elements in the check sample of a larger piece."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -38,16 +38,15 @@ class WatchedParameter:
     Attributes:
         name: its name in the frame.
         group, group_name: index and name of its parameter group.
-        place: where its optimizer has it; tells None while that steps others.
-        rule: the equation of its optimizer; None where its rate can only be measured.
+        place: returns the tensor from its optimizer; None while the optimizer steps others.
+        rule: the rule of its optimizer; None if its rate is measured.
         tracked: flat positions, in the whole parameter, of elements that are recorded; or None.
         numel: its real elements (a complex one counts twice).
-        initial_lr: what the frame shows; None until first seen.
-        span: the range of a flat buffer that it is; None for a tensor of its own.
-        layout: over the ranks, of a flat buffer, which does not tell itself.
-        content: tells tensors that ranks have in common from others; empty where that is known.
-        previous: where the check sample of the gradient of the last recorded step is kept, and
-            its number there.
+        initial_lr: value of the frame's column; None until first seen.
+        span: its range in a flat buffer; None for a tensor of its own.
+        layout: the layout over the ranks, if the tensor is a flat buffer; else None.
+        content: digest of the values, to see whether ranks hold copies; "" if that is known.
+        previous: the ``Samples`` with the gradient of the last recorded step, and its index there.
     """
 
     name: str
@@ -65,18 +64,18 @@ class WatchedParameter:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a ``DTensor``; any other tensor itself."""
-    if type(tensor) in _PLAIN:  # which is nearly always so
+    """The local shard of a ``DTensor``; any other tensor unchanged."""
+    if type(tensor) in _PLAIN:  # the usual case, which must be fast
         return tensor
-    # Looked up among what is imported: a class that is not loaded has no instances.
+    # Not imported here: if the module is not loaded, the class has no instances.
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(tensor, module.DTensor):
         return cast("Tensor", tensor.detach().to_local())
     return tensor
 
 
-def real(tensor: Tensor, span: slice | None = None) -> Tensor:
-    """Local, a complex tensor seen as pairs of reals; or a range of it."""
+def local_real(tensor: Tensor, span: slice | None = None) -> Tensor:
+    """The local shard as a real tensor (complex numbers as pairs), or a flat range of it."""
     tensor = local(tensor)
     if tensor.dtype.is_complex:
         tensor = torch.view_as_real(tensor.detach())
@@ -90,42 +89,43 @@ def entry_of(
     grad: Tensor | None = None,
     span: slice | None = None,
 ) -> Entry:
-    """What rules read of a parameter; ``grad`` stands in where it has no gradient."""
+    """Create the entry of a parameter; ``grad`` replaces its own gradient."""
     grad = local(cast("Tensor", param.grad) if grad is None else grad)
     if grad.is_sparse and grad.sparse_dim() == 1:
         gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
     else:
-        gradient = real(grad.to_dense() if grad.is_sparse else grad, span)
+        gradient = local_real(grad.to_dense() if grad.is_sparse else grad, span)
     if type(param) in _PLAIN and span is None and not extra and not param.dtype.is_complex:
-        return Entry(param, gradient, state)  # as it is: nobody writes into it
+        return Entry(param, gradient, state)  # no copy of the state: rules do not write to it
     wide = None if span is None else param.shape
     entries = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
             value = value.to_dense() if value.is_sparse else value  # noqa: PLW2901
-            entries[name] = real(value, span if value.shape == wide else None)
+            entries[name] = local_real(value, span if value.shape == wide else None)
         else:
             entries[name] = value
-    return Entry(real(param, span), gradient, {**entries, **extra})
+    return Entry(local_real(param, span), gradient, {**entries, **extra})
 
 
 def precision(tensor: Tensor) -> torch.dtype:
-    """The dtype in which elements are computed: at least float32."""
+    """The dtype of computations on a tensor: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @lru_cache(maxsize=512)
 def sample_runs(numel: int) -> tuple[int, int, int]:
-    """The check sample of a piece: number of runs, neighbours in each, and from start to start."""
+    """The check sample of a piece: number of runs, run length, and stride between runs."""
     if numel <= SAMPLE:
         return 1, numel, max(numel, 1)
     runs = SAMPLE // RUN
     stride = (numel - RUN) // (runs - 1)
-    return runs, RUN, stride - (stride % 2 == 0)  # odd, or every run might begin the same column
+    odd = stride - (stride % 2 == 0)  # an even one might make every run start in the same column
+    return runs, RUN, odd
 
 
 def sample(readable: Readable, shape: torch.Size) -> Tensor:
-    """The check sample of a tensor that is, or broadcasts to, that shape: flat; maybe a view."""
+    """The check sample of a tensor of this shape, or broadcast to it: flat, possibly a view."""
     runs, run, stride = sample_runs(shape.numel())
     if isinstance(readable, Tensor) and readable.shape == shape and readable.is_contiguous():
         flat = readable.detach().view(-1)
@@ -139,7 +139,7 @@ def sampled(entry: Entry) -> Entry:
     """The check sample of an entry as an entry of its own."""
     shape = entry.param.shape
     state = {
-        name: sample(value, shape) if is_wide(value, shape) else value
+        name: sample(value, shape) if is_per_element(value, shape) else value
         for name, value in entry.state.items()
     }
     grad = sample(entry.grad, shape)
@@ -148,8 +148,8 @@ def sampled(entry: Entry) -> Entry:
     return Entry(sample(entry.param, shape), grad, state)
 
 
-def is_wide(value: Any, shape: torch.Size) -> bool:
-    """Whether a state entry has a value for each element, or broadcasts to that."""
+def is_per_element(value: Any, shape: torch.Size) -> bool:
+    """Whether a state entry has one value per element, or broadcasts to the shape."""
     if isinstance(value, Coded):
         return True
     if not isinstance(value, Tensor) or not (value.dim() or not shape):
@@ -160,7 +160,7 @@ def is_wide(value: Any, shape: torch.Size) -> bool:
 
 
 def lies_flat(entry: Entry) -> bool:
-    """Whether all tensors of elements have one dense layout, so that memory order is theirs."""
+    """Whether all element-wise tensors share one dense layout, and so can be read flat."""
     param, grad = entry.param, entry.grad
     shape, strides = param.shape, param.stride()
     if not isinstance(grad, Tensor) or grad.shape != shape or grad.stride() != strides:
@@ -170,7 +170,7 @@ def lies_flat(entry: Entry) -> bool:
             if value.shape == shape:
                 if value.stride() != strides:
                     return False
-            elif value.dim() and is_wide(value, shape):
+            elif value.dim() and is_per_element(value, shape):
                 return False
         elif isinstance(value, Coded):
             return False
@@ -178,7 +178,7 @@ def lies_flat(entry: Entry) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a range of memory, in whatever order."""
+    """Whether the elements fill a range of memory without gaps, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -188,12 +188,12 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def flattened(entry: Entry) -> Entry:
-    """The same elements as flat tensors in the order of memory, where all have one layout."""
+    """The entry as flat tensors in memory order, if all share a layout; else unchanged."""
     if entry.param.is_contiguous() or not lies_flat(entry):
         return entry
     shape = entry.param.shape
     state = {
-        name: _flat(value) if is_wide(value, shape) else value
+        name: _flat(value) if is_per_element(value, shape) else value
         for name, value in entry.state.items()
     }
     return Entry(_flat(entry.param), _flat(cast("Tensor", entry.grad)), state)
@@ -204,7 +204,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def read(readable: Readable, at: At, shape: torch.Size) -> Tensor:
-    """Elements of a tensor that is, or broadcasts to, that shape: flat."""
+    """Elements of a tensor of this shape, or broadcast to it: flat."""
     if isinstance(readable, Tensor):
         tensor = readable.detach()
         if tensor.shape == shape and tensor.is_contiguous():
@@ -215,7 +215,7 @@ def read(readable: Readable, at: At, shape: torch.Size) -> Tensor:
                 return tensor.expand(shape).reshape(-1)
             at = _range(at, shape, tensor.device)
         coordinates = []
-        for size in reversed(shape):  # `torch.unravel_index` would wait for a device
+        for size in reversed(shape):  # `torch.unravel_index` would synchronize
             coordinates.append(at % size)
             at = at // size
         return tensor.expand(shape)[tuple(reversed(coordinates))] if shape else tensor.reshape(-1)
@@ -234,8 +234,8 @@ def _device(readable: Readable) -> torch.device:
     return readable.codes.device if isinstance(readable, Coded) else readable.device
 
 
-def draw(name: str, numel: int, count: int) -> Tensor | None:
-    """Flat positions of the elements to track, the same in every run: (count,) or fewer."""
+def draw_tracked(name: str, numel: int, count: int) -> Tensor | None:
+    """Draw the flat positions of tracked elements: at most ``count``, the same in every run."""
     if not count or not numel:
         return None
     generator = torch.Generator("cpu").manual_seed(

@@ -1,7 +1,7 @@
-"""A recorded program as the text of a loop that numba compiles.
+"""Prints a recorded program as the source of a loop that numba compiles.
 
-A chunk of elements is gone through up to three times, while it is in the first cache: once for the
-rule and most sums; then, over the rates alone, for their sums and extremes; then to count them.
+Up to three passes go over a chunk of elements while it is in the L1 cache: one for the rule and
+most sums, one over the rates for their sums and extremes, and one to count the rates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lrprobe.engine.program import BOOL, REAL, WIDE, Line, Program, Symbol
 from lrprobe.engine.recording import Recorded
 
 CHUNK = 4096
-"""Elements that are added up before they are added to others."""
+"""Elements that are summed separately before their sums are combined."""
 LANES = 4
-"""Tables that take turns in counting, so that no count waits for the one before it."""
+"""Counting tables used in turn, so that a count does not wait for the store of the previous one."""
 
 LOADED = {
     torch.float32: ("{0}", "np.float32", 4),
@@ -27,7 +27,7 @@ LOADED = {
     torch.bfloat16: ("from_bfloat16({0})", "np.uint16", 2),
     torch.float16: ("from_float16({0})", "np.uint16", 2),
 }
-"""Dtype of a tensor to how an element is read, its type in NumPy, and its bytes."""
+"""Dtype of a tensor to the expression that reads an element, its NumPy type, and its size."""
 
 OPERATIONS = {
     **{op: f"{{0}} {sign} {{1}}" for op, sign in
@@ -64,6 +64,7 @@ def kernel(
 ):
     rates = np.empty({chunk}, real)
     moving = np.empty({chunk}, real)
+    bins = np.empty({chunk}, np.uint16)
     counts = scratch[slot]
     lowest, highest, seen, at = ALL, NONE, 0, begin[who]
     for c in range(bounds[who], bounds[who + 1]):
@@ -84,15 +85,14 @@ COUNT = """\
         if m > 0:
             lowest, highest = min(lowest, low), max(highest, high)
         step = 1 if seen < {exact} else {stride}
-        i = (-seen) % step
+        i, shift = 0, c % step
         while i + {lanes} * step <= m:
             for lane in range({lanes}):
-                bits = ordered32(np.float32(rates[i + lane * step]))
-                counts[lane, np.int64(bits >> np.int32({shift})) + {zero}] += step
+                counts[lane, bins[i + lane * step + shift]] += step
             i += {lanes} * step
+            shift = shift + 1 if shift + 1 < step else 0
         while i < m:
-            bits = ordered32(np.float32(rates[i]))
-            counts[0, np.int64(bits >> np.int32({shift})) + {zero}] += step
+            counts[0, bins[i]] += step
             i += step
         seen += m
         if c + 1 == bounds[who + 1] or owner[c + 1] != t:
@@ -112,16 +112,16 @@ COUNT = """\
 
 
 def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) -> str:
-    """The text of a module with a function ``kernel``.
+    """The source of a module with a function ``kernel``.
 
     Args:
-        recorded: what it computes.
+        recorded: what to compute.
         dtypes: of the leaves.
         exact: whether elements are computed in float64.
     """
     scalar = "scalars[t, {0}]"
     names = Names(recorded.program, OPERATIONS, f"real({scalar})", scalar)
-    stages = _staged(recorded)
+    stages = _split_passes(recorded)
     pad, inner = " " * 8, " " * 12
     lines = [
         HEAD.format(
@@ -135,7 +135,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
             least=-0x8000000000000000 if exact else -0x80000000,
         )
     ]
-    lines += [pad + text for text in names.hoisted([*stages.first, *stages.second])]
+    lines += [pad + text for text in names.hoisted([*stages.element_lines, *stages.rate_lines])]
     for at, (leaf, dtype) in enumerate(zip(recorded.program.leaves, dtypes, strict=True)):
         _, kind, size = LOADED[dtype]
         lines.append(
@@ -147,7 +147,7 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
     for at, dtype in enumerate(dtypes):
         if f"x{at}" in stages.leaves:
             lines.append(f"{inner}x{at} = real({LOADED[dtype][0].format(f'p{at}[i]')})")
-    lines += [inner + names.printed(line) for line in stages.first]
+    lines += [inner + names.printed(line) for line in stages.element_lines]
     lines += [inner + accumulator.add for accumulator in stages.sums]
     if recorded.rate is not None and recorded.moves is not None:
         rate, moves = recorded.rate.label, recorded.moves.label
@@ -156,7 +156,9 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
         lines += [PACK.rstrip(), f"{pad}low, high = ALL, NONE", f"{pad}for i in range(m):"]
         lines += [f"{inner}{rate} = rates[i]", f"{inner}key = order({rate})"]
         lines += [f"{inner}low = min(low, key)", f"{inner}high = max(high, key)"]
-        lines += [inner + names.printed(line) for line in stages.second]
+        bits = f"ordered32(np.float32({rate}))"
+        lines.append(f"{inner}bins[i] = ({bits} >> np.int32({SHIFT})) + np.int32({ZERO})")
+        lines += [inner + names.printed(line) for line in stages.rate_lines]
         lines += [inner + accumulator.add for accumulator in stages.rate_sums]
         fixed = {"exact": EXACT, "stride": STRIDE, "lanes": LANES, "shift": SHIFT, "zero": ZERO}
         lines.append(COUNT.format(**fixed).rstrip())
@@ -167,12 +169,12 @@ def source(recorded: Recorded, dtypes: Sequence[torch.dtype], *, exact: bool) ->
 
 
 def differing(recorded: Recorded) -> list[int]:
-    """Numbers of the figures whose values differ by element, which the loop adds up."""
+    """Indices of the figures whose values differ by element, which the loop reduces."""
     return [i for i, value in enumerate(recorded.values) if isinstance(value, Symbol)]
 
 
 class Names:
-    """Lines of a program in a dialect: its operations, and how it reads a scalar."""
+    """Prints lines in a target language: templates of its operations, and of reading a scalar."""
 
     def __init__(
         self, program: Program, operations: Mapping[str, str], real: str, wide: str
@@ -192,7 +194,7 @@ class Names:
         return f"{line.target} = {self._operations[line.op].format(*args)}"
 
     def hoisted(self, lines: Iterable[Line]) -> list[str]:
-        """The scalars that they use, read once a chunk."""
+        """Statements that read the scalars of these lines, once per chunk."""
         used: dict[str, str] = {}
         for line in lines:
             is_wide = self._is_wide(line) or line.op == "ulp"
@@ -205,7 +207,7 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class _Accumulator:
-    """A variable that a figure is added up in: how it begins, and how it takes an element."""
+    """A variable that accumulates a figure: its initialisation, and its update per element."""
 
     begin: str
     add: str
@@ -213,24 +215,24 @@ class _Accumulator:
 
 @dataclass(slots=True)
 class _Stages:
-    """What belongs to the pass over all tensors, and what to that over the rates.
+    """The program split into the pass over all tensors and the pass over the rates.
 
     Attributes:
-        first, second: lines of either.
-        leaves: variables that are read in the first.
-        sums, rate_sums: accumulators of either.
-        results: number of a figure to what it is in the end.
+        element_lines, rate_lines: the lines of each pass.
+        leaves: variables that the first pass reads from memory.
+        sums, rate_sums: the accumulators of each pass.
+        results: number of a figure to the expression of its value after the loops.
     """
 
-    first: list[Line]
-    second: list[Line]
+    element_lines: list[Line]
+    rate_lines: list[Line]
     leaves: set[str]
     sums: list[_Accumulator] = field(default_factory=list)
     rate_sums: list[_Accumulator] = field(default_factory=list)
     results: dict[int, str] = field(default_factory=dict)
 
 
-def _staged(recorded: Recorded) -> _Stages:
+def _split_passes(recorded: Recorded) -> _Stages:
     program = recorded.program
     made = {line.target: line for line in program.lines}
     rate = None if recorded.rate is None else recorded.rate.label
@@ -250,7 +252,7 @@ def _staged(recorded: Recorded) -> _Stages:
     for i in differing(recorded):
         label = recorded.values[i].label
         reads = needed(label, {rate or ""}, set())
-        # Of the rates alone: nothing else is read on the way.
+        # It depends on the rates only, so the second pass can compute it.
         if rate in reads and not any(_is_leaf(name) and name != rate for name in reads):
             of_rates.add(i)
             second |= reads - {rate}
@@ -268,7 +270,7 @@ def _staged(recorded: Recorded) -> _Stages:
 
 
 def _accumulate(recorded: Recorded, stages: _Stages, of_rates: set[int]) -> None:
-    """Give each figure an accumulator; those that add up the same share one."""
+    """Give each figure an accumulator; figures with the same reduction share one."""
     known: dict[tuple[Any, ...], str] = {}
     moving = None if recorded.moves is None else recorded.moves.label
     for i in differing(recorded):

@@ -1,7 +1,8 @@
-"""A rule run once on symbols: operations on elements are noted, scalars stay real tensors.
+"""Traces a rule: runs it once on symbols and records the element-wise operations.
 
-What is not an element is computed at once, in float64, 0-dim or one value a piece. So a rule may
-branch on its hyperparameters, and a hyperparameter that changes changes no program.
+Scalars stay real tensors, 0-dim or one value per piece, and are computed immediately in float64.
+So a rule may branch on its hyperparameters, and changing a hyperparameter does not change the
+program.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lrprobe.rules.base import there
+from lrprobe.rules.base import to_device
 
 REAL, WIDE, BOOL = "real", "wide", "bool"
-"""What a variable is: in the precision of the elements; in that of the sums; a condition."""
+"""Kinds of variables: in the precision of the elements, in that of the sums, or a condition."""
 
 _DTYPES = {REAL: torch.float32, WIDE: torch.float64, BOOL: torch.bool}
 
 Argument: TypeAlias = str | int
-"""A variable by name, or a scalar by its number."""
+"""A variable by its name, or a scalar by its index."""
 
 
 _numbers: dict[Any, int] = {}
@@ -30,7 +31,7 @@ _count = itertools.count()
 
 
 class UnknownOperationError(Exception):
-    """The rule does something to elements that cannot be printed."""
+    """The rule uses an element-wise operation for which no code can be generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ class Line:
 
 @dataclass(slots=True)
 class Program:
-    """Operations on one element of each piece.
+    """The recorded operations on one element of each piece.
 
     Attributes:
         rows: number of pieces.
-        lines: what is computed, in order.
-        leaves: what is read, in order of first use.
-        scalars: numbers, 0-dim tensors, or one value a piece: (rows, 1).
+        lines: the operations, in order.
+        leaves: names of the tensors that are read, in order of first use.
+        scalars: numbers, 0-dim tensors, or one value per piece: (rows, 1).
     """
 
     rows: int
@@ -61,31 +62,31 @@ class Program:
     _known: dict[tuple[Any, ...], tuple[Symbol, Line]] = field(default_factory=dict)
     _read: dict[str, Symbol] = field(default_factory=dict)
     _slots: dict[int, int] = field(default_factory=dict)
-    _noted: set[str] = field(default_factory=set)
-    _before: tuple[list[Line], list[str]] | None = None
+    _emitted: set[str] = field(default_factory=set)
+    _previous: tuple[list[Line], list[str]] | None = None
     _number: int | None = None
 
     def rewind(self) -> None:
-        """Note the same operations again, with the scalars of another step."""
-        self._before = self.lines, self.leaves
+        """Start recording the operations of another step, reusing the symbols."""
+        self._previous = self.lines, self.leaves
         self.lines, self.leaves, self.scalars = [], [], []
-        self._slots, self._noted = {}, set()
+        self._slots, self._emitted = {}, set()
 
     @property
     def repeated(self) -> bool:
-        """Whether since ``rewind`` the same was noted as before it."""
-        return (self.lines, self.leaves) == self._before
+        """Whether the same operations were recorded since ``rewind`` as before it."""
+        return (self.lines, self.leaves) == self._previous
 
     @property
     def number(self) -> int:
-        """The same for all programs that note the same; to be asked of a complete one."""
+        """A number that equal programs share; read it only after recording is complete."""
         if self._number is None:
             key = tuple(self.lines), tuple(self.leaves)
             self._number = _numbers.setdefault(key, next(_count))
         return self._number
 
     def leaf(self, name: str) -> Symbol:
-        """The elements of one tensor of each piece."""
+        """A symbol for the elements of one tensor of each piece."""
         if name not in self.leaves:
             self.leaves.append(name)
         if name not in self._read:
@@ -93,47 +94,52 @@ class Program:
         return self._read[name]
 
     def scalar(self, value: Any) -> int:
-        """A scalar's number; equal numbers stay apart, so that no text depends on values."""
+        """Index of a scalar. Equal values get separate ones, so the program ignores values."""
         if isinstance(value, Tensor):
             if value.dim() and value.shape[-1] != 1:
                 raise UnknownOperationError(f"a tensor of shape {tuple(value.shape)}")
             if id(value) in self._slots:
                 return self._slots[id(value)]
             self._slots[id(value)] = len(self.scalars)
-        self.scalars.append(value)
+        self.scalars.append(value if isinstance(value, Tensor) else float(value))
         return len(self.scalars) - 1
 
     def emit(self, op: str, args: Sequence[Any], kind: str | None = None) -> Symbol:
-        """Note an operation, once."""
-        symbols = [arg for arg in args if isinstance(arg, Symbol)]
-        if kind is None:
-            kind = WIDE if any(arg.kind == WIDE for arg in symbols) else REAL
-        names = tuple(a.label if isinstance(a, Symbol) else self.scalar(a) for a in args)
-        key = op, kind, names
+        """Record an operation, unless it is recorded already; return its result."""
+        names: list[Argument] = []
+        widest = REAL
+        for arg in args:
+            if type(arg) is Symbol:
+                names.append(arg.label)
+                widest = WIDE if arg.kind == WIDE else widest
+            else:
+                names.append(self.scalar(arg))
+        kind = widest if kind is None else kind
+        key = op, kind, *names
         known = self._known.get(key)
         if known is None:
-            line = Line(f"t{len(self._known)}", op, names, kind)
+            line = Line(f"t{len(self._known)}", op, tuple(names), kind)
             known = self._known[key] = Symbol(self, line.target, kind), line
         symbol, line = known
-        if line.target not in self._noted:
-            self._noted.add(line.target)
+        if line.target not in self._emitted:
+            self._emitted.add(line.target)
             self.lines.append(line)
         return symbol
 
     def table(self, device: torch.device) -> Tensor:
-        """All scalars: (rows, scalars), float64; on the device only where some are there."""
+        """All scalars: (rows, scalars), float64; on the host unless one of them is on a device."""
         columns: list[Any] = []
         numbers = [
             v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
         ]
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
-        columns_of = near.numpy()  # through which a number is written faster
+        columns_of = near.numpy()  # faster than writing through torch
         for at, value in enumerate(numbers):
             is_tensor = isinstance(value, Tensor)
             columns_of[:, at] = value.detach().numpy().reshape(-1) if is_tensor else float(value)
         if device.type == "cpu" or not any(map(_is_far, self.scalars)):
             return near
-        sent = iter(there(near, device).unbind(1))
+        sent = iter(to_device(near, device).unbind(1))
         for value in self.scalars:
             if _is_far(value):
                 columns.append(value.detach().double().reshape(-1).expand(self.rows))
@@ -146,49 +152,65 @@ def _is_far(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-class Symbol(Tensor):
-    """Elements of which only a name is known: (rows, 2), so that scalars broadcast against it."""
+class Symbol:
+    """A placeholder for elements, which acts like a tensor (rows, 2), so that scalars broadcast."""
 
-    program: Program
-    label: str
-    kind: str
-
-    @staticmethod
-    def __new__(cls: type[Symbol], program: Program, label: str, kind: str) -> Symbol:  # noqa: PYI034 - as __init__
-        """Make a tensor without values."""
-        shape = program.rows, 2
-        made: Symbol = Tensor._make_wrapper_subclass(cls, shape, dtype=_DTYPES[kind])  # noqa: SLF001
-        return made
+    __slots__ = ("kind", "label", "program")
+    __hash__ = object.__hash__
+    __array_ufunc__ = None  # makes NumPy scalars defer to our operators
 
     def __init__(self, program: Program, label: str, kind: str) -> None:
         self.program, self.label, self.kind = program, label, kind
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"<{self.kind} {self.label}>"
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that it stands for."""
+        return torch.Size([self.program.rows, 2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its values in a float32 computation."""
+        return _DTYPES[self.kind]
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return 2
+
+    def __bool__(self) -> bool:
+        """Raise an error, because a rule must not branch on element values."""
+        raise UnknownOperationError("a branch that depends on elements")
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise an error for tensor methods without generated code."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnknownOperationError(name)
+
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Symbol:
-        """Note the operation instead of computing it."""
+        """Record an operation instead of computing it."""
         kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
-        program = next(each.program for each in given if isinstance(each, Symbol))
-        name = func.overloadpacket.__name__
-        if name not in _NOTED:
-            raise UnknownOperationError(str(func.overloadpacket))
-        return _NOTED[name](program, name, args, kwargs)
+        name = func.__name__
+        if name not in _EMITTERS:
+            raise UnknownOperationError(name)
+        program = next(each.program for each in (*args, *kwargs.values()) if type(each) is Symbol)
+        return _EMITTERS[name](program, name, args, kwargs)
 
 
 def wide(value: Any) -> Any:
-    """A symbol in the precision of sums; of real tensors the caller has chosen it."""
+    """A symbol in the precision of sums; real tensors already have the caller's precision."""
     if isinstance(value, Symbol) and value.kind == REAL:
         return value.program.emit("wide", (value,), WIDE)
     return value
 
 
 def is_elementwise(value: Any) -> bool:
-    """Whether a value differs by element, as a symbol or as a tensor of elements."""
+    """Whether a value is a symbol or an element-wise tensor, and not a scalar."""
     return isinstance(value, Symbol) or (
         isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] != 1
     )
@@ -198,8 +220,8 @@ def is_elementwise(value: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """A condition as 0 and 1; anything else itself."""
-    if isinstance(value, Symbol) and value.kind == BOOL:
+    """Convert a condition to 0 and 1; return anything else unchanged."""
+    if type(value) is Symbol and value.kind == BOOL:
         return value.program.emit("float", (value,), REAL)
     return value
 
@@ -218,13 +240,21 @@ def _add(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
     return program.emit(name, (left, right))
 
 
+def _rsub(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
+    return _add(program, "rsub", args, kwargs)
+
+
+def _rdiv(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
+    return _div(program, "div", args[::-1], kwargs)
+
+
 def _div(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
     if kwargs.get("rounding_mode") is not None:
         raise UnknownOperationError("div with a rounding mode")
     above, below = map(_number, args)
     if isinstance(below, Symbol):
         return program.emit("div", (above, below))
-    # One division a piece instead of one an element.
+    # One division per piece instead of one per element.
     return program.emit("mul", (above, 1 / torch.as_tensor(below, dtype=torch.float64)))
 
 
@@ -266,13 +296,14 @@ def _clamp(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
 
 
 def _compare(program: Program, name: str, args: Any, _: Any) -> Symbol:
-    return program.emit(name, [_number(arg) for arg in args], BOOL)
+    return program.emit(name.strip("_"), [_number(arg) for arg in args], BOOL)
 
 
 def _logic(program: Program, name: str, args: Any, _: Any) -> Symbol:
     if any(not isinstance(arg, Symbol) or arg.kind != BOOL for arg in args):
-        raise UnknownOperationError(f"{name} of what are not conditions on elements")
-    return program.emit(name.removeprefix("bitwise_").removeprefix("logical_"), args, BOOL)
+        raise UnknownOperationError(f"{name} of values that are not conditions on elements")
+    name = name.strip("_").removeprefix("bitwise_").removeprefix("logical_")
+    return program.emit("not" if name == "invert" else name, args, BOOL)
 
 
 def _where(program: Program, _: str, args: Any, __: Any) -> Symbol:
@@ -303,8 +334,11 @@ def _same(_: Program, __: str, args: Any, ___: Any) -> Symbol:
     return value
 
 
-def _to(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
-    value, dtype = args[0], kwargs.get("dtype")
+def _to(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
+    value = args[0]
+    dtype = _CONVERTED.get(name) or next(
+        (each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)), None
+    )
     if value.kind == BOOL:
         return value if dtype is torch.bool else program.emit("float", (value,), REAL)
     if dtype in (torch.bfloat16, torch.float16):
@@ -320,8 +354,10 @@ def _filled(program: Program, name: str, args: Any, _: Any) -> Symbol:
     return program.emit("copy", (args[1] if value is None else value,), REAL)
 
 
+_CONVERTED = {"float": torch.float32, "double": torch.float64, "bool": torch.bool}
+_SAME = ("alias", "detach", "expand", "clone", "contiguous", "reshape", "view")
 _RENAMED = {"maximum": "max", "minimum": "min", "absolute": "abs", "sgn": "sign"}
-_NOTED: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
+_EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     **dict.fromkeys(("add", "sub", "rsub"), _add),
     **dict.fromkeys(
         (
@@ -343,8 +379,42 @@ _NOTED: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
         ("bitwise_and", "logical_and", "bitwise_or", "logical_or", "bitwise_not", "logical_not"),
         _logic,
     ),
-    **dict.fromkeys(("alias", "detach", "expand", "clone", "contiguous"), _same),
-    "_to_copy": _to,
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(("to", "float", "double", "bool"), _to),
     **dict.fromkeys(("ones_like", "zeros_like", "full_like"), _filled),
+    **dict.fromkeys(("__rsub__", "rsub"), _rsub),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), _rdiv),
+    "true_divide": _div,
+    "__eq__": _compare,
+    **dict.fromkeys(("__and__", "__or__", "__invert__"), _logic),
 }
-"""Name of an ATen operation to what notes it."""
+"""Name of a torch function or method to the function that records it."""
+
+
+def _method(name: str) -> Callable[..., Symbol]:
+    emitter = _EMITTERS[name]
+
+    def method(self: Symbol, *args: Any, **kwargs: Any) -> Symbol:
+        return emitter(self.program, name, (self, *args), kwargs)
+
+    return method
+
+
+def _reflected(name: str) -> Callable[..., Symbol]:
+    emitter = _EMITTERS[name]
+    return lambda self, other: emitter(self.program, name, (other, self), {})
+
+
+for _name in _EMITTERS:
+    setattr(Symbol, _name.strip("_"), _method(_name))
+for _sign, _name in {
+    **{each: each for each in ("add", "sub", "mul", "pow", "neg", "abs")},
+    **{each: each for each in ("gt", "lt", "ge", "le", "eq", "ne")},
+    "truediv": "div",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "invert": "bitwise_not",
+}.items():
+    setattr(Symbol, f"__{_sign}__", _method(_name))
+for _name in ("add", "sub", "mul", "div"):
+    setattr(Symbol, f"__r{'truediv' if _name == 'div' else _name}__", _reflected(_name))

@@ -1,4 +1,4 @@
-"""A rule and a table of figures, recorded as one program over all pieces of a kind."""
+"""Records a rule and a table of figures as one program for all pieces of a batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrprobe.engine.figures import Elements, Figure
 from lrprobe.engine.program import Program, Symbol
@@ -16,16 +15,15 @@ from lrprobe.rules.base import Entry, Rule, Scalar, Slice, column
 
 @dataclass(slots=True)
 class Recorded:
-    """What one call computes of every element.
+    """What a backend computes for a batch in one call.
 
     Attributes:
         program: the operations.
         table: the figures.
-        values: of each figure, a symbol; a scalar where all elements share it; None where there
-            is none.
-        rate: what is counted in logarithmic bins; None where nothing is.
-        moves: which elements count there, and for figures of moving elements.
-        device: where the elements are.
+        values: the value of each figure: a symbol, a scalar if all elements share it, or None.
+        rate: the rate that is counted in logarithmic bins; None if nothing is counted.
+        moves: the elements that are counted, and that figures of moving elements include.
+        device: the device of the elements.
     """
 
     program: Program
@@ -37,36 +35,11 @@ class Recorded:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for programs with the same text."""
+        """A cache key; equal keys generate the same code."""
         names = tuple(v.label if isinstance(v, Symbol) else v is None for v in self.values)
         rate = None if self.rate is None else self.rate.label
         moves = None if self.moves is None else self.moves.label
         return self.program.number, names, rate, moves
-
-    def filled(self, sums: Mapping[int, Tensor], numel: Tensor) -> Tensor:
-        """All figures: (pieces, figures) float64.
-
-        Args:
-            sums: number of a figure to its values, for those that differ by element: (pieces,).
-            numel: elements of each piece: (pieces,), float64.
-        """
-        moving = next(
-            (sums[i] for i, f in enumerate(self.table) if f.name == "moving" and i in sums), numel
-        )
-        columns = []
-        for i, figure in enumerate(self.table):
-            if i in sums:
-                columns.append(sums[i])
-            elif self.values[i] is None:
-                columns.append(torch.full_like(numel, torch.nan))
-            else:
-                count = moving if figure.moving else numel
-                value = torch.as_tensor(self.values[i]).detach().reshape(-1)
-                value = value.to(numel.device, torch.float64, non_blocking=True)
-                nothing = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[figure.merge]
-                total = value * count if figure.merge == "sum" else value.expand_as(count)
-                columns.append(torch.where(count > 0, total, nothing))
-        return torch.stack(columns, 1)
 
 
 def record(
@@ -80,33 +53,32 @@ def record(
     memo: dict[Any, Any] | None = None,
     known: Program | None = None,
 ) -> Recorded:
-    """Run the rule on symbols, and the table on what it says.
+    """Run the rule on symbols, then compute the table's figures from its update.
 
     Args:
         table: which figures.
-        entries: pieces of one kind: the same rule, group, and names of state entries.
+        entries: pieces of one batch, with the same rule, group and state entries.
         group: their parameter group.
-        rule: their rule; None where there is none.
-        rates: whether the rates are to be counted.
-        kept: of each piece, names of what is known from before the step; nothing for figures that
-            do not ask.
-        memo: keeps scalars for other programs of the same entries.
-        known: what was recorded at an earlier step, which is likely to be the same and is then
-            used again.
+        rule: their rule; None if the rate is measured.
+        rates: whether to count the rates.
+        kept: for each piece, the tensors known from before the step; empty if no figure needs
+            them.
+        memo: caches scalars for other programs of the same entries.
+        known: the program of an earlier step; it is reused if the operations are the same.
 
     Raises:
-        UnknownOperationError: if the rule does something that cannot be printed.
+        UnknownOperationError: if no code can be generated for an operation of the rule.
         Exception: what the rule raises.
     """
     if known is not None and known.rows == len(entries):
         known.rewind()
-        again = _noted(known, table, entries, group, rule, rates, kept, memo)
+        again = _record_into(known, table, entries, group, rule, rates, kept, memo)
         if known.repeated:
             return again
-    return _noted(Program(len(entries)), table, entries, group, rule, rates, kept, memo)
+    return _record_into(Program(len(entries)), table, entries, group, rule, rates, kept, memo)
 
 
-def _noted(
+def _record_into(
     program: Program,
     table: Sequence[Figure],
     entries: Sequence[Entry],
@@ -117,13 +89,14 @@ def _noted(
     memo: dict[Any, Any] | None,
 ) -> Recorded:
     names: set[str] = set()
-    if kept:  # what some pieces lack is read as zeros, so that all steps have one text
+    if kept:  # samples that a piece lacks are read as zeros, so that every step has the same code
         names = {"param", "previous", *entries[0].wide_state(), *kept[0]}
 
     def had(name: str) -> Scalar:
         return column([float(name in each) for each in kept], entries[0].param.device)
 
-    s = Slice(entries, group, program.leaf, memo, kept=names, had=had)
+    fetch: Any = program.leaf  # symbols stand for the tensors that a rule reads
+    s = Slice(entries, group, fetch, memo, kept=names, had=had)
     e = Elements(s, rule)
     values = [figure.of(e) for figure in table]
     counted: Any = None

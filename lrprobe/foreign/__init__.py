@@ -1,4 +1,4 @@
-"""Optimizers that are not torch's, shown to the hooks as one of torch's: the figures are the same.
+"""Optimizers of other frameworks, presented to the hooks as torch optimizers.
 
-Nothing here imports another framework before it is asked for.
+The other framework is imported only by the module that supports it.
 """

@@ -1,7 +1,7 @@
-"""Keras 3: the variables of its optimizers, under the names that the rules read.
+"""Keras 3: presents the variables of its optimizers under the names that the rules read.
 
-Keras has no hooks on a step. So the function that takes one is replaced, for one call at a time,
-and looks at the model's variables around it; the gradients come from a ``Tap``.
+Keras has no step hooks. So the model's ``train_function`` is replaced, for one call at a time, by
+one that also reads the model's variables before and after it; a ``Tap`` captures the gradients.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _STATE: dict[str, dict[str, str]] = {
     },
     "SGD": {"velocity": "momentums"},
 }
-"""Class to the rule's name of a state, and the attribute with its variables."""
+"""Class to {the rule's name of a state entry: the attribute that holds its variables}."""
 
 _ONE_NUMBER = {"Nadam": {"mu_product": "_u_product"}}
-"""The same, where all parameters share one."""
+"""The same for state entries that all parameters share."""
 
 _OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Adadelta": lambda o: {"rho": o.rho, "eps": o.epsilon},
@@ -61,7 +61,7 @@ _OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def optimizers_in(optimizer: Any) -> list[Any]:
-    """Those that step: what a ``LossScaleOptimizer`` or a ``MultiOptimizer`` is made of."""
+    """The optimizers that take steps, inside a ``LossScaleOptimizer`` or ``MultiOptimizer``."""
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
         return optimizers_in(inner)
@@ -70,10 +70,10 @@ def optimizers_in(optimizer: Any) -> list[Any]:
 
 
 class KerasOptimizer(StandIn):
-    """Stands in for one optimizer of Keras, which is built. Made by ``stand_in``."""
+    """Stands in for one built Keras optimizer; created by ``stand_in``."""
 
     def __init__(self, optimizer: Any) -> None:
-        """Read what does not change; nothing is set on the optimizer."""
+        """Read what does not change; does not modify the optimizer."""
         self.host = optimizer
         kinds = (c.__name__ for c in type(optimizer).__mro__ if c.__module__.startswith("keras."))
         self._kind = next((kind for kind in kinds if kind in _OPTIONS), "")
@@ -93,7 +93,7 @@ class KerasOptimizer(StandIn):
     def _shared(self, variable: Any, dtype: torch.dtype) -> dict[str, Any]:
         decay = self.host.weight_decay
         if decay is not None:
-            # Asked as Keras asks, which remembers the answer.
+            # Pass what Keras passes, because it caches the answer by argument.
             asked = variable.value if keras.backend.backend() == "tensorflow" else variable
             decay = decay if self.host._use_weight_decay(asked) else 0.0  # noqa: SLF001
         return {
@@ -105,15 +105,15 @@ class KerasOptimizer(StandIn):
 
     @property
     def iterations(self) -> int:
-        """Calls so far, those that only accumulate a gradient among them."""
-        return int(self.host._iterations.numpy())  # noqa: SLF001 - `iterations` is of steps
+        """Calls so far, including those that only accumulate a gradient."""
+        return int(self.host._iterations.numpy())  # noqa: SLF001 - `iterations` counts steps
 
     def steps(self, calls: int) -> int:
-        """How many steps so many calls make."""
+        """The number of steps in so many calls."""
         return int(calls // (self.host.gradient_accumulation_steps or 1))
 
     def lr(self, calls_later: int = 0) -> float:
-        """The rate of the next call, or of one before or after it."""
+        """The rate of the next call, or of the one that many calls later."""
         rate = self.host._learning_rate  # noqa: SLF001 - `learning_rate` is for the next call only
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
             rate = rate(self.host._iterations + calls_later)  # noqa: SLF001
@@ -122,7 +122,7 @@ class KerasOptimizer(StandIn):
         return float(keras.ops.convert_to_numpy(rate))
 
     def tap(self, at: Sequence[int], calls: int, *, traced: bool) -> Tap:
-        """For steps of these positions, the last of so many that one call of a function takes."""
+        """Create a tap on the parameters at these positions, for the last of ``calls`` steps."""
         host, indices = self.host, [self._index[i] for i in at]
         overwritten = host.use_ema and host.ema_overwrite_frequency
         followed = {
@@ -133,10 +133,10 @@ class KerasOptimizer(StandIn):
         return GraphTap(host, indices, followed, starts=calls > 1)
 
     def show_before(self, at: Sequence[int], instead: Mapping[int, Tensor] | None = None) -> None:
-        """Parameters and state at these positions, before a step.
+        """Show parameters and state at these positions before a step.
 
-        ``instead`` has the parameters where the step was taken already, and others before it in the
-        same call: what the state was is not known then.
+        ``instead`` has the parameters if the step is over, as the last of several in one call. The
+        state before it is then unknown, and shown as NaN.
         """
         for i in at:
             if instead is None:
@@ -148,7 +148,7 @@ class KerasOptimizer(StandIn):
             self.show(i, value, state=dict.fromkeys(self._state(i), unknown))
 
     def show_step(self, at: Sequence[int], tap: Tap, lr: float, step: int) -> None:
-        """What the step at these positions left behind."""
+        """Show parameters, gradients and state at these positions after a step."""
         for group in self.param_groups:
             group["lr"] = lr
         numbers = _ONE_NUMBER.get(self._kind, {}).items()
@@ -161,7 +161,7 @@ class KerasOptimizer(StandIn):
             self.show(i, value, tap.grads.get(index), {"step": count, **shared, **self._state(i)})
 
     def _state(self, at: int) -> dict[str, Tensor]:
-        """What the optimizer holds of a parameter now, under the names of its rule."""
+        """The current state of a parameter, under the names of its rule."""
         return {
             name: tensor(found[self._index[at]])
             for name, attribute in _STATE.get(self._kind, {}).items()
@@ -170,23 +170,24 @@ class KerasOptimizer(StandIn):
 
 
 def stand_in(optimizer: Any) -> KerasOptimizer:
-    """Stand in for an optimizer of Keras, under its name: rules are found as for torch's."""
+    """Create a stand-in for a Keras optimizer, with its class names, by which rules are found."""
     cls: Any = type(optimizer)
-    return _like(cls)(optimizer)
+    return _stand_in_class(cls)(optimizer)
 
 
 @cache
-def _like(cls: Any) -> type[KerasOptimizer]:
-    """Named like a class of Keras's, with parents that are named like its parents."""
-    parents = [_like(p) for p in cls.__bases__ if issubclass(p, keras.optimizers.Optimizer)]
+def _stand_in_class(cls: Any) -> type[KerasOptimizer]:
+    """A class with the name of a Keras class, and with parents named like its parents."""
+    bases = [base for base in cls.__bases__ if issubclass(base, keras.optimizers.Optimizer)]
+    parents = [_stand_in_class(base) for base in bases]
     return type(cls.__name__, (*parents,) or (KerasOptimizer,), {"__module__": cls.__module__})
 
 
 def built(model: Any) -> bool:
-    """Whether the model's variables and its optimizer's are there.
+    """Whether the variables of the model and of its optimizer exist.
 
-    With TensorFlow Keras makes the optimizer's inside the first step, else before it. Where the
-    model's are there, the optimizer's are made here, as Keras makes them.
+    With TensorFlow, Keras creates the optimizer's variables inside the first step, otherwise before
+    it. If the model's exist, this creates the optimizer's in the same way.
     """
     if not all(layer.built for layer in model._flatten_layers()):  # noqa: SLF001 - as Keras asks
         return False
@@ -196,13 +197,13 @@ def built(model: Any) -> bool:
 
 
 class Steps:
-    """Takes the steps of a model's training, in the sight of hooks."""
+    """Runs the hooks around the steps of a model's training."""
 
     def __init__(self, model: Any) -> None:
-        """Stand in for the optimizers of a model that is built; the model is left as it is.
+        """Create stand-ins for the optimizers of a built model; does not modify the model.
 
         Raises:
-            NotImplementedError: if a step cannot be looked at.
+            NotImplementedError: if the steps of this model cannot be recorded.
         """
         backend = keras.backend.backend()
         tensorflow = backend == "tensorflow"
@@ -216,19 +217,21 @@ class Steps:
         self._made_of: Callable[[Any], Any] | None = None
         optimizers = optimizers_in(model.optimizer)
         if self._calls > 1 and any(o.gradient_accumulation_steps for o in optimizers):
-            raise NotImplementedError("steps_per_execution with gradient_accumulation_steps")
-        self._counts = (  # each call is one of each optimizer: no variable need be read to know
+            raise NotImplementedError(
+                "steps_per_execution is combined with gradient_accumulation_steps"
+            )
+        self._counts = (  # each call steps each optimizer once, so the count need not be read
             type(model).train_step is keras.Model.train_step
             and self._calls == 1
             and not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         )
         self.stand_ins = [stand_in(optimizer) for optimizer in optimizers]
         self.number = 0
-        """Of the step that is about to be taken."""
+        """The number of the current step."""
         self._tracked: list[_TrackedOptimizer] = []
 
     def watch(self, hooks: Sequence[Hooks]) -> None:
-        """Let them see the steps, one for each of ``stand_ins``."""
+        """Connect hooks to the stand-ins, one for each of ``stand_ins``."""
         for one, its in zip(self.stand_ins, hooks, strict=True):
             watched = {id(w.place()) for w in its.watched}
             at = [i for i, param in enumerate(one.shown) if id(param) in watched]
@@ -236,9 +239,9 @@ class Steps:
             self._tracked.append(_TrackedOptimizer(one, its, at, tap))
 
     def next(self) -> None:
-        """Look at the next call of the model's ``train_function``, which is put back by it."""
+        """Intercept the next call of the model's ``train_function``, which then restores it."""
         model = self._model
-        if model.train_function is None:  # in a loop of the user's own
+        if model.train_function is None:  # in the user's own loop
             model.make_train_function()
         plain = model.train_function
         if plain is self._once:  # it was not called
@@ -256,12 +259,12 @@ class Steps:
             for tracked in self._tracked:
                 self._begin(tracked)
         due = [tracked for tracked in self._tracked if tracked.due]
-        with ExitStack() as looking:
+        with ExitStack() as stack:
             function = plain
             with self._harmless():
-                function = self._looked_at(plain) if due else plain
+                function = self._tapped_function(plain) if due else plain
                 for tracked in due:
-                    looking.enter_context(tracked.tap.open())
+                    stack.enter_context(tracked.tap.open())
             result = function(data)
         with self._harmless():
             for tracked in self._tracked:
@@ -274,14 +277,14 @@ class Steps:
         done = one.iterations if tracked.done is None or not self._counts else tracked.done
         tracked.until = done + self._calls
         tracked.step = one.steps(tracked.until)
-        if tracked.step == one.steps(tracked.until - self._calls):  # a gradient is added to others
+        if tracked.step == one.steps(tracked.until - self._calls):  # it only accumulates a gradient
             tracked.step = 0
             return
         self.number = tracked.step
         tracked.due = bool(tracked.at) and hooks.schedule.due(hooks.schedule.next())
         if tracked.due:
             one.show_before(tracked.at)
-        if self._calls == 1 or not tracked.due:  # else they are told when it is over
+        if self._calls == 1 or not tracked.due:  # else after the call, in `_end`
             one.before()
 
     def _end(self, tracked: _TrackedOptimizer) -> None:
@@ -296,14 +299,14 @@ class Steps:
                 one.show_before(tracked.at, tap.before)
                 one.before()
             one.show_step(tracked.at, tap, one.lr(-1), tracked.step)
-        tracked.hooks.passed(one.host.gradient_accumulation_steps or 1)
+        tracked.hooks.add_passes(one.host.gradient_accumulation_steps or 1)
         one.after()
         if tracked.due:
             one.forget(tracked.at)
             tap.clear()
 
-    def _looked_at(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The model's function, or one more like it, which is traced while we look on."""
+    def _tapped_function(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The model's function, or a copy of it that TensorFlow traces with the taps."""
         if not self._traced:
             return plain
         if self._made_of is not plain:
@@ -316,7 +319,7 @@ class Steps:
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
-        """No error of ours reaches the training."""
+        """Keep lrprobe's own errors out of the training."""
         try:
             yield
         except Warning:  # the user wants warnings to be errors

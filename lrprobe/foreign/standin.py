@@ -17,7 +17,7 @@ class Parameter:
 
     Attributes:
         name: its name in the frame.
-        value: its current value, which need not be kept.
+        value: its current value; only its shape, dtype and device are used.
         group: hyperparameters that it shares with others; equal ones form a group.
     """
 
@@ -27,14 +27,14 @@ class Parameter:
 
 
 class StandIn(Optimizer):
-    """Has groups and state like a torch optimizer, but takes no steps; the other framework does.
+    """Has groups and state like a torch optimizer; the other framework takes the steps.
 
-    Around each step, call ``show`` with the current values, then ``before``; ``show`` again, then
-    ``after``. In between it holds nothing. If no step was taken in the end, do not call ``after``.
+    Before a step, call ``show`` with the current values, then ``before``. After it, call ``show``
+    again, then ``after``; omit both if no step was taken. ``forget`` drops the values.
     """
 
     def __init__(self, parameters: Sequence[Parameter], lr: float) -> None:
-        """Form groups, in order of appearance; ``lr`` is that of the first step."""
+        """Create groups in order of first appearance; ``lr`` is the rate of the first step."""
         groups: list[dict[str, Any]] = []
         self.shown: list[nn.Parameter] = []
         for each in parameters:

@@ -1,4 +1,4 @@
-"""Gradients out of a Keras optimizer's step, as it used them: unscaled, averaged and clipped."""
+"""Captures the gradients that a Keras optimizer uses in a step: unscaled, averaged and clipped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tap(ABC):
 
     @abstractmethod
     def open(self) -> AbstractContextManager[None]:
-        """Capture while a step is taken, or traced."""
+        """Capture while a step runs or is traced."""
 
     def collect(self) -> None:
         """Read what was captured.
@@ -46,15 +46,15 @@ class Tap(ABC):
         self.before: dict[int, Tensor] = {}
         self.after: dict[int, Tensor] = {}
 
-    def _try(self, look: Callable[..., None], *args: Any) -> None:
+    def _try(self, capture: Callable[..., None], *args: Any) -> None:
         try:
-            look(*args)
+            capture(*args)
         except Exception as error:  # noqa: BLE001 - the training goes on
             self._error = error
 
 
 class EagerTap(Tap):
-    """For steps that run in Python: the gradients exist, and are not copied."""
+    """For steps that run in Python; it references the gradients without copying them."""
 
     def __init__(self, optimizer: Any, followed: Collection[int]) -> None:
         super().__init__(optimizer)
@@ -66,12 +66,12 @@ class EagerTap(Tap):
         self._error = None
         update = self._optimizer._backend_update_step  # noqa: SLF001 - Keras has no hook there
 
-        def looked_at(grads: Sequence[Any], variables: Sequence[Any], lr: Any) -> None:
+        def captured_update(grads: Sequence[Any], variables: Sequence[Any], lr: Any) -> None:
             self._try(self._gradients, grads, variables)
             update(grads, variables, lr)
             self._try(self._parameters, variables)
 
-        with _replaced(self._optimizer, "_backend_update_step", looked_at):
+        with _replaced(self._optimizer, "_backend_update_step", captured_update):
             yield
 
     def _gradients(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
@@ -86,11 +86,11 @@ class EagerTap(Tap):
 
 
 class GraphTap(Tap):
-    """Where TensorFlow traces the step once: variables of our own take what the graph has.
+    """For steps that TensorFlow traces: assignments in the graph store values in own variables.
 
-    They take the gradients as they come in, and what the optimizer makes of them before it uses
-    them is done again outside: another use of a product inside, such as a gradient times a factor
-    of clipping, would keep XLA from rounding it once together with the sum that follows.
+    They store the incoming gradients. Unscaling, averaging and clipping are repeated outside the
+    graph. A second use of such a product inside the graph would prevent XLA from fusing it with the
+    following sum, and so would change the rounding of the training.
     """
 
     def __init__(
@@ -101,31 +101,31 @@ class GraphTap(Tap):
         *,
         starts: bool = False,
     ) -> None:
-        """Make the variables: as large as the parameters.
+        """Create the variables, with the shapes of the parameters.
 
         Args:
-            optimizer: built.
-            wanted: indices of variables whose gradients are asked for.
-            followed: those whose parameters are taken right after the update.
-            starts: whether parameters are taken right before it.
+            optimizer: a built optimizer.
+            wanted: indices of the variables whose gradients to capture.
+            followed: indices of the variables to capture right after the update.
+            starts: whether to capture variables right before the update too.
         """
         super().__init__(optimizer)
         variables = optimizer._trainable_variables  # noqa: SLF001 - it has no public name
-        if optimizer.global_clipnorm:  # a norm over all of them
+        if optimizer.global_clipnorm:  # the norm needs all gradients
             wanted = range(len(variables))
-        self._grads = {i: _room(variables[i]) for i in wanted}
-        self._befores = {i: _room(variables[i]) for i in wanted} if starts else {}
-        self._afters = {i: _room(variables[i]) for i in followed}
+        self._grads = {i: _zero_variable(variables[i]) for i in wanted}
+        self._befores = {i: _zero_variable(variables[i]) for i in wanted} if starts else {}
+        self._afters = {i: _zero_variable(variables[i]) for i in followed}
         self._present: set[int] = set()
 
     def clear(self) -> None:
-        """Keep nothing alive but the variables."""
+        """Drop all references to a step, except the variables."""
         super().clear()
         self._accumulated: dict[int, Any] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Look on while the step is traced; a step that has been traced needs no looking on."""
+        """Add the assignments while the step is traced; later calls run them without patching."""
         optimizer = self._optimizer
         if optimizer.gradient_accumulation_steps:
             sums = optimizer._accumulated_gradients  # noqa: SLF001
@@ -133,12 +133,12 @@ class GraphTap(Tap):
         apply, update = optimizer.apply, optimizer._backend_update_step  # noqa: SLF001
 
         def applied(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
-            self._try(self._given, grads, trainable_variables)
+            self._try(self._save_gradients, grads, trainable_variables)
             return apply(grads, trainable_variables)
 
         def updated(grads: Sequence[Any], variables: Sequence[Any], lr: Any) -> None:
             update(grads, variables, lr)
-            self._try(self._left, variables)
+            self._try(self._save_parameters, variables)
 
         with ExitStack() as stack:
             stack.enter_context(_replaced(optimizer, "apply", applied))
@@ -147,10 +147,10 @@ class GraphTap(Tap):
             yield
 
     def collect(self) -> None:
-        """Read the variables, and do with the gradients what the optimizer did.
+        """Read the variables, and repeat the optimizer's processing of the gradients.
 
         Raises:
-            Exception: what went wrong while the step was traced.
+            Exception: whatever went wrong while the step was traced.
         """
         super().collect()
         optimizer, at = self._optimizer, sorted(self._present)
@@ -167,7 +167,7 @@ class GraphTap(Tap):
         self.before = {i: tensor(room) for i, room in self._befores.items()}
         self.after = {i: tensor(room) for i, room in self._afters.items()}
 
-    def _given(self, grads: Sequence[Any], variables: Any) -> None:
+    def _save_gradients(self, grads: Sequence[Any], variables: Any) -> None:
         import tensorflow as tf
 
         optimizer = self._optimizer
@@ -182,7 +182,7 @@ class GraphTap(Tap):
             if index in self._befores:
                 self._befores[index].assign(_value(variable))
 
-    def _left(self, variables: Sequence[Any]) -> None:
+    def _save_parameters(self, variables: Sequence[Any]) -> None:
         for variable in variables:
             index = self._optimizer._get_variable_index(variable)  # noqa: SLF001
             if index in self._afters:
@@ -190,7 +190,7 @@ class GraphTap(Tap):
 
 
 def tensor(value: Any) -> Tensor:
-    """A variable or tensor of Keras's backend as one of torch's, in the same memory."""
+    """View a variable or tensor of Keras's backend as a torch tensor, without a copy."""
     if isinstance(value, keras.Variable):
         value = value.value
     if isinstance(value, Tensor):
@@ -201,14 +201,14 @@ def tensor(value: Any) -> Tensor:
 
 
 def _value(variable: Any) -> Any:
-    """A TensorFlow variable, or Keras's around it, as a tensor."""
+    """Convert a TensorFlow variable, or a Keras variable around one, to a TensorFlow tensor."""
     import tensorflow as tf
 
     return tf.convert_to_tensor(variable)
 
 
-def _room(variable: Any) -> Any:
-    """A TensorFlow variable like this one, with zeros."""
+def _zero_variable(variable: Any) -> Any:
+    """Create a TensorFlow variable of zeros with the same shape and dtype."""
     import tensorflow as tf
 
     return tf.Variable(tf.zeros_like(_value(variable)), trainable=False)
@@ -216,15 +216,15 @@ def _room(variable: Any) -> Any:
 
 @contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """An object has a method of ours; past its ``__setattr__``, which would track it."""
+    """Replace a method of an object, bypassing its ``__setattr__``, which would track it."""
     attributes = vars(owner)
-    there = name in attributes
+    existed = name in attributes
     old = attributes.get(name)
     attributes[name] = function
     try:
         yield
     finally:
-        if there:
+        if existed:
             attributes[name] = old
         else:
             del attributes[name]

@@ -1,1 +1,1 @@
-"""One host a file: each translates the host's life cycle, and needs its package installed."""
+"""One file per host: each translates the host's life cycle, and needs its package installed."""

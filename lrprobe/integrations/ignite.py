@@ -1,4 +1,4 @@
-"""Ignite: a probe that an engine's events look after."""
+"""Ignite: attaches a probe that an engine's events flush."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attach(engine: Engine, optimizer: Any, model: nn.Module | None = None, **opt
         OSError: the same.
     """
     probe = lrprobe.attach(optimizer, model, **options)
-    # Not EXCEPTION_RAISED: with a handler of it, the engine keeps the exception to itself.
+    # Not EXCEPTION_RAISED: if that has a handler, the engine does not re-raise the exception.
     ends = Events.COMPLETED | Events.TERMINATE | Events.INTERRUPT
     engine.add_event_handler(ends, probe.flush)
     return probe

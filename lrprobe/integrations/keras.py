@@ -41,7 +41,7 @@ class LRProbeCallback(keras.callbacks.Callback):
                 f"Keras runs on {backend!r}; supported are 'tensorflow' and 'torch'"
             )
         every = options.get("every")
-        if callable(every):  # asked twice of a step, it is called once
+        if callable(every):  # cached, because it is asked twice per step
             options["every"] = lru_cache(maxsize=1)(every)
         self._to = to
         self._options = options
@@ -50,12 +50,12 @@ class LRProbeCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Attach; a checkpoint's state is restored by now."""
-        self.on_train_end()  # of a training that was broken off
+        self.on_train_end()  # of a training that was interrupted
         self._waits = True
         self._attach()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Look at the step that comes; attach now where Keras built the model in its first step."""
+        """Prepare for the next step; attach now if Keras built the model in its first step."""
         self._attach()
         if self._steps is not None:
             self._steps.next()

@@ -13,7 +13,7 @@ from lrprobe.text import warn
 
 try:
     from lightning.pytorch import Callback
-except ImportError:  # the same under its older name
+except ImportError:  # the same package under its older name
     with extra("lightning"):
         from pytorch_lightning import Callback
 
@@ -47,17 +47,17 @@ class LRProbeCallback(Callback):
         """Attach; a checkpoint's optimizers are restored by now."""
         to = self._to
         if not trainer.is_global_zero:
-            to = None  # where the loggers are empty shells, too
+            to = None  # the trainer's loggers do nothing there either
         elif to is None:
             to = [_sink(logger, self._tag_style) for logger in trainer.loggers]
-        if not self._state and 0 < trainer.global_step == self._ended_at:  # another `fit` of it
+        if not self._state and 0 < trainer.global_step == self._ended_at:  # a second `fit`
             self._state = self.state_dict()
         self.probe = lrprobe.attach(trainer.optimizers, pl_module, to=to, **self._options)
         state, self._state = self._state, {}
         if state:
             try:
                 self.probe.load_state_dict(state)
-            except ValueError as error:  # which is no reason not to train
+            except ValueError as error:  # the training continues without it
                 warn(f"the step count of the checkpoint is not restored: {error}")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -71,16 +71,16 @@ class LRProbeCallback(Callback):
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into the trainer's checkpoint."""
+        """The state for the trainer's checkpoint."""
         return self._state if self.probe is None else self.probe.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What a checkpoint had: for the probe that is to come."""
+        """Keep a checkpoint's state until ``on_train_start`` attaches the probe."""
         self._state = state_dict
 
 
 def _sink(logger: Any, tag_style: TagStyle) -> Any:
-    """What ``to=`` takes for a logger of the trainer's; both its packages have the same names."""
+    """A value of ``to=`` for a logger; compares class names, which are equal in both packages."""
     names = {cls.__name__ for cls in type(logger).__mro__}
     if "TensorBoardLogger" in names:
         return sinks.TensorBoard(logger.experiment, tag_style=tag_style)

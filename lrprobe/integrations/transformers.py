@@ -43,7 +43,7 @@ class LRProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach; a checkpoint's optimizer is restored by now."""
-        self.on_train_end(args, state, control)  # of a training that was broken off
+        self.on_train_end(args, state, control)  # of a training that was interrupted
         main = state.is_world_process_zero
         if main and self._to is None:
             self._opened = self._report_to(args)
@@ -51,7 +51,7 @@ class LRProbeCallback(TrainerCallback):
             kwargs["optimizer"],
             kwargs["model"],
             to=(self._opened if self._to is None else self._to) if main else None,
-            # It counts the steps that are done, this asks for the one that is about to be taken.
+            # `global_step` counts completed steps; `step` is the number of the current one.
             **{"step": lambda: state.global_step + 1, **self._options},
         )
 
@@ -69,7 +69,7 @@ class LRProbeCallback(TrainerCallback):
             default = Path(args.output_dir, "runs")
             folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", default)).expanduser()
             found.append(sinks.TensorBoard(folder / "lrprobe", tag_style=style))
-        with suppress(RuntimeError):  # no run is active: its own callback was taken out, or is off
+        with suppress(RuntimeError):  # no active run: the tracker's own callback is off
             if "wandb" in args.report_to:
                 found.append(sinks.WandB(step_metric="train/global_step", tag_style=style))
         with suppress(RuntimeError):

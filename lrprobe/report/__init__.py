@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one run or several: findings, the view, pictures, table.
+"""A self-contained HTML page about one or several runs: findings, view, pictures, table.
 
 The view is that of TensorBoard's tab, with its data embedded. Needs Matplotlib and Plotly:
 ``pip install 'lrprobe[plot]'``.
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _STEPS = 400
-"""Recorded steps that a still picture shows at most, of each run; the first and the last too."""
+"""Maximum number of recorded steps per run in a static picture, with the first and the last."""
 
 
 def write(to: str | os.PathLike[str], *paths: str | os.PathLike[str]) -> Findings:
-    """Write a report about one run or several.
+    """Write a report about one or several runs.
 
     Args:
         to: the HTML file.
-        paths: Parquet datasets, TensorBoard logdirs, or folders that contain some.
+        paths: Parquet datasets, TensorBoard logdirs, or folders of these.
 
     Returns:
         The findings in the report.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a path holds no run, or a run has no recorded step.
+        ValueError: a path contains no run, or a run has no recorded step.
         ImportError: Matplotlib or Plotly is not installed.
         OSError: the file cannot be written.
     """
     missing = [name for name in ("Matplotlib", "Plotly") if find_spec(name.lower()) is None]
     if missing:
         raise ImportError(f"a report needs {' and '.join(missing)}: pip install 'lrprobe[plot]'")
-    if not Path(to).parent.is_dir():  # before minutes of work
+    if not Path(to).parent.is_dir():  # check this before minutes of work
         raise FileNotFoundError(f"the folder of {os.fspath(to)!r} does not exist")
     runs = load(*paths, also=(*COLUMNS, "group_name"))
     notes = [note for path in paths if Path(path).is_dir() for note in torn(Path(path))]
@@ -68,8 +68,8 @@ def render(runs: Runs, notes: Sequence[str] = ()) -> tuple[str, Findings]:
     """Return the page and its findings.
 
     Args:
-        runs: what was read.
-        notes: what else is to be said of them, a sentence each.
+        runs: the runs, as loaded.
+        notes: remarks about them, one sentence each.
     """
     if not len(runs.frame):
         raise ValueError(
@@ -106,8 +106,8 @@ def render(runs: Runs, notes: Sequence[str] = ()) -> tuple[str, Findings]:
     return text, found
 
 
-def thinned(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    """At most so many recorded steps of each run and optimizer, evenly spread, ends included."""
+def thinned(frame: pd.DataFrame, max_steps: int) -> pd.DataFrame:
+    """Limit the steps of each run and optimizer, evenly spread, including first and last."""
     keys = [key for key in ("run", "optimizer") if key in frame]
     keep = np.zeros(len(frame), dtype=bool)
     label = np.zeros(len(frame), dtype=np.int64)
@@ -118,8 +118,8 @@ def thinned(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     for value in np.unique(label):
         rows = label == value
         steps = np.unique(step[rows])
-        if len(steps) > most:
-            steps = steps[np.linspace(0, len(steps) - 1, most).round().astype(np.int64)]
+        if len(steps) > max_steps:
+            steps = steps[np.linspace(0, len(steps) - 1, max_steps).round().astype(np.int64)]
         keep |= rows & np.isin(step, steps)
     return frame if keep.all() else frame[keep].reset_index(drop=True)
 
@@ -139,9 +139,9 @@ _PAGE = """<!doctype html>
 {runs}
 <h2 id="findings">Findings</h2>
 {findings}
-<h2 id="view">Layers over the steps</h2>
-<div id="lrprobe"><p class="still">This part needs a browser with JavaScript; below are static
-pictures.</p></div>
+<h2 id="view">Layers over time</h2>
+<div id="lrprobe"><p class="still">This view needs a browser with JavaScript. Static pictures
+are below.</p></div>
 <section class="still">
 <h2 id="pictures">Pictures</h2>
 {pictures}

@@ -1,4 +1,4 @@
-"""Still pictures for a printed page, and for a browser that runs no script."""
+"""Static pictures for a printed page, and for a browser without JavaScript."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _PANELS = 12
-"""Layers that have a panel of their own."""
+"""Maximum number of layers with a panel."""
 
 _HEATMAPS = 6
-"""Runs that have a heatmap."""
+"""Maximum number of runs with a heatmap."""
 
 _HEATMAP = "All layers"
-"""Heading of those; a dark page leaves their colours as they are."""
+"""Heading of the heatmaps; a dark page does not invert their colours."""
 
 
 def pictures(frame: pd.DataFrame, found: Findings) -> Iterator[tuple[str, str, bytes]]:
-    """Heading, words below it, and the picture as PNG."""
+    """Yield the heading, the caption and the PNG data of each picture."""
     import lrprobe.plot as draw
 
     layers = _layers(frame, found)
@@ -47,13 +47,13 @@ def pictures(frame: pd.DataFrame, found: Findings) -> Iterator[tuple[str, str, b
         chosen = layers if "run" in frame else None
         yield (
             "Update ratio",
-            "Length of a step relative to the parameter's norm. About 1e-3 is usual for matrices.",
+            "Norm of a step relative to that of the parameter. About 1e-3 is typical of matrices.",
             _png(lambda: draw.update_ratio(frame, chosen).figure),
         )
     if "lr" in frame and frame["lr"].notna().any():
         yield (
             "Learning rate of the groups",
-            "The rate during each step.",
+            "The learning rate of each step.",
             _png(lambda: _lr(frame)),
         )
     if "effective_lr_p50" in frame:
@@ -62,7 +62,7 @@ def pictures(frame: pd.DataFrame, found: Findings) -> Iterator[tuple[str, str, b
             one = frame[frame["run"] == run] if run else frame
             yield (
                 f"{_HEATMAP}{' of ' + run if run else ''}",
-                "The median effective rate of every parameter over the steps.",
+                "The median effective rate of every parameter over time.",
                 _png(lambda one=one: draw.heatmap(one).figure),  # type: ignore[misc]
             )
 
@@ -73,7 +73,7 @@ def _names(frame: pd.DataFrame) -> list[Any]:
 
 
 def _layers(frame: pd.DataFrame, found: Findings) -> list[Any]:
-    """The parameters that have a panel: those with findings, then the larger half, in order."""
+    """Choose the parameters with a panel: those with findings, then the larger half, in order."""
     names = _names(frame)
     if len(names) <= _PANELS // 2:
         return names
@@ -82,19 +82,19 @@ def _layers(frame: pd.DataFrame, found: Findings) -> list[Any]:
         name
         for series in series_of(frame)
         for name, size in zip(series.names, series.numel, strict=True)
-        if not size < np.median(series.numel)  # where sizes are not known, none is small
+        if not size < np.median(series.numel)  # an unknown size (NaN) counts as large
     }
     first = [name for name in names if name in grave][: _PANELS // 2]
-    rest = [name for name in names if name in large and name not in first]
+    others = [name for name in names if name in large and name not in first]
     room = _PANELS - len(first)
-    if len(rest) > room:  # from the bottom of the model to its top
-        rest = [rest[at] for at in np.linspace(0, len(rest) - 1, room).round().astype(int)]
-    chosen = {*first, *rest}
+    if len(others) > room:  # evenly spread over the depth of the model
+        others = [others[at] for at in np.linspace(0, len(others) - 1, room).round().astype(int)]
+    chosen = {*first, *others}
     return [name for name in names if name in chosen] or names[:_PANELS]
 
 
 def _lr(frame: pd.DataFrame) -> Any:
-    """The lr of each group over the steps, one line for each that differs."""
+    """Plot the lr of each group over time; groups with equal rates share a line."""
     from matplotlib import pyplot as plt
 
     from lrprobe import drawing as draw
@@ -129,7 +129,7 @@ def _lr(frame: pd.DataFrame) -> Any:
 
 
 def _png(draw: Callable[[], Any]) -> bytes:
-    """A picture on no background, so that it fits a light page and a dark one."""
+    """Render a picture with a transparent background, for light and dark pages."""
     from matplotlib import pyplot as plt
     from matplotlib import rc_context
 
@@ -144,12 +144,12 @@ def _png(draw: Callable[[], Any]) -> bytes:
     return buffer.getvalue()
 
 
-def figure(heading: str, words: str, png: bytes) -> str:
-    """A picture as markup, with its data inside."""
+def figure(heading: str, caption: str, png: bytes) -> str:
+    """The markup of a picture, with embedded data."""
     data = base64.b64encode(png).decode()
     kind = ' class="colours"' if heading.startswith(_HEATMAP) else ""
     heading = html.escape(heading)
     return (
-        f'<figure{kind}><h3>{heading}</h3><p>{html.escape(words)}</p><img alt="{heading}" '
+        f'<figure{kind}><h3>{heading}</h3><p>{html.escape(caption)}</p><img alt="{heading}" '
         f'src="data:image/png;base64,{data}"></figure>'
     )

@@ -1,4 +1,4 @@
-"""The sections of a report that are text: its runs, its findings, its table."""
+"""The text sections of a report: runs, findings, table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS = 3000
-"""Rows of the table; a browser takes longer with each."""
+"""Maximum number of rows in the table, for the sake of the browser."""
 
 _SHOWN = 8
-"""Parameters that one finding lists."""
+"""Maximum number of parameters that a finding lists openly."""
 
 _COLUMNS = {
     "run": "run",
@@ -42,13 +42,13 @@ _COLUMNS = {
     "param_norm": "‖parameter‖",
     "eps_fraction": "ε share",
     "lost_fraction": "lost",
-    "reconstruction_error": "error of the check",
+    "reconstruction_error": "reconstruction error",
 }
-"""Columns of the table, and what they are called there."""
+"""Maps the columns of the table to their headings."""
 
 
 def runs_table(frame: pd.DataFrame, runs: Runs) -> str:
-    """One line for each run and optimizer."""
+    """A table with a row for each run and optimizer."""
     rows = []
     for series in series_of(frame):
         _, rules = series.rules
@@ -76,7 +76,7 @@ def runs_table(frame: pd.DataFrame, runs: Runs) -> str:
 
 
 def findings_list(found: Findings, title: Callable[[Finding], str]) -> str:
-    """Each finding, linked to the view; ``title`` names the run there."""
+    """List the findings, linked to the view; ``title`` gives the name of the run there."""
     parts = [f"<p class=summary>{html.escape(found.summary())}</p>"]
     parts += [f"<p>{html.escape(sentence)}.</p>" for sentence in found.left_out]
     if not found.findings:
@@ -111,7 +111,7 @@ def _card(same: Sequence[Finding], title: Callable[[Finding], str]) -> str:
 
 
 def _link(finding: Finding, title: Callable[[Finding], str]) -> str:
-    """The parameter's name; a click shows it in the view, at the steps of the finding."""
+    """The name of the parameter, as a link to the steps of the finding in the view."""
     steps = finding.steps
     state = urlencode(
         {
@@ -126,7 +126,7 @@ def _link(finding: Finding, title: Callable[[Finding], str]) -> str:
 
 
 def last_table(frame: pd.DataFrame) -> str:
-    """The last recorded step of each parameter."""
+    """A table of the last recorded step of each parameter."""
     keys = [k for k in ("run", "optimizer", "parameter", "module", "group") if k in frame]
     rows = frame[~frame.duplicated(keys, keep="last")]
     present = [column for column in _COLUMNS if column in rows]
@@ -150,6 +150,6 @@ def _cell(value: Any) -> str:
 
 
 def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

@@ -32,9 +32,9 @@ if hasattr(optim, "Muon"):  # from torch 2.9
 
 
 def find_rule(cls: type) -> Rule | None:
-    """The rule of a class, or of the nearest parent that has one.
+    """The rule of a class, or of its nearest parent that has one.
 
-    The check against the real step shows whether it holds for the child class.
+    The check against the actual step shows whether it also holds for the subclass.
     """
     found = (_RULES.get(c) or external_rule(c) for c in cls.__mro__)
     return next((rule for rule in found if rule is not None), None)

@@ -25,7 +25,7 @@ def _whole(whole: Whole) -> dict[str, Scalar]:
     if state.get("row_var") is not None:
         mean = state["row_var"].mean(dim=-2, keepdim=True)
         figures["row_mean"] = mean.clamp(min=state["eps1"])
-    # Seen by the slices below, as they read the same state.
+    # The slices below read it from the entry's state.
     whole.entry.add(figures)
     squares = whole.sum(lambda s: (s.grad / _denominator(s)).square())
     figures["rms_scaled"] = (squares / max(whole.entry.param.numel(), 1)).sqrt()
@@ -71,7 +71,7 @@ def _column(value: Scalar) -> Tensor:
 
 
 def _variance(s: Slice) -> dict[str, Scalar]:
-    """v ← v + t^decay·(g² − v), where it is not factored."""
+    """v ← v + t^decay·(g² − v), if v is not factored."""
     if "variance" not in s:
         return {}
     kept = s.old("variance")

@@ -11,7 +11,7 @@ from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
 
 
 def _root(square: Tensor, eps: float, *, inside: bool) -> tuple[Tensor, tuple[Tensor, Scalar]]:
-    """√x+ε, or √(x+ε) with ε ``inside`` the root; and what ε is added to, with ε."""
+    """√x+ε, or √(x+ε) with ε ``inside`` the root; and (statistic, ε) for ``Update.eps``."""
     if inside:
         return (square + eps).sqrt(), (square, eps)
     root = square.sqrt()
@@ -59,7 +59,7 @@ def _adadelta(s: Slice) -> Update:
         direction=grad,
         decay=s.decay,
         rms_grad=mean_square.sqrt(),
-        # E[Δx²] starts at 0: rounding must not make something of it in the first step.
+        # E[Δx²] starts at 0; without the mask, rounding could make it positive in the first step.
         rms_update=((before - eps).clamp(min=0) * (s.t() > 1)).sqrt(),
         eps=(mean_square, eps),
     )
@@ -80,13 +80,13 @@ def _grad_with_decay(s: Slice, rms: Tensor, scaled: Tensor) -> Tensor:
 def _rmsprop(s: Slice, *, inside: bool = False) -> Update:
     """lr/(√avg+ε) ⊙ g (Hinton 2012, lecture 6; centered: Graves 2013; ``torch/optim/rmsprop.py``).
 
-    The momentum buffer holds gradients that are already divided, so its direction is multiplied
-    back by this step's denominator; and by 1/lr where it is a ``velocity``, which has the rates of
-    its steps in it. ε may be ``inside`` the root (``keras/src/optimizers/rmsprop.py``).
+    The momentum buffer holds gradients that are already divided, so the direction is the buffer
+    times this step's denominator. A ``velocity`` also contains the rates of its steps, so it is
+    divided by lr too. ε may be ``inside`` the root (``keras/src/optimizers/rmsprop.py``).
     """
     average = s["square_avg"]
     if s.group["centered"]:
-        # A difference of nearly equal numbers, which torch takes in the parameter's own dtype.
+        # A difference of nearly equal numbers, which torch computes in the parameter's dtype.
         own, mean = average.to(s.dtype), s["grad_avg"].to(s.dtype)
         average = own.addcmul(mean, mean, value=-1).to(average.dtype)
     denominator, eps = _root(average, s.group["eps"], inside=inside)
@@ -97,7 +97,7 @@ def _rmsprop(s: Slice, *, inside: bool = False) -> Update:
         direction = s["momentum_buffer"] * denominator
     else:
         direction = s.solve_decay(s.grad, effective_lr)
-    root = (average.clamp(min=0) if inside else average).sqrt()  # ε may make up for rounding
+    root = (average.clamp(min=0) if inside else average).sqrt()  # rounding may make it negative
     return Update(effective_lr, direction, s.decay, rms_grad=root, eps=eps)
 
 
@@ -120,19 +120,19 @@ def _rmsprop_averages(s: Slice) -> dict[str, Scalar]:
     """E[g²] ← αE[g²] + (1−α)g²; centered: E[g] too; b ← μb + g/denominator."""
     alpha, grad = s.group["alpha"], s.decayed_grad
     square = alpha * s.old("square_avg") + (1 - alpha) * grad * grad
-    told: dict[str, Scalar] = {"square_avg": square}
+    state: dict[str, Scalar] = {"square_avg": square}
     average = square
     if s.group["centered"]:
         mean = s.old("grad_avg") + (1 - alpha) * (grad - s.old("grad_avg"))
-        told["grad_avg"] = mean
-        if s.group["momentum"] > 0:  # a difference of nearly equal numbers, as torch has it
+        state["grad_avg"] = mean
+        if s.group["momentum"] > 0:  # a difference of nearly equal numbers, so use torch's values
             average = s["square_avg"] - s["grad_avg"] * s["grad_avg"]
             if s.dtype != torch.float64:
-                return told
+                return state
     if s.group["momentum"] > 0:
         kept = s.group["momentum"] * s.old("momentum_buffer")
-        told["momentum_buffer"] = kept + grad / (average.sqrt() + s.group["eps"])
-    return told
+        state["momentum_buffer"] = kept + grad / (average.sqrt() + s.group["eps"])
+    return state
 
 
 ADAGRAD = Rule("adagrad", _adagrad, advance=_sum)

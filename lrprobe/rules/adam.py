@@ -42,7 +42,7 @@ def _adam(s: Slice, *, outside: bool = False) -> Update:
 
 
 def _decoupled(equation: Callable[[Slice], T]) -> Callable[[Slice], T]:
-    """The equation where the decay is decoupled: AdamW's groups say so only from torch 2.7 on."""
+    """The equation with a decoupled decay; AdamW's groups have that flag only since torch 2.7."""
 
     def of(s: Slice) -> T:
         s.group = {**s.group, "decoupled_weight_decay": True}
@@ -73,7 +73,7 @@ def _nadam(s: Slice) -> Update:
 def _radam(s: Slice) -> Update:
     """Adam, rectified (Liu et al. 2020, algorithm 2; ``torch/optim/radam.py``).
 
-    While the variance is intractable (ρ_t ≤ 5) it is SGD with m̂. torch adds ε to √v, before
+    While the variance is intractable (ρ_t ≤ 5), the step is lr·m̂. torch adds ε to √v, before
     the bias correction.
     """
     beta1, beta2 = s.group["betas"]
@@ -98,8 +98,8 @@ def _radam(s: Slice) -> Update:
 def _adamax(s: Slice, *, outside: bool = False) -> Update:
     """lr/u ⊙ m̂, u the decaying maximum of |g|+ε.
 
-    Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``. With ε ``outside`` the maximum, of
-    |g|, it is lr/(u+ε) (``keras/src/optimizers/adamax.py``).
+    Kingma and Ba 2015, algorithm 2; ``torch/optim/adamax.py``. With ε ``outside``, u is the
+    maximum of |g| and the rate is lr/(u+ε) (``keras/src/optimizers/adamax.py``).
     """
     beta1, _ = s.group["betas"]
     direction = s["exp_avg"] / s.correction(beta1, "capturable")
@@ -107,13 +107,13 @@ def _adamax(s: Slice, *, outside: bool = False) -> Update:
         u, eps = s["exp_inf"], s.group["eps"]
         return Update(s.lr / (u + eps), direction, s.decay, eps=(u, eps))
     effective_lr = s.lr / s["exp_inf"]
-    # The direction does not depend on θ_before, so that θ_before follows from it at once.
+    # The direction does not depend on θ_before, so θ_before = θ_after + effective_lr·direction.
     grad = s.grad + s.group["weight_decay"] * (s.param + effective_lr * direction)
     return Update(effective_lr, direction, eps=(grad.abs(), s.group["eps"]))
 
 
 def _sparse_adam(s: Slice) -> Update:
-    """Adam on the rows that a sparse gradient touched; ε stands outside the bias correction.
+    """Adam on the rows that a sparse gradient touched; ε is outside the bias correction.
 
     ``torch/optim/_functional.py``.
     """
@@ -134,14 +134,14 @@ def _moments(s: Slice) -> dict[str, Scalar]:
     beta1, beta2 = s.group["betas"]
     grad, touched = s.decayed_grad, s.touched
     m, v = s.old("exp_avg"), s.old("exp_avg_sq")
-    told: dict[str, Scalar] = {
+    state: dict[str, Scalar] = {
         "exp_avg": m + touched * (1 - beta1) * (grad - m),
         "exp_avg_sq": v + touched * (1 - beta2) * (grad * grad - v),
     }
     if s.group.get("amsgrad"):
         known = s.old("max_exp_avg_sq")
-        told["max_exp_avg_sq"] = torch.maximum(told["exp_avg_sq"], known * torch.ones_like(grad))  # type: ignore[arg-type]
-    return told
+        state["max_exp_avg_sq"] = torch.maximum(state["exp_avg_sq"], known * torch.ones_like(grad))  # type: ignore[arg-type]
+    return state
 
 
 def _adamax_moments(s: Slice) -> dict[str, Scalar]:
@@ -155,7 +155,7 @@ def _adamax_moments(s: Slice) -> dict[str, Scalar]:
 
 
 def _nadam_writes(group: Mapping[str, Any]) -> int:
-    """The gradient and the momentum are added one after the other."""
+    """One write each for the gradient and the momentum; one more for a decoupled decay."""
     return 2 + bool(group.get("decoupled_weight_decay") and group.get("weight_decay"))
 
 

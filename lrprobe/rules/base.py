@@ -15,8 +15,8 @@ Scalar: TypeAlias = float | Tensor
 """A number, or a tensor that broadcasts against the elements (0-dim, or one value a row)."""
 
 Fetch: TypeAlias = "Callable[[str], Tensor]"
-"""Reads a slice's elements of ``param``, ``grad``, ``touched``, a state entry, or, after ``old ``,
-one of these as it was before the step."""
+"""Reads a slice's elements by name: ``param``, ``grad``, ``touched`` or a state entry; with the
+prefix ``old ``, its value before the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,15 @@ class Coded:
         block: int,
         table: Tensor | None = None,
     ) -> None:
-        """Describe it.
+        """Wrap the tensors of a low-bit state.
 
         Args:
-            shape: what it stands for has this shape.
-            codes: one of 8 bits for each element in row-major order, or two of 4 bits in one
-                byte, the first in its upper half.
-            scale: of each block of neighbours.
-            block: elements in a block.
-            table: code to value; None where codes are themselves numbers.
+            shape: shape of the decoded tensor.
+            codes: 8-bit codes of the elements in row-major order, or 4-bit codes, two per byte, the
+                first in the upper half.
+            scale: one per block.
+            block: adjacent elements in a block.
+            table: code to value; None if the codes are numbers themselves.
         """
         self.shape = shape
         self.codes = codes.reshape(-1)
@@ -104,7 +104,7 @@ class Coded:
         self._block = block
 
     def read(self, at: Tensor) -> Tensor:
-        """The values at flat, row-major positions: (as ``at``), float32."""
+        """The values at flat, row-major positions, in float32; shaped like ``at``."""
         if self._packed:
             byte = self.codes[at // 2]
             codes = torch.where(at % 2 == 0, byte >> 4, byte & 15)
@@ -115,7 +115,7 @@ class Coded:
 
 
 Readable: TypeAlias = "Tensor | SparseRows | Coded"
-"""What is read element by element."""
+"""Anything that can be read element by element."""
 
 
 @dataclass(slots=True, eq=False)
@@ -140,7 +140,8 @@ class Entry:
     def wide_state(self) -> dict[str, Tensor]:
         """The floating state entries that are shaped like the parameter.
 
-        Those that only look like a tensor (low-bit states), or are sparse, cannot be read as one.
+        Wrapper subclasses (low-bit states) and sparse tensors are left out, because they cannot be
+        read as dense tensors.
         """
         shape = self.param.shape
         return {
@@ -155,8 +156,8 @@ class Entry:
         }
 
 
-_LEAST_LEFT = 1e-3
-"""Of a share that is the same for all elements: less, and rounding makes up θ_before."""
+_MIN_SHARE = 1e-3
+"""Smallest share of θ_before left in θ_after from which it is recovered; below, rounding wins."""
 
 
 class Slice:
@@ -175,15 +176,16 @@ class Slice:
         kept: Collection[str] = (),
         had: Callable[[str], Scalar] | None = None,
     ) -> None:
-        """Describe it.
+        """Create a view of some elements.
 
         Args:
-            entries: what the elements are of.
+            entries: the entries that the elements belong to.
             group: their parameter group.
             fetch: reads the elements.
-            memo: keeps scalars for other slices of the same entries.
-            kept: names of what is known from before the step.
-            had: 1 for each entry that had such a state then, else 0; by default all had.
+            memo: caches scalars for other slices of the same entries.
+            kept: names of tensors known from before the step.
+            had: returns 1 per entry if it had the named state before the step, else 0; by default
+                1 for every name in ``kept``.
         """
         self.group = group
         self._kept = kept
@@ -248,7 +250,7 @@ class Slice:
         """1 − βᵗ, the bias correction of a moment that starts at 0: 0-dim, or one per row."""
         which = id(beta) if isinstance(beta, Tensor) else beta
         key = ("correction", which, *float32_if)
-        if key not in self._memo:  # with β, kept alive for its id
+        if key not in self._memo:  # β is stored too, so that its id is not reused
             self._memo[key] = beta, 1 - power(beta, self.t(*float32_if))
         return cast("Tensor", self._memo[key][1])
 
@@ -291,10 +293,10 @@ class Slice:
             return direction
         before = self.before
         if before is None:
-            left = torch.as_tensor(1.0 - decay - effective_lr * (share * weight_decay))
-            # What is left of θ_before in θ_after: where it is nothing, nobody can tell θ_before.
-            least = 0.0 if left.dim() and left.shape[-1] != 1 else _LEAST_LEFT
-            left = torch.where(left.abs() <= least, torch.nan, left)
+            left = as_tensor(1.0 - decay - effective_lr * (share * weight_decay))
+            # The share of θ_before in θ_after: if nothing is left, θ_before cannot be recovered.
+            threshold = 0.0 if left.dim() and left.shape[-1] != 1 else _MIN_SHARE
+            left = torch.where(left.abs() <= threshold, torch.nan, left)
             before = (self.param + effective_lr * direction) / left
         total: Tensor = direction + (share * weight_decay) * before
         return total
@@ -318,7 +320,7 @@ class Slice:
         """A state entry before the step; ``default`` if it did not exist yet."""
         if name not in self._kept:
             return default
-        value = self._fetch(f"old {name}")  # 0 where there was none
+        value = self._fetch(f"old {name}")  # 0 if the entry did not exist
         return value if default == 0 else value + default * (1 - self.had(name))
 
     def had(self, name: str) -> Scalar:
@@ -414,7 +416,7 @@ def writes_of(rule: Rule, group: Mapping[str, Any]) -> int:
 
 
 def tolerance(dtype: torch.dtype, rule: Rule) -> float:
-    """Error of a reconstruction above which a rule does not explain the step."""
+    """Reconstruction error above which a rule does not explain the step."""
     return max(rule.tolerance, 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3)
 
 
@@ -424,35 +426,40 @@ def has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def power(base: Scalar, exponent: Tensor) -> Tensor:
-    """base ** exponent, in the precision of a tensor base (torch computes tensor betas so)."""
+    """base ** exponent, in the dtype of a tensor base, as torch computes it for tensor betas."""
     if isinstance(base, Tensor):
         base = base.detach().squeeze().to(exponent.device)
         return base ** exponent.to(base.dtype)
     return base**exponent
 
 
+def as_tensor(value: Any) -> Tensor:
+    """Convert a number to a tensor; return a tensor, or a symbol of a traced rule, unchanged."""
+    return cast("Tensor", value) if hasattr(value, "dim") else torch.as_tensor(value)
+
+
 def nonzero(value: Any) -> Tensor:
     """Replace 0 by 1, so that it can be a divisor."""
-    value = torch.as_tensor(value)
+    value = as_tensor(value)
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
-def there(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device, without waiting."""
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to a device without synchronizing."""
     if device.type in ("cpu", "mps"):
         return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)  # torch would wait for other memory
+    return host.pin_memory().to(device, non_blocking=True)  # from pageable memory, torch would wait
 
 
-def brought(number: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from any device, in float64, without waiting."""
+def to_device_float64(number: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device in float64, without synchronizing."""
     if number.device.type == "cpu":
-        return there(number.double(), device)
+        return to_device(number.double(), device)
     return number.to(device, torch.float64, non_blocking=True)
 
 
 def column(values: Sequence[Any], device: torch.device) -> Tensor:
-    """One number a row: 0-dim where all are known to be the same, else (rows, 1)."""
+    """One number per row: 0-dim if all are known to be equal, else (rows, 1)."""
     first = values[0]
     if not all(isinstance(value, Tensor) for value in values):
         if all(value is first or value == first for value in values):
@@ -465,4 +472,4 @@ def column(values: Sequence[Any], device: torch.device) -> Tensor:
         if (numbers == numbers[0]).all():
             return column[0]
     column = column.unsqueeze(1)
-    return there(column, device) if column.device.type == "cpu" else column.to(device)
+    return to_device(column, device) if column.device.type == "cpu" else column.to(device)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix is orthogonalised as a whole."""
+"""Muon: momentum, orthogonalised matrix by matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lrprobe.rules.base import Rule, Scalar, Slice, Update, Whole
 
 
 def _orthogonalise(matrix: Tensor, group: Any) -> Tensor:
-    """Newton–Schulz iteration towards UVᵀ, in bfloat16 as torch has it (Jordan et al. 2024)."""
+    """Newton–Schulz iteration towards UVᵀ, in bfloat16 like torch (Jordan et al. 2024)."""
     a, b, c = group["ns_coefficients"]
     tall = matrix.size(0) > matrix.size(1)
     x = matrix.bfloat16()

@@ -15,8 +15,8 @@ from lrprobe.rules.base import Rule, Scalar, Slice, Update, nonzero
 def _sgd(s: Slice) -> Update:
     """θ ← θ − lr·d with d = g, the buffer b, or g + μ·b.
 
-    Sutskever et al. 2013; ``torch/optim/sgd.py``. Where the state has their ``velocity`` v instead
-    of b, which has the rates of its steps in it, b is −v/lr (``keras/src/optimizers/sgd.py``).
+    Sutskever et al. 2013; ``torch/optim/sgd.py``. If the state has a ``velocity`` v instead of b,
+    which contains the rates of its steps, b is −v/lr (``keras/src/optimizers/sgd.py``).
     """
     momentum = s.group["momentum"]
     buffer = None
@@ -27,7 +27,7 @@ def _sgd(s: Slice) -> Update:
     if buffer is None:
         direction = s.solve_decay(s.grad, s.lr)
     elif s.group["nesterov"]:
-        if _overwrites(s.group):  # and has the direction there
+        if _overwrites(s.group):  # then p.grad holds the direction
             return Update(s.lr, s.grad, s.decay, grad=s.grad - momentum * buffer)
         direction = s.solve_decay(s.grad + momentum * buffer, s.lr)
     else:
@@ -36,16 +36,17 @@ def _sgd(s: Slice) -> Update:
 
 
 def _overwrites(group: Mapping[str, Any]) -> bool:
-    """Whether torch leaves Nesterov's direction where the gradient was.
+    """Whether torch leaves Nesterov's direction in ``p.grad``.
 
-    Its foreach step adds the buffer in place; a decay and ``maximize`` have it copied before.
+    Its foreach step adds the buffer to it in place, except with a decay or ``maximize``, for which
+    it copies the gradient first.
     """
     if not group["nesterov"] or group.get("maximize") or group.get("fused"):
         return False
     if group.get("weight_decay", 0.0) != 0:
         return False
     foreach = group.get("foreach", False)
-    if foreach is None and group.get("fused") is None:  # torch chooses, by all of the group
+    if foreach is None and group.get("fused") is None:  # torch looks at all tensors of the group
         params = [p for p in group["params"] if p.grad is not None]
         if params and params[0].device.type != "cpu":
             _, foreach = _default_to_fused_or_foreach(params, False, False)
@@ -74,17 +75,17 @@ def _asgd(s: Slice) -> Update:
 def _rprop(s: Slice) -> Update:
     """θ ← θ − step_size ⊙ sign(g) (Riedmiller and Braun 1993; ``torch/optim/rprop.py``).
 
-    Where the sign of the gradient changed torch keeps a zero in its stead, and does not move.
+    If the sign of the gradient changed, torch stores 0 in place of the gradient, and does not move.
     """
     return Update(s["step_size"], s["prev"].sign())
 
 
 def _buffer(s: Slice) -> dict[str, Scalar]:
-    """b ← μb + (1−τ)g, and g at first."""
+    """b ← μb + (1−τ)g; b = g in the first step."""
     if not s.group["momentum"]:
         return {}
     grad = s.decayed_grad
-    if s.group["nesterov"] and _overwrites(s.group):  # g is not there any more
+    if s.group["nesterov"] and _overwrites(s.group):  # g is no longer available
         return {}
     kept = s.group["momentum"] * s.old("momentum_buffer")
     damped = 1 - s.group.get("dampening", 0.0) * s.had("momentum_buffer")
@@ -92,7 +93,7 @@ def _buffer(s: Slice) -> dict[str, Scalar]:
 
 
 def _rprop_state(s: Slice) -> dict[str, Scalar]:
-    """The gradient is kept, with 0 where its sign changed; the step size grows or shrinks."""
+    """prev ← g, or 0 if its sign changed; the step size grows or shrinks."""
     minus, plus = s.group["etas"]
     low, high = s.group["step_sizes"]
     size = s.old("step_size", float(s.lr)) * torch.ones_like(s.grad)

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lrprobe.about import to_json
 from lrprobe.optional import version_of
 from lrprobe.record import SCHEMA_VERSION, Record
 from lrprobe.sinks.memory import SCHEMAS, TABLES, TableName, arrow_tables, encode
@@ -190,7 +191,7 @@ class Parquet:
         known = self._runs.get(record.optimizer)
         if known is None or known is record.run:
             return False
-        return _json(known) != _json(record.run)
+        return to_json(known) != to_json(record.run)
 
     def _write_part(self, tables: Mapping[TableName, pa.Table], attempt: int) -> None:
         run: dict[str, Any] = {}
@@ -199,19 +200,27 @@ class Parquet:
             for key, value in one.items():
                 both = isinstance(value, Mapping) and isinstance(run.get(key), Mapping)
                 run[key] = {**run[key], **value} if both else value
+        # What another optimizer's description says of this one may be older.
+        own = {
+            name: one["optimizers"][name]
+            for name, one in self._runs.items()
+            if name in one.get("optimizers", {})
+        }
+        if own:
+            run["optimizers"] = {**run["optimizers"], **own}
         values = {
             "schema_version": SCHEMA_VERSION,
             "versions": _versions(),
             "attempt": attempt,
             "run": run,
         }
-        keys = {_KEY + key: _json(value) for key, value in values.items()}
+        keys = {_KEY + key: to_json(value) for key, value in values.items()}
         for name in _SIDE:
             if tables[name].num_rows:
                 self._replace(self._folder / FOLDERS[name], tables[name], keys)
         # How far the other tables belong to this state of the part: they may already be longer
         # when a reader comes, or when the process is killed here.
-        keys[_KEY + "rows"] = _json({name: tables[name].num_rows for name in TABLES})
+        keys[_KEY + "rows"] = to_json({name: tables[name].num_rows for name in TABLES})
         self._replace(self._folder, tables["parameter"], keys)
 
     def _replace(self, folder: Path, table: pa.Table, keys: Mapping[str, str]) -> None:
@@ -316,10 +325,6 @@ def _explained(error: OSError, what: str) -> OSError:
     return (
         OSError(error.errno, f"{what}: {reason}") if error.errno else OSError(f"{what}: {reason}")
     )
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, default=str)
 
 
 def _versions() -> dict[str, str]:

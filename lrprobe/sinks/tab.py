@@ -1,9 +1,13 @@
-"""All figures of a record as one tensor, for the tab LRPROBE of TensorBoard.
+"""What the tab LRPROBE of TensorBoard reads: the figures of each record, and the run's description.
 
-TensorBoard takes minutes with thousands of scalar tags, so these are few; the tab needs every
-parameter. One float32 matrix of columns × rows a record has them all: 30 times less than scalars
-would take. What its rows and columns are is told once, in the metadata of its tag; where that
-changes (a group is added, a rule turns ``measured``, a run is continued) there is another tag.
+TensorBoard takes minutes to read thousands of scalar tags, so the scalars are few. The tab needs
+every parameter. One float32 matrix of columns × rows per record holds them all, in a thirtieth of
+the space that scalars would take. The metadata of its tag names the rows and columns. If these
+change (a group is added, a rule turns ``measured``, a run is continued), another tag begins.
+
+The description of the run (hyperparameters, versions, names) is a JSON text in a tensor. It is
+written again whenever it has changed. Both tensors have plugin names of their own, so that no
+other tab of TensorBoard shows them.
 """
 
 from __future__ import annotations
@@ -24,35 +28,45 @@ from tensorboard.compat.proto.tensor_shape_pb2 import (  # type: ignore[import-u
     TensorShapeProto,
 )
 
+from lrprobe.about import to_json
 from lrprobe.record import Level, Record
 from lrprobe.sinks.merge import MergedRows
 from lrprobe.sinks.tags import Plan, clean, group_names
 from lrprobe.text import shorter
 
 PLUGIN = "lrprobe_table"
-"""Plugin name of the tensors."""
+"""Plugin name of the tensors of figures."""
+
+RUN_PLUGIN = "lrprobe_run"
+"""Plugin name of the tensors that describe the run."""
 
 MAX_ROWS = 2048
 """Above so many parameters the rows are modules, so that a record stays below 300 kB."""
 
 _VERSION = 1
-# What neither the tab nor a finding asks for.
+# Neither the tab nor any check uses these.
 _LEFT_OUT = (
     *("effective_lr_mean", "effective_lr_gmean", "effective_lr_std"),
     *("samples", "lr_per_sample"),
 )
 
 
-class TabTable:
+class TabTensors:
     """Makes the tensors of one sink.
 
     Args:
-        prefix: put before each tag.
+        prefix: prepended to each tag.
     """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._told: dict[str, tuple[Any, str]] = {}
+        self._tables: dict[str, tuple[Any, str]] = {}
+        self._runs: dict[str, tuple[Mapping[str, Any], str]] = {}
+
+    def forget(self) -> None:
+        """Write metadata and descriptions again with the next records, as for a new file."""
+        self._tables.clear()
+        self._runs.clear()
 
     def add(
         self,
@@ -61,37 +75,64 @@ class TabTable:
         plan: Plan,
         merged: list[MergedRows] | None,
         *,
-        life: str,
-        news: bool,
+        attempt_id: str,
     ) -> None:
-        """Add a record's tensor to a summary.
+        """Add the tensors of a record to a summary.
 
         Args:
-            summary: where to.
+            summary: receives the tensors.
             record: the record.
-            plan: its tags, and
-            merged: the parameters as they stand for; used where there are too many modules, too.
-            life: tells one attempt to record the run from the next.
-            news: whether the summary goes to a file that has none of these tensors.
+            plan: its tags.
+            merged: its rows merged to what the tags stand for; used if there are too many modules.
+            attempt_id: distinguishes the attempts to record the run.
         """
+        self._add_run(summary, record, attempt_id)
+        self._add_table(summary, record, plan, merged, attempt_id)
+
+    def _add_run(self, summary: Any, record: Record, attempt_id: str) -> None:
+        """Add the description of the run if it differs from the last one."""
+        known, text = self._runs.get(record.optimizer, ({}, ""))
+        if known is record.run:
+            return
+        latest = to_json(record.run)
+        self._runs[record.optimizer] = record.run, latest
+        if latest == text:
+            return
+        about = {"version": _VERSION, "sink": attempt_id, "optimizer": record.optimizer}
+        tag = f"{self._prefix}lrprobe/run/{clean(record.optimizer)}/{attempt_id}"
+        add_text(summary, tag, latest, RUN_PLUGIN, json.dumps(about).encode())
+
+    def _add_table(
+        self,
+        summary: Any,
+        record: Record,
+        plan: Plan,
+        merged: list[MergedRows] | None,
+        attempt_id: str,
+    ) -> None:
         level, table = _rows(record, plan, merged)
         columns = [
             name
             for name, values in table.items()
             if name not in _LEFT_OUT and values.dtype == np.float64 and name != "time"
         ]
-        what = (life, level, tuple(columns), *(_key(table, k) for k in (level, "rule", "group")))
-        known, tag = self._told.get(record.optimizer, (None, ""))
+        what = (
+            attempt_id,
+            level,
+            tuple(columns),
+            *(_key(table, k) for k in (level, "rule", "group")),
+        )
+        known, tag = self._tables.get(record.optimizer, (None, ""))
         metadata = None
-        if news or known != what:
-            about = _description(record, level, table, columns, life)
+        if known != what:
+            about = _metadata(record, level, table, columns, attempt_id)
             content = json.dumps(about, ensure_ascii=True).encode()
             digest = hashlib.sha256(content).hexdigest()[:12]
             tag = f"{self._prefix}lrprobe/table/{clean(record.optimizer)}/{digest}"
-            self._told[record.optimizer] = (what, tag)
+            self._tables[record.optimizer] = (what, tag)
             plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=content)
             metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
-        with np.errstate(over="ignore"):  # what is above float32's range is inf here
+        with np.errstate(over="ignore"):  # a value above float32's range becomes inf
             matrix = np.array([table[name] for name in columns]).astype("<f4")
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in matrix.shape])
         value = summary.value.add(tag=tag)
@@ -102,10 +143,20 @@ class TabTable:
         )
 
 
+def add_text(summary: Any, tag: str, text: str, plugin: str, content: bytes = b"") -> None:
+    """Add a text as a scalar tensor that only this plugin shows."""
+    value = summary.value.add(tag=tag)
+    data = SummaryMetadata.PluginData(plugin_name=plugin, content=content)
+    value.metadata.CopyFrom(SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR))
+    value.tensor.CopyFrom(
+        TensorProto(dtype="DT_STRING", string_val=[text.encode()], tensor_shape=TensorShapeProto())
+    )
+
+
 def _rows(
     record: Record, plan: Plan, merged: list[MergedRows] | None
 ) -> tuple[str, Mapping[str, NDArray[Any]]]:
-    """What rows are, and the columns of the finest table that is small enough."""
+    """The level and columns of the finest table that is small enough."""
     levels: tuple[Level, ...] = ("parameter", "module")
     for level in levels:
         table = record.tables[level]
@@ -124,16 +175,16 @@ def _key(table: Mapping[str, NDArray[Any]], name: str) -> tuple[Any, ...]:
     return tuple(table[name].tolist()) if name in table else ()
 
 
-def _description(
+def _metadata(
     record: Record,
     level: str,
     table: Mapping[str, NDArray[Any]],
     columns: list[str],
-    life: str,
+    attempt_id: str,
 ) -> dict[str, Any]:
     return {
         "version": _VERSION,
-        "sink": life,
+        "sink": attempt_id,
         "optimizer": shorter(record.optimizer),
         "level": level,
         "columns": columns,

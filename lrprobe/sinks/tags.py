@@ -1,4 +1,4 @@
-"""What a scalar is called where metrics have names: one record as tags and values."""
+"""The tags of scalars, and one record as pairs of tag and value."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lrprobe.sinks.merge import MergedRows, merge_rows
 from lrprobe.text import parts_of
 
 MAX_NAMES = 200
-"""Above so many parameters the tags are per module: TensorBoard takes minutes with more."""
+"""With more parameters than this, tags are per module: TensorBoard takes minutes to load more."""
 
 _MAX_NAME = 200  # characters of a name in a tag
 
 TagStyle: TypeAlias = Literal["lrprobe", "composer", "olmo"]
-"""Whose names the tags have."""
+"""The system whose tag names are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Style:
     """The tags of one system.
 
     Attributes:
-        figures: column to its tag, with ``{name}`` for the parameter's or module's name.
-        whole: column of the model table to its tag, with ``{owner}``.
+        figures: maps a column to its tag; ``{name}`` stands for the parameter or module.
+        whole: maps a column of the model table to its tag, with ``{owner}``.
         lr: the tag of a group's ``lr``, with ``{owner}``, ``{optimizer}``, ``{group}`` (its number)
             and ``{group_name}``.
 
@@ -86,7 +86,7 @@ STYLES: Mapping[str, Style] = {
         "optim/{owner}learning_rate_group{group}",
     ),
 }
-"""Where a system has no name for a figure, the tag is lrprobe's own."""
+"""If a system has no name for a figure, the tag is lrprobe's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,11 @@ class Plan:
     Attributes:
         optimizer: its name.
         parameters: names of the rows of its parameter table.
-        level: what the tags are per, ``"parameter"`` or ``"module"``.
-        names: what stands for ``{name}`` in the tags.
-        rows: of the parameter table, for each name.
-        modules: for each name the row of the module table that has just these parameters, or None.
-        groups: number of a parameter group to its name in tags.
+        level: what each tag describes, a ``"parameter"`` or a ``"module"``.
+        names: the values of ``{name}`` in the tags.
+        rows: for each name, its rows of the parameter table.
+        modules: for each name, the row of the module table with exactly these parameters, or None.
+        groups: maps the number of a parameter group to its name in tags.
         owner: ``""``, or ``"<optimizer>."``.
         prefix, style: as given to ``Tags``.
     """
@@ -143,7 +143,7 @@ class Plan:
         return f"{self.prefix}reconstruction_error/{self.owner}_max"
 
     def merged(self, record: Record) -> list[MergedRows] | None:
-        """The parameters of a record merged to what the tags stand for; None where each is one."""
+        """Merge the parameters of a record by tag; None if each parameter has its own tag."""
         if self.level == "parameter":
             return None
         return [
@@ -154,9 +154,10 @@ class Plan:
     def scalars(
         self, record: Record, merged: Sequence[MergedRows] | None
     ) -> Iterator[tuple[str, float]]:
-        """Tag and value of all that a record has; NaN where what took a step has no such figure.
+        """Yield the tag and value of each scalar of a record.
 
-        What did not take the step has no scalars but those that are known of it all the same.
+        The value is NaN if a parameter stepped but lacks the figure. A parameter that did not step
+        has only the scalars that are known without a step.
         """
         table = record.tables["parameter"]
         if merged is None:
@@ -171,7 +172,7 @@ class Plan:
                     yield self.figure(column, name), value
         groups = record.tables["group"]
         for group, lr in zip(groups["group"].tolist(), groups["lr"].tolist(), strict=True):
-            if not np.isnan(lr):  # which stands for a mixed one
+            if not np.isnan(lr):  # NaN: the rates are mixed
                 yield self.lr(group), lr
         for column in self.style.whole:
             value = float(record.tables["model"][column][0])
@@ -185,7 +186,7 @@ class Plan:
     def logarithms(
         self, record: Record, merged: Sequence[MergedRows] | None
     ) -> Iterator[tuple[str, float]]:
-        """Tag and value of log10 of the rate's quantiles, where there is one, for linear axes."""
+        """Yield the tag and log10 of each quantile of the rate, if finite, for linear axes."""
         for at in ("p05", "p50", "p95"):
             values = self._values(f"effective_lr_{at}", record, merged)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -197,7 +198,7 @@ class Plan:
     def _values(
         self, column: str, record: Record, merged: Sequence[MergedRows] | None
     ) -> NDArray[np.float64]:
-        """A column for each name."""
+        """Return a column, one value per name."""
         if merged is not None:
             return np.array([m.figures[column] for m in merged], dtype=np.float64)
         values: NDArray[np.float64] = record.tables["parameter"][column]
@@ -205,21 +206,21 @@ class Plan:
 
 
 class Tags:
-    """Names for everything, unique in the run.
+    """Assigns tags, each unique in the run.
 
     Args:
-        prefix: put before each tag.
-        tag_style: whose tags they are.
-        clean_name: puts a name into the characters that a tag may have; ``clean`` by default.
+        prefix: prepended to each tag.
+        tag_style: the system whose tag names are used.
+        clean_name: replaces the characters that a tag may not have; ``clean`` by default.
 
     Raises:
-        ValueError: the prefix has characters that tags do not have; there is no such style.
+        ValueError: the prefix has characters that a tag may not have, or the style is unknown.
     """
 
     def __init__(
         self, prefix: str, tag_style: str, clean_name: Callable[[str], str] | None = None
     ) -> None:
-        """Know no names yet."""
+        """Start without names."""
         if clean(prefix, "") != prefix:
             raise ValueError(f"prefix={prefix!r}; allowed are the characters A-Za-z0-9_./-")
         if tag_style not in STYLES:
@@ -229,16 +230,16 @@ class Tags:
         self.style = STYLES[tag_style]
         self.plans: dict[str, Plan] = {}
         self.names: dict[tuple[str, str, str], str] = {}
-        """(optimizer, level, key) to name."""
+        """Maps (optimizer, level, key) to a name."""
         self.groups: dict[str, tuple[str, int, str]] = {}
-        """Tag of an ``lr`` to (optimizer, group, the group's name)."""
+        """Maps the tag of an ``lr`` to (optimizer, group, the group's name)."""
         self.group_of: dict[str, int] = {}
-        """Name to group."""
+        """Maps a name to its group."""
         self._owners: dict[str, str] = {}
         self._clean = clean_name or clean
 
     def plan(self, record: Record) -> Plan:
-        """The tags for a record; the same plan as long as the parameters are the same."""
+        """Return the tags for a record: the same plan while its parameters stay the same."""
         parameters = tuple(record.tables["parameter"]["parameter"].tolist())
         plan = self.plans.get(record.optimizer)
         if plan is not None and plan.parameters == parameters:
@@ -250,7 +251,7 @@ class Tags:
         rows: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             rows.setdefault(key, []).append(row)
-        if level == "parameter":  # two of one name are two parameters all the same
+        if level == "parameter":  # parameters with equal names get separate tags
             pairs = [
                 (f"{key}#{i}" if i else key, row) for key in rows for i, row in enumerate(rows[key])
             ]
@@ -281,7 +282,7 @@ class Tags:
         return plan
 
     def values(self, record: Record) -> dict[str, float]:
-        """Tag to value; without what is NaN, of which trackers make different things."""
+        """Map tags to values, without NaN, which trackers treat differently."""
         plan = self.plan(record)
         pairs = plan.scalars(record, plan.merged(record))
         return {tag: value for tag, value in pairs if not np.isnan(value)}
@@ -293,7 +294,7 @@ class Tags:
         return self._owners[optimizer]
 
     def _groups(self, record: Record) -> dict[int, str]:
-        """Number of each parameter group to its name, in the characters of tags, each once."""
+        """Map the number of each parameter group to a unique name that a tag may have."""
         names: dict[int, str] = {}
         for group, name in group_names(record).items():
             names[group] = _unique(self._clean(name), set(names.values()))
@@ -311,25 +312,25 @@ class Tags:
 
 
 def group_names(record: Record) -> dict[int, str]:
-    """Number of each parameter group to its ``group_name``."""
+    """Map the number of each parameter group to its ``group_name``."""
     table = record.tables["parameter"]
     return dict(zip(table["group"].tolist(), table["group_name"].tolist(), strict=True))
 
 
 def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:
-    """What the tags are per, and for each parameter the key of its tag.
+    """Choose what each tag describes, and the key of each parameter's tag.
 
     Args:
-        parameters: names, their parts separated by dots or slashes.
-        limit: how many tags there may be.
+        parameters: names, with parts separated by dots or slashes.
+        limit: maximum number of tags.
 
     Returns:
-        ``"parameter"`` and the names themselves where they fit; else ``"module"`` and the names of
-        the modules at the greatest depth that fits (``""``, the whole network, fits always).
+        ``"parameter"`` and the names themselves if they fit; else ``"module"`` and the names of
+        the modules at the greatest depth that fits (``""``, the whole network, always fits).
     """
     if len(parameters) <= limit:
         return "parameter", list(parameters)
-    # Parts and what stands between them, so that what is left of a name is as it was.
+    # Keep the separators, so that a shortened name has the original ones.
     modules = [re.split(r"([./])", parts_of(name)[0]) for name in parameters]
     for depth in range(max(map(len, modules)), 0, -2):
         keys = ["".join(module[:depth]) for module in modules]
@@ -339,7 +340,7 @@ def roll_up(parameters: Sequence[str], limit: int) -> tuple[str, list[str]]:
 
 
 def clean(name: str, empty: str = "_") -> str:
-    """The name in the characters ``A-Za-z0-9_./-``, not too long."""
+    """Replace characters other than ``A-Za-z0-9_./-``, and shorten a long name."""
     result = re.sub(r"[^A-Za-z0-9_./-]", "_", name) or empty
     if len(result) > _MAX_NAME:
         digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]

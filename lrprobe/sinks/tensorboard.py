@@ -20,11 +20,6 @@ from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-unty
 from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]
     HistogramProto,
     Summary,
-    SummaryMetadata,
-)
-from tensorboard.compat.proto.tensor_pb2 import TensorProto  # type: ignore[import-untyped]
-from tensorboard.compat.proto.tensor_shape_pb2 import (  # type: ignore[import-untyped]
-    TensorShapeProto,
 )
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
@@ -32,7 +27,7 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 from lrprobe.names import kind
 from lrprobe.record import SCHEMA_VERSION, Record
 from lrprobe.sinks.merge import MergedRows
-from lrprobe.sinks.tab import TabTable
+from lrprobe.sinks.tab import TabTensors, add_text
 from lrprobe.sinks.tags import Plan, Tags, TagStyle
 
 MAP_PLUGIN = "lrprobe"
@@ -85,9 +80,10 @@ class TensorBoard:
     """Writes each record as one TensorBoard event.
 
     Besides scalars and histograms, each event has a tensor with all columns of every parameter, for
-    the tab LRPROBE. Above ``MAX_NAMES`` parameters, the tags of scalars are per module, at the
-    greatest depth with at most that many modules; their quantiles are merged from the parameters'
-    histograms. The wall time and the step of an event are those of the record.
+    the tab LRPROBE. The description of the run is another tensor, written again if it has changed.
+    Above ``MAX_NAMES`` parameters, the tags of scalars are per module, at the greatest depth with
+    at most that many modules; their quantiles are merged from the parameters' histograms. The wall
+    time and the step of an event are those of the record.
 
     Args:
         writer_or_dir: a logdir, which is created if missing, or a
@@ -111,7 +107,7 @@ class TensorBoard:
         """Make the logdir and prove that it can be written."""
         self.prefix = prefix
         self._tags = Tags(prefix, tag_style)
-        self._tab = TabTable(prefix)
+        self._tab = TabTensors(prefix)
         self._target: _EventFile | _Writer
         if isinstance(writer_or_dir, SummaryWriter):
             self._target = _Writer(writer_or_dir)
@@ -122,9 +118,9 @@ class TensorBoard:
                 f"writer_or_dir is a {kind(writer_or_dir)}; allowed are a path and a "
                 "torch.utils.tensorboard.SummaryWriter"
             )
-        self._news = True  # something is to be described to TensorBoard
+        self._needs_metadata = True  # the present file has none yet
         self._attempt = 0
-        self._life = secrets.token_hex(8)  # tells readers one attempt from the next
+        self._attempt_id = secrets.token_hex(8)
 
     def __repr__(self) -> str:
         """Name the logdir."""
@@ -144,20 +140,22 @@ class TensorBoard:
         """
         if record.attempt > self._attempt:  # the run goes back to an earlier step
             self._attempt = record.attempt
-            self._life = secrets.token_hex(8)
-            self._news = True
-        self._news |= self._target.begin()
+            self._attempt_id = secrets.token_hex(8)
+            self._needs_metadata = True
+        self._needs_metadata |= self._target.begin()
+        again, self._needs_metadata = self._needs_metadata, True  # until the event is written
+        if again:
+            self._tab.forget()
         known = self._tags.plans.get(record.optimizer)
         plan = self._tags.plan(record)
-        self._news |= plan is not known
         summary = Summary()
-        if self._news:
-            summary.MergeFrom(_describe(self._tags.plans.values(), self._tags, self._life))
+        if again or plan is not known:
+            summary.MergeFrom(_describe(self._tags.plans.values(), self._tags, self._attempt_id))
         merged = plan.merged(record)
         _add_scalars(summary, plan, record, merged)
-        self._tab.add(summary, record, plan, merged, life=self._life, news=self._news)
+        self._tab.add(summary, record, plan, merged, attempt_id=self._attempt_id)
         self._target.add(Event(summary=summary, step=record.step, wall_time=record.time))
-        self._news = False
+        self._needs_metadata = False
 
     def flush(self) -> None:
         """Make sure that everything written so far is in the file.
@@ -218,16 +216,7 @@ def _describe(plans: Collection[Plan], tags: Tags, sink: str) -> Any:
         "lr": tags.groups,
         "reconstruction_error": {plan.error: plan.optimizer for plan in plans},
     }
-    value = summary.value.add(tag=f"{prefix}lrprobe/map")
-    plugin = SummaryMetadata.PluginData(plugin_name=MAP_PLUGIN)
-    value.metadata.CopyFrom(SummaryMetadata(plugin_data=plugin))
-    value.tensor.CopyFrom(
-        TensorProto(
-            dtype="DT_STRING",
-            string_val=[json.dumps(content).encode()],
-            tensor_shape=TensorShapeProto(),
-        )
-    )
+    add_text(summary, f"{prefix}lrprobe/map", json.dumps(content), MAP_PLUGIN)
     return summary
 
 
@@ -305,11 +294,11 @@ _uid = itertools.count()
 
 
 class _EventFile:
-    """A file of events of our own.
+    """An event file that lrprobe writes itself.
 
-    It is not torch's ``FileWriter``, since that writes in one more thread, which dies of the first
-    error with what it still held, and may leave half an event that hides all after it. And it
-    takes 10 ms of pure Python to sum up an event.
+    torch's ``FileWriter`` writes in a thread of its own. That thread dies at the first error, with
+    everything it still holds, and may leave half an event, which hides all later ones. It also
+    takes 10 ms per event to compute the checksum in Python.
     """
 
     def __init__(self, folder: str) -> None:
@@ -318,7 +307,7 @@ class _EventFile:
         self._open()
 
     def begin(self) -> bool:
-        """Be ready for an event; True where it goes to another file than the last."""
+        """Prepare for an event; True if it goes to another file than the last one."""
         if self._file.closed:
             raise ValueError(f"the event file in {self.folder!r} is closed")
         if os.fstat(self._file.fileno()).st_nlink:
@@ -345,7 +334,7 @@ class _EventFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            # Half an event would hide those that come after it.
+            # Half an event would hide all later ones.
             self._file.truncate(self._size)
             self._file.seek(self._size)
             raise
@@ -372,7 +361,7 @@ class _EventFile:
 
 
 class _Writer:
-    """A ``SummaryWriter`` of the user's."""
+    """The user's ``SummaryWriter``."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         self.folder = str(writer.log_dir)
@@ -380,7 +369,7 @@ class _Writer:
         self._told = self._reopened = False
 
     def begin(self) -> bool:
-        """Be ready for an event; True where it goes to another file than the last."""
+        """Prepare for an event; True if it goes to another file than the last one."""
         if self._writer.all_writers is not None:
             return False
         if not self._told:  # say so once; then it opens another file, as for add_scalar
@@ -406,7 +395,7 @@ class _Writer:
             self._writer.close()
 
 
-# --- Checksums: CRC-32C, as the format wants it; tensorboard's own takes 90 ns a byte ----------
+# --- Checksums: CRC-32C, as the format requires; TensorBoard's own takes 90 ns per byte --------
 
 
 def _byte_table() -> NDArray[np.uint32]:

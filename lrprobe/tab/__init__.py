@@ -1,4 +1,4 @@
-"""The tab LRPROBE of TensorBoard, which finds it by the entry point ``tensorboard_plugins``."""
+"""The tab LRPROBE. TensorBoard finds it by the entry point ``tensorboard_plugins``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from typing import Any
 
 from tensorboard.plugins.base_plugin import TBLoader  # type: ignore[import-untyped]
 
-from lrprobe.sinks.tab import PLUGIN
+from lrprobe.sinks.tab import PLUGIN, RUN_PLUGIN
 
 SAMPLES = 2000
-"""Records of a run that TensorBoard keeps, unless ``--samples_per_plugin`` says otherwise."""
+"""Records of a run that TensorBoard keeps, unless ``--samples_per_plugin`` sets the number."""
 
 
 class Loader(TBLoader):  # type: ignore[misc]
-    """Makes the plugin."""
+    """Loads the plugin."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Let TensorBoard keep as many records as a heatmap shows; it keeps 10 of other tensors."""
+        """Let TensorBoard keep enough records for a heatmap; by default it keeps 10 of a tensor."""
         kept = flags.samples_per_plugin
         if isinstance(kept, dict):
             kept.setdefault(PLUGIN, SAMPLES)
+            kept.setdefault(RUN_PLUGIN, SAMPLES)
 
     def load(self, context: Any) -> Any:
-        """The plugin."""
+        """Make the plugin."""
         from lrprobe.tab.plugin import Plugin
 
         return Plugin(context)

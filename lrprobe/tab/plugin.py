@@ -1,4 +1,4 @@
-"""The routes of the tab: JSON for its front end, and the files of that."""
+"""The HTTP routes of the tab: JSON data, and the files of the front end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorboard import errors, plugin_util  # type: ignore[import-untyped]
 from tensorboard.backend.http_util import Respond  # type: ignore[import-untyped]
@@ -22,30 +22,36 @@ from werkzeug import Request, Response
 from lrprobe.sinks.tab import PLUGIN
 from lrprobe.tab.frames import frame_of
 from lrprobe.tab.store import Entry, Series, Store
+from lrprobe.text import shorter
 from lrprobe.view import answers, page
 from lrprobe.view.table import COLUMNS
 from lrprobe.view.torn import torn
 
-_DIAGNOSED_ROWS = 400_000
-"""Rows of a run that its findings are made from; more would take the tab seconds."""
+if TYPE_CHECKING:
+    import pandas as pd
 
-_LOOK = 0.2
-"""Seconds to wait for a look at all event files; what it finds later is told when asked next."""
+    from lrprobe.diagnosis import Findings
+
+_DIAGNOSED_ROWS = 400_000
+"""Findings are based on this many rows of a run; more would take seconds."""
+
+_CHECK_SECONDS = 0.2
+"""Seconds to wait for the check of all event files; a later result goes into the next answer."""
 
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 
 _NOTHING = (
-    "No run in this logdir has data for this tab. A probe writes it: "
+    "No run in this logdir has data for this tab. A probe writes such data: "
     'lrprobe.attach(optimizer, model, to="<logdir>/<run>").'
 )
 _NO_PLOTLY = "The tab needs Plotly, which is not installed: pip install 'lrprobe[plot]'"
 
 
 class Plugin(TBPlugin):  # type: ignore[misc]
-    """Shows what ``sinks.TensorBoard`` writes, of every parameter.
+    """Shows the records that ``sinks.TensorBoard`` writes, of every parameter.
 
     Args:
-        context: TensorBoard's.
+        context: the context that TensorBoard provides.
     """
 
     plugin_name = "lrprobe"
@@ -53,27 +59,29 @@ class Plugin(TBPlugin):  # type: ignore[misc]
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
         self._store = Store(context.data_provider)
-        self._cut: list[str] = []
-        self._looking: threading.Thread | None = None
+        self._found: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
+        self._diagnosing = threading.Lock()
+        self._truncated: list[str] = []
+        self._checking: threading.Thread | None = None
         logdir = Path(context.logdir).expanduser() if context.logdir else None
         self._folder = logdir if logdir is not None and logdir.is_dir() else None
 
-    def _torn(self) -> list[str]:
-        """What the last look for truncated files found; another one is begun."""
-        if self._looking is None or not self._looking.is_alive():
-            self._looking = threading.Thread(target=self._look, daemon=True)
-            self._looking.start()
-            self._looking.join(_LOOK)
-        return self._cut
+    def _notes_on_files(self) -> list[str]:
+        """Report the truncated files that the last check found, and start another check."""
+        if self._checking is None or not self._checking.is_alive():
+            self._checking = threading.Thread(target=self._check_files, daemon=True)
+            self._checking.start()
+            self._checking.join(_CHECK_SECONDS)
+        return self._truncated
 
-    def _look(self) -> None:
-        self._cut = list(torn(self._folder)) if self._folder is not None else []
+    def _check_files(self) -> None:
+        self._truncated = list(torn(self._folder)) if self._folder is not None else []
 
     def is_active(self) -> bool:
-        """Where there are no data for it (TensorBoard asks for that first): to say so.
+        """Whether to show the tab without data. TensorBoard checks for data first.
 
-        That is in a logdir that is empty, or not yet read, or holds files of a probe's without a
-        record. Beside the runs of others the tab stays away.
+        The tab appears, and says that there are no data, if the logdir is empty or not yet loaded,
+        or if a probe's files have no records yet. With only foreign runs, it is hidden.
         """
         folder = self._folder
         if folder is not None and any(folder.rglob("*tfevents*.lrprobe")):
@@ -81,15 +89,15 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         return not self._provider.list_runs(RequestContext(), experiment_id="")
 
     def data_plugin_names(self) -> tuple[str, ...]:
-        """Whose summaries make the tab appear."""
+        """Plugin names of the summaries that make the tab appear."""
         return (PLUGIN,)
 
     def frontend_metadata(self) -> Any:
-        """Name of the tab, and the module that draws it."""
+        """Name of the tab, and its JavaScript module."""
         return FrontendMetadata(es_module_path="/main.js", tab_name="LRPROBE", disable_reload=True)
 
     def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
-        """Path to what answers it."""
+        """Map paths to WSGI applications."""
         apps: dict[str, Callable[..., Any]] = {
             f"/{path.name}": _file(path)
             for path in sorted(page.STATIC.iterdir())
@@ -109,7 +117,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         if find_spec("plotly") is None:
             notes.append(_NO_PLOTLY)
         if self._folder is not None:
-            notes += self._torn()
+            notes += [f"{note}." for note in self._notes_on_files()]
         tables = []
         for (run, optimizer), series in runs.items():
             newest = max(series, key=lambda each: each.version[2] or 0)
@@ -136,28 +144,42 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         figure = _argument(request, "figure")
         table = self._entry(request).table
         if figure not in table.figures:
-            raise errors.NotFoundError(f"no figure {figure[:80]!r}")
+            raise errors.NotFoundError(f"the figure {figure[:80]!r} does not exist")
         return answers.heatmap(table, figure, *_range(request))
 
     def _detail(self, request: Request) -> dict[str, Any]:
         name = _argument(request, "name")
         table = self._entry(request).table
         if name not in table.names:
-            raise errors.NotFoundError(f"no parameter {name[:80]!r}")
+            raise errors.NotFoundError(f"the parameter {name[:80]!r} does not exist")
         step = _number(request, "step", math.nan)
         return answers.detail(
             table, name, *_range(request), step=None if math.isnan(step) else int(step)
         )
 
     def _findings(self, request: Request) -> dict[str, Any]:
-        from lrprobe.diagnosis import diagnose
-
-        entry = self._entry(request)
-        with entry.lock:
-            if entry.findings is None:
-                frame = frame_of(entry.table.run, entry.blocks, _DIAGNOSED_ROWS)
-                entry.findings = answers.found(diagnose(frame))
-        result: dict[str, Any] = entry.findings
+        """Diagnose all optimizers of the run, because some checks compare them."""
+        ctx, experiment = _where(request)
+        run, optimizer = _argument(request, "run"), _argument(request, "optimizer")
+        runs = self._store.runs(ctx, experiment)
+        of_run = {key[1]: series for key, series in runs.items() if key[0] == run}
+        if optimizer not in of_run:
+            raise errors.NotFoundError("the run does not exist")
+        with self._diagnosing:
+            entries = [
+                self._store.entry(ctx, experiment, run, name, series)
+                for name, series in of_run.items()
+            ]
+            version = [entry.version for entry in entries]
+            known, found = self._found.get((experiment, run), (None, {}))
+            if known != version:
+                blocks = [block for entry in entries for block in entry.blocks]
+                told = self._store.descriptions(ctx, experiment, run, blocks)
+                findings = _diagnosed(frame_of(run, blocks, _DIAGNOSED_ROWS, told))
+                by_table = answers.divided(findings, [(shorter(run), name) for name in of_run])
+                found = dict(zip(of_run, by_table, strict=True))
+                self._found[experiment, run] = version, found
+        result: dict[str, Any] = found[optimizer]
         return result
 
     def _entry(self, request: Request) -> Entry:
@@ -165,8 +187,21 @@ class Plugin(TBPlugin):  # type: ignore[misc]
         key = _argument(request, "run"), _argument(request, "optimizer")
         series: list[Series] | None = self._store.runs(ctx, experiment).get(key)
         if series is None:
-            raise errors.NotFoundError("no such run")
+            raise errors.NotFoundError("the run does not exist")
         return self._store.entry(ctx, experiment, *key, series)
+
+
+def _diagnosed(frame: pd.DataFrame) -> Findings:
+    """Diagnose a frame; if the description of its run breaks a check, without the description."""
+    from lrprobe.diagnosis import Findings, diagnose
+
+    if frame.empty:  # no record has the shape in its metadata
+        return Findings([])
+    try:
+        return diagnose(frame)
+    except Exception:  # noqa: BLE001 - anything may be in a log
+        frame.attrs.clear()
+        return diagnose(frame)
 
 
 def _where(request: Request) -> tuple[Any, str]:

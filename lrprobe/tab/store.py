@@ -1,27 +1,30 @@
-"""The tensors of ``sinks.TensorBoard``, through TensorBoard's data provider, as tables."""
+"""Reads the tensors of ``sinks.TensorBoard`` through TensorBoard's data provider."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.data.provider import RunTagFilter  # type: ignore[import-untyped]
 
-from lrprobe.sinks.tab import PLUGIN
+from lrprobe.about import Description, from_json
+from lrprobe.sinks.tab import PLUGIN, RUN_PLUGIN
 from lrprobe.tab import SAMPLES
+from lrprobe.text import shorter
 from lrprobe.view.table import COLUMNS, Table, unique
 
-_MOST_BYTES = 200 * 2**20
-"""Of one answer of the data provider, which takes 256 MB at most."""
+_ANSWER_BYTES = 200 * 2**20
+"""Size of one answer of the data provider; its own limit is 256 MB."""
 
-_KEPT_BYTES = 600 * 2**20
-"""Of the runs that were read; the one that was asked for longest ago is dropped first."""
+_CACHE_BYTES = 600 * 2**20
+"""Size of the cache of runs, which drops the least recently used one first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,8 @@ class Series:
 
     Attributes:
         tag: the tag.
-        about: its description, as ``sinks.tab`` writes it.
-        version: changes when it has more.
+        about: the metadata that ``sinks.tab`` writes.
+        version: changes with each new record.
     """
 
     tag: str
@@ -51,22 +54,20 @@ class Block:
 
 @dataclass(slots=True)
 class Entry:
-    """What one optimizer of one run recorded."""
+    """The records of one optimizer of one run."""
 
     version: tuple[Any, ...]
     blocks: list[Block]
     table: Table
-    findings: Any = None
-    lock: Any = field(default_factory=threading.Lock)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its figures."""
+        """Size of the figures."""
         return sum(block.cells.nbytes for block in self.blocks)
 
 
 class Store:
-    """Reads what is asked for, and keeps it as long as nothing new comes.
+    """Reads runs on demand, and caches them until they have new records.
 
     Args:
         provider: TensorBoard's data provider.
@@ -80,12 +81,12 @@ class Store:
         self._parsed: dict[bytes, Any] = {}
 
     def runs(self, ctx: Any, experiment: str) -> dict[tuple[str, str], list[Series]]:
-        """Run and optimizer to their tags."""
+        """Map run and optimizer to their tags."""
         listing = self._provider.list_tensors(ctx, experiment_id=experiment, plugin_name=PLUGIN)
         found: dict[tuple[str, str], list[Series]] = {}
         for run in sorted(listing or {}):
             for tag, series in listing[run].items():
-                about = self._describe(series.plugin_content)
+                about = self._metadata(series.plugin_content)
                 if about is not None:
                     version = tag, series.max_step, series.max_wall_time
                     key = run, str(about["optimizer"])
@@ -95,12 +96,12 @@ class Store:
     def entry(
         self, ctx: Any, experiment: str, run: str, optimizer: str, series: Sequence[Series]
     ) -> Entry:
-        """What an optimizer of a run recorded, as new as TensorBoard has it."""
+        """Return the records of an optimizer of a run, as far as TensorBoard has loaded them."""
         key = experiment, run, optimizer
         version = tuple(sorted(each.version for each in series))
         with self._lock:
             reading = self._reading.setdefault(key, threading.Lock())
-        with reading:  # two requests of one page read it once
+        with reading:  # simultaneous requests read it once
             known = self._entries.get(key)
             if known is None or known.version != version:
                 blocks = self._read(ctx, experiment, run, series)
@@ -109,23 +110,58 @@ class Store:
             with self._lock:
                 self._entries[key] = known
                 self._entries.move_to_end(key)
-                while len(self._entries) > 1 and self._size() > _KEPT_BYTES:
+                while len(self._entries) > 1 and self._size() > _CACHE_BYTES:
                     self._entries.popitem(last=False)
         return known
+
+    def descriptions(
+        self, ctx: Any, experiment: str, run: str, blocks: Sequence[Block]
+    ) -> list[Description]:
+        """Read the descriptions of a run, in the order of recording.
+
+        A broken description is skipped, and so is one of an attempt without a record.
+
+        Args:
+            ctx: TensorBoard's request context.
+            experiment: TensorBoard's experiment id.
+            run: name of the run.
+            blocks: the records of its optimizers, which determine the attempts.
+        """
+        where = {
+            "experiment_id": experiment,
+            "plugin_name": RUN_PLUGIN,
+            "run_tag_filter": RunTagFilter(runs=[run]),
+        }
+        listing = self._provider.list_tensors(ctx, **where) or {}
+        texts = self._provider.read_tensors(ctx, downsample=SAMPLES, **where) or {}
+        attempt_of = {
+            (block.about["optimizer"], block.about["sink"]): attempt
+            for block, attempt in zip(blocks, attempts(blocks), strict=True)
+        }
+        found: list[tuple[float, Description]] = []
+        for tag, series in listing.get(run, {}).items():
+            writer = _writer(series.plugin_content)
+            if writer not in attempt_of:
+                continue
+            for datum in texts.get(run, {}).get(tag, ()):
+                with contextlib.suppress(ValueError, TypeError):  # it is broken
+                    about = _shortened(from_json(datum.numpy.item()))
+                    described = Description(attempt_of[writer], datum.step, writer[0], about)
+                    found.append((datum.wall_time, described))
+        return [described for _, described in sorted(found, key=lambda pair: pair[0])]
 
     def _size(self) -> int:
         return sum(entry.nbytes for entry in self._entries.values())
 
-    def _describe(self, content: bytes) -> Any:
-        """The description of a tag; None where it is none, or of a later version's."""
+    def _metadata(self, content: bytes) -> Any:
+        """Parse the metadata of a tag; None if broken, or written by a later version."""
         if content not in self._parsed:
             try:
                 about = json.loads(content)
-                sound = about["version"] == 1 and len(about["columns"]) > 0
-                about["names"] = unique([str(name) for name in about["names"]])
-            except (ValueError, KeyError, TypeError):
-                about, sound = None, False
-            self._parsed[content] = about if sound else None
+                sound = _is_metadata(about)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                sound = False
+            self._parsed[content] = {**about, "names": unique(about["names"])} if sound else None
         return self._parsed[content]
 
     def _read(self, ctx: Any, experiment: str, run: str, series: Sequence[Series]) -> list[Block]:
@@ -135,7 +171,7 @@ class Store:
             ctx,
             experiment_id=experiment,
             plugin_name=PLUGIN,
-            downsample=max(min(SAMPLES, _MOST_BYTES // max(size, 1) // len(about)), 1),
+            downsample=max(min(SAMPLES, _ANSWER_BYTES // max(size, 1) // len(about)), 1),
             run_tag_filter=RunTagFilter(runs=[run], tags=list(about)),
         )
         blocks = [
@@ -146,10 +182,37 @@ class Store:
         return sorted(blocks, key=lambda block: float(block.times.min()))
 
 
+def _is_metadata(about: Any) -> bool:
+    """Whether this is what ``sinks.tab`` writes; a log may contain anything.
+
+    Raises:
+        KeyError: an entry is missing.
+        TypeError, AttributeError: an entry has another type.
+    """
+
+    def are(kind: type, name: str, *lengths: int) -> bool:
+        values = about[name]
+        fits = not lengths or len(values) in lengths
+        return isinstance(values, list) and fits and all(isinstance(v, kind) for v in values)
+
+    size = len(about["names"])
+    return (
+        about["version"] == 1
+        and about["level"] in ("parameter", "module")
+        and all(isinstance(about[name], str) for name in ("optimizer", "sink"))
+        and all(isinstance(name, str) for name in about["group_names"].values())
+        and len(about["columns"]) > 0
+        and are(str, "columns")
+        and are(str, "names")
+        and are(str, "rules", 0, size)
+        and all(are(int, name, 0, size) for name in ("groups", "numel"))
+    )
+
+
 def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
-    """The records of a tag whose shape is what its description says; None where there is none."""
+    """Stack the records of a tag that have the shape in its metadata; None if there are none."""
     shape = len(about["columns"]), len(about["names"])
-    data = [datum for datum in data if datum.numpy.shape == shape]
+    data = [datum for datum in data if datum.numpy.shape == shape and datum.numpy.dtype.kind == "f"]
     if not data:
         return None
     return Block(
@@ -160,14 +223,35 @@ def _block(about: Mapping[str, Any], data: Sequence[Any]) -> Block | None:
     )
 
 
+def _writer(content: bytes) -> tuple[str, str]:
+    """Parse the metadata of a description: optimizer and sink, empty if broken."""
+    try:
+        about = json.loads(content)
+        return shorter(about["optimizer"]), str(about["sink"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", ""
+
+
+def _shortened(run: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the names of optimizers in a description, as the tables do."""
+    optimizers = run.get("optimizers", {})
+    return {**run, "optimizers": {shorter(name): each for name, each in optimizers.items()}}
+
+
 def attempts(blocks: Sequence[Block]) -> list[int]:
-    """Which attempt to record the run each block belongs to."""
-    order = list(dict.fromkeys(block.about["sink"] for block in blocks))
-    return [order.index(block.about["sink"]) for block in blocks]
+    """Number the attempt that each block belongs to, per optimizer."""
+    sinks: dict[str, list[str]] = {}
+    result = []
+    for block in blocks:
+        known = sinks.setdefault(block.about["optimizer"], [])
+        if block.about["sink"] not in known:
+            known.append(block.about["sink"])
+        result.append(known.index(block.about["sink"]))
+    return result
 
 
 def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
-    """All blocks as one table; what a later attempt recorded anew replaces the earlier."""
+    """Merge blocks into one table; a later attempt replaces the steps of an earlier one."""
     kept = list(zip(blocks, _kept(blocks), strict=True))
     names: dict[str, int] = {}
     groups: dict[str, str] = {}
@@ -186,7 +270,7 @@ def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
         if not having:
             continue
         first = having[0][0]
-        if len(blocks) == 1 and np.array_equal(steps, first.steps):  # as usual: copy nothing
+        if len(blocks) == 1 and np.array_equal(steps, first.steps):  # usual: no copy
             figures[column] = first.cells[:, first.about["columns"].index(column), :]
             continue
         matrix = np.full((len(steps), len(names)), np.nan, dtype=np.float32)
@@ -210,7 +294,7 @@ def merged(run: str, optimizer: str, blocks: Sequence[Block]) -> Table:
 
 
 def _kept(blocks: Sequence[Block]) -> list[NDArray[np.int64]]:
-    """Of each block the records before the first of any later attempt."""
+    """For each block, the indices of the records before any later attempt."""
     number = attempts(blocks)
     result = []
     for block, attempt in zip(blocks, number, strict=True):

@@ -1,4 +1,4 @@
-"""What the front end asks for, as JSON: little enough for a screen, whatever was recorded."""
+"""The data that the front end requests, as JSON, limited to what a screen can show."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lrprobe.text import shorter
 from lrprobe.view.table import FIGURES, Matrix, Table
 
 if TYPE_CHECKING:
-    from lrprobe.diagnosis import Findings
+    from lrprobe.diagnosis import Finding, Findings
 
 _CELLS = 200_000
-"""Cells of a heatmap, about; a screen has not many more."""
+"""Approximate number of cells in a heatmap, as many as a screen can show."""
 
 _COLUMNS = 60, 500
-"""Columns of a heatmap, at least and at most."""
+"""Minimum and maximum number of columns in a heatmap."""
 
 _POINTS = 600
-"""Points of a line at most."""
+"""Maximum number of points in a line."""
 
 _TINY = 1e-38
 
 
 def overview(tables: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """What there is: tables, the figures to pick from, and what is to be said of them."""
+    """The tables, the available figures, and notes."""
     names = titles([(table["run"], table["optimizer"]) for table in tables])
     return {
         "tables": [{**table, "title": name} for table, name in zip(tables, names, strict=True)],
@@ -39,7 +39,7 @@ def overview(tables: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> dic
 
 
 def titles(keys: Sequence[tuple[str, str]]) -> list[str]:
-    """What each run and optimizer is called: the run, and the optimizer where it has several."""
+    """Name each table: by run, and by optimizer if the run has several."""
     runs = [run for run, _ in keys]
     return [
         optimizer if not run else run if runs.count(run) == 1 else f"{run} · {optimizer}"
@@ -48,7 +48,7 @@ def titles(keys: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def about(table: Table) -> dict[str, Any]:
-    """One table without its figures."""
+    """A table without its figures."""
     return {
         "run": table.run,
         "optimizer": table.optimizer,
@@ -62,17 +62,17 @@ def about(table: Table) -> dict[str, Any]:
 def heatmap(
     table: Table, figure: str, low: float = -math.inf, high: float = math.inf
 ) -> dict[str, Any]:
-    """A figure of all parameters at some recorded steps.
+    """One figure of all parameters.
 
     Args:
-        table: of what.
-        figure: which column.
-        low: the first step, and
-        high: the last that is asked for.
+        table: the table.
+        figure: its column.
+        low: the first step.
+        high: the last step.
 
     Returns:
-        ``steps``, and ``values``: parameters × steps; how many recorded steps there are in all, and
-        the first and the last of them.
+        ``steps``; ``values``: parameters × steps; the total number of recorded steps, the first
+        and the last.
 
     Raises:
         KeyError: the table has no such figure.
@@ -94,17 +94,17 @@ def heatmap(
 def detail(
     table: Table, name: str, low: float = -math.inf, high: float = math.inf, step: int | None = None
 ) -> dict[str, Any]:
-    """All figures of one parameter at some recorded steps.
+    """All figures of one parameter.
 
     Args:
-        table: of what.
-        name: the parameter's.
-        low: the first step, and
-        high: the last that is asked for.
-        step: one that must be among them, or the recorded one before it.
+        table: the table.
+        name: the parameter.
+        low: the first step.
+        high: the last step.
+        step: include this step, or the last recorded one before it.
 
     Returns:
-        ``steps``, and ``figures``: column to values.
+        ``steps``; ``figures``: maps columns to values.
 
     Raises:
         ValueError: there is no such parameter.
@@ -123,7 +123,7 @@ def detail(
 
 
 def found(findings: Findings) -> dict[str, Any]:
-    """Findings, as the front end shows them."""
+    """Findings in the form that the front end shows."""
     return {
         "summary": findings.summary(),
         "left_out": list(findings.left_out),
@@ -149,20 +149,45 @@ def found(findings: Findings) -> dict[str, Any]:
     }
 
 
+def divided(findings: Findings, keys: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Divide findings among tables.
+
+    Args:
+        findings: of several runs and optimizers.
+        keys: run and optimizer of each table. Findings about an optimizer without a table go to
+            the first table of the run, and the skipped checks to the first of all.
+
+    Returns:
+        The findings of each table, as from ``found``.
+    """
+    from lrprobe.diagnosis import Findings
+
+    parts: list[list[Finding]] = [[] for _ in keys]
+    runs = [run for run, _ in keys]
+    for each in findings:
+        key = shorter(each.run), shorter(each.optimizer)
+        place = keys.index(key) if key in keys else runs.index(key[0]) if key[0] in runs else 0
+        parts[place].append(each)
+    return [
+        found(Findings(part, left_out=() if at else findings.left_out))
+        for at, part in enumerate(parts)
+    ]
+
+
 def picked(
     steps: NDArray[np.int64], matrix: Matrix, low: float, high: float, most: int
 ) -> NDArray[np.int64]:
-    """Which recorded steps to show: all, or of each so many in a row the most unusual one.
+    """Choose the recorded steps to show: all, or the most unusual one of each interval.
 
-    Evenly spread ones would hide what happened once. Each that is shown is one that was recorded,
-    not a mean; the first and the last are among them.
+    Evenly spaced steps would hide a single event. Each step shown is a recorded one, not a mean.
+    The first and the last are included.
 
     Args:
-        steps: the recorded ones.
+        steps: the recorded steps.
         matrix: the figures, steps × parameters.
-        low: the first step, and
-        high: the last that is asked for; one more is given on either side.
-        most: how many, about.
+        low: the first step.
+        high: the last step; one more on either side is included.
+        most: approximate maximum number of steps.
     """
     start = max(int(np.searchsorted(steps, low)) - 1, 0)
     end = min(int(np.searchsorted(steps, high, side="right")) + 1, len(steps))
@@ -182,20 +207,20 @@ def picked(
 
 
 def packed(values: NDArray[np.float32]) -> str:
-    """Little-endian float32 as base64: a third of the size of numbers as text, and no NaN lost."""
+    """Encode as little-endian float32 in base64: a third of the size of text, and keeps NaN."""
     return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
 
 
 def document(
     tables: Sequence[Table], *, findings: bool, most_bytes: int = 3_400_000, most_steps: int = 400
 ) -> dict[str, Any]:
-    """All that a page needs which has its figures inside.
+    """The data of a page with embedded figures.
 
     Args:
-        tables: what was recorded.
-        findings: whether the view shows findings itself.
-        most_bytes: of all figures, about, and
-        most_steps: of each table; of more recorded steps the most unusual ones are in it.
+        tables: the tables.
+        findings: whether the view itself shows findings.
+        most_bytes: approximate maximum size of all figures.
+        most_steps: maximum number of steps per table; the most unusual ones are kept.
     """
     share = most_bytes / max(len(tables), 1)
     inside = []

@@ -1,4 +1,4 @@
-"""The front end and its data as one HTML page that needs no network."""
+"""Builds one HTML page from the front end and its data; it needs no network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STATIC = Path(str(files("lrprobe.view"))) / "static"
-"""Where the front end's modules and its style are."""
+"""Folder of the front end's modules and style sheet."""
 
 _MODULES = (
     "data.js",
@@ -24,12 +24,12 @@ _MODULES = (
     "findings.js",
     "view.js",
 )
-"""Each imports only from those before it."""
+"""Each imports only from earlier ones."""
 
 
 @cache
 def plotly_gzipped() -> bytes:
-    """Plotly's JavaScript, as its Python package carries it.
+    """Plotly's JavaScript from its Python package, gzipped.
 
     Raises:
         ImportError: the package is not installed.
@@ -46,7 +46,7 @@ def style() -> str:
 
 
 def script() -> str:
-    """All modules as one: a page from a file may not import another file."""
+    """All modules in one script, because a page from file:// cannot import modules."""
     source = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in _MODULES)
     source = re.sub(r"^import [^;]*;\n", "", source, flags=re.MULTILINE)
     source = re.sub(r"^export ", "", source, flags=re.MULTILINE)
@@ -54,10 +54,10 @@ def script() -> str:
 
 
 def live(data: dict[str, Any]) -> str:
-    """The elements that bring a page with ``<div id="lrprobe">`` to life.
+    """The elements that start the view in a page with ``<div id="lrprobe">``.
 
-    Data and Plotly are packed text, which the browser unpacks and takes as what they are: nothing
-    that comes from a log is ever part of a script or of markup.
+    Data and Plotly are gzipped text that the browser unpacks. Nothing from a log is ever part of a
+    script or of markup.
     """
     packed = gzip.compress(json.dumps(data, allow_nan=False).encode(), compresslevel=6, mtime=0)
     return (
@@ -68,7 +68,7 @@ def live(data: dict[str, Any]) -> str:
 
 
 def alone(data: dict[str, Any]) -> str:
-    """A page that is the view and nothing else."""
+    """A page with only the view."""
     return _PAGE.format(style=style(), live=live(data), policy=POLICY)
 
 
@@ -81,7 +81,7 @@ POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
     "img-src data: blob:; script-src 'unsafe-inline'; style-src 'unsafe-inline'\">"
 )
-"""The browser fetches nothing for such a page, whatever is in it."""
+"""Forbids the browser to load anything, whatever the page contains."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{policy}<title>lrprobe</title>

@@ -1,4 +1,4 @@
-"""What one optimizer of one run recorded, as matrices for the view."""
+"""The records of one optimizer of one run, as matrices for the view."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Figure(NamedTuple):
     """A figure that a heatmap can show.
 
     Attributes:
-        title: what it is called.
-        unit: of its numbers.
-        share: whether it is a share from 0 to 1, which no logarithm shows well.
+        title: its name in the view.
+        unit: its unit.
+        share: whether it is a share from 0 to 1, which needs a linear scale.
     """
 
     title: str
@@ -41,28 +41,28 @@ FIGURES: Mapping[str, Figure] = {
     "idle_fraction": Figure("idle elements", "share of the elements", share=True),
     "reconstruction_error": Figure("reconstruction error", "relative to the step"),
 }
-"""Column of the frame to what one picks in the view, in its order."""
+"""Maps columns of the frame to the figures that the view offers, in its order."""
 
 QUANTILES = ("min", "p01", "p05", "p25", "p50", "p75", "p95", "p99", "max")
-"""Of the rate: the histogram is drawn between these."""
+"""Quantiles of the rate that the histogram is drawn from."""
 
 COLUMNS = (*(f"effective_lr_{at}" for at in QUANTILES), *list(FIGURES)[1:], "lr")
-"""All columns that the view shows."""
+"""All columns that the view uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What one optimizer of one run recorded.
+    """The records of one optimizer of one run.
 
     Attributes:
-        run: name of the run; empty where there is one only.
+        run: name of the run; empty if there is only one.
         optimizer: name of the optimizer.
-        level: what a row is: ``"parameter"``, ``"module"``, ``"group"`` or ``"model"``.
-        names: of the parameters, in the model's order, each once, none long.
-        groups: name of the parameter group of each; empty where it is not known.
-        numel: elements of each; NaN where it is not known.
-        steps: the recorded ones, ascending.
-        figures: column to its matrix, of those of ``COLUMNS`` that there are.
+        level: what a row stands for: ``"parameter"``, ``"module"``, ``"group"`` or ``"model"``.
+        names: of the parameters, in the model's order, unique and shortened.
+        groups: name of each parameter's group; empty if unknown.
+        numel: number of elements of each parameter; NaN if unknown.
+        steps: the recorded steps, ascending.
+        figures: maps those of ``COLUMNS`` that were recorded to their matrices.
     """
 
     run: str
@@ -76,7 +76,7 @@ class Table:
 
 
 def tables_of(frame: pd.DataFrame) -> Iterator[Table]:
-    """The tables of a frame: of each run and optimizer, of what no later attempt recorded anew."""
+    """The tables of a frame, one per run and optimizer, without replaced attempts."""
     frame = latest(frame)
     for series in series_of(frame):
         yield Table(
@@ -96,7 +96,7 @@ def tables_of(frame: pd.DataFrame) -> Iterator[Table]:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, with a number after each that came before."""
+    """Number repeated names."""
     seen: dict[str, int] = {}
     result = []
     for name in names:
@@ -106,12 +106,12 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def _single(values: NDArray[np.float64]) -> Matrix:
-    with np.errstate(over="ignore"):  # what is above float32's range is inf
+    with np.errstate(over="ignore"):  # a value above float32's range becomes inf
         return values.astype(np.float32)
 
 
 def _groups(frame: pd.DataFrame, series: Series) -> list[str]:
-    """The group's name of each parameter."""
+    """The name of each parameter's group."""
     names: dict[float, str] = {}
     if "group_name" in frame and "group" in frame:
         rows = frame[frame["optimizer"] == series.optimizer] if "optimizer" in frame else frame

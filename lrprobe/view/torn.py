@@ -1,4 +1,4 @@
-"""Event files that end in the middle of a record: a full disk or a killed process leaves them."""
+"""Finds truncated event files, which a full disk or a killed process leaves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 _SETTLED = 5.0
-"""Seconds after which a file that is still in the middle of a record is no more being written."""
+"""A file unchanged for this many seconds is no longer being written."""
 
 
 def torn(folder: Path) -> Iterator[str]:
-    """A sentence on each event file in a logdir of several runs, or of one, that is cut short."""
+    """Yield a sentence on each truncated event file of a logdir and its subfolders."""
     for path in sorted(folder.rglob("*tfevents*")):
         try:
             about = path.stat()
@@ -23,7 +23,7 @@ def torn(folder: Path) -> Iterator[str]:
                 run = path.parent.relative_to(folder).as_posix()
                 yield (
                     f"Run {run}: the event file {path.name} is truncated: it ends in the middle of "
-                    "a record. Everything before that is shown"
+                    "a record. The complete records are shown"
                 )
         except OSError:  # removed, or not ours to read
             continue
@@ -31,7 +31,7 @@ def torn(folder: Path) -> Iterator[str]:
 
 @lru_cache(maxsize=4096)
 def whole(path: Path, size: int) -> bool:
-    """Whether an event file of so many bytes ends where a record does; only lengths are read."""
+    """Whether an event file ends with a complete record; reads only the lengths of records."""
     with path.open("rb", buffering=0) as file:
         at = 0
         while at < size:

@@ -91,12 +91,31 @@ def test_hyperparameters_that_change_have_a_history(tmp_path: Path) -> None:
     def change(step: int, _model: nn.Module, optimizer: Any) -> None:
         optimizer.param_groups[0]["weight_decay"] = 0.1 if step < 6 else 0.2
 
-    path = tmp_path / "a.parquet"
-    frame = train(adamw(), steps=10, before=change, to=str(path))
-    for each in (frame, lrprobe.read(path)):
+    paths = [str(tmp_path / "a.parquet"), str(tmp_path / "logdir")]
+    frame = train(adamw(), steps=10, before=change, to=paths)
+    for each in (frame, *map(lrprobe.read, paths)):
         history = each.attrs["lrprobe"]["optimizers"]["AdamW"]["history"]
         assert [past["groups"][0]["weight_decay"] for past in history][-2:] == [0.1, 0.2]
         assert history[-1]["step"] in (6, 7)  # told by the next recorded step
+
+
+def test_a_logdir_describes_its_run_as_a_dataset_does(tmp_path: Path) -> None:
+    """Of each attempt and of several optimizers, with the history of their groups."""
+    model, places = net(), [str(tmp_path / "a.parquet"), str(tmp_path / "logdir")]
+    for _ in range(2):
+        optimizers = {
+            "body": optim.AdamW(model[0].parameters()),
+            "head": optim.SGD(model[2].parameters(), lr=0.1),
+        }
+        with lrprobe.attach(optimizers, model, to=places, every=1):
+            for step in range(6):
+                optimizers["body"].param_groups[0]["weight_decay"] = 0.1 if step < 3 else 0.2
+                model(torch.randn(4, 64)).sum().backward()
+                for optimizer in optimizers.values():
+                    optimizer.step()
+    dataset, logdir = (lrprobe.read(place).attrs["lrprobe"] for place in places)
+    assert [past["attempt"] for past in dataset["optimizers"]["body"]["history"]] == [0, 0, 1, 1]
+    assert logdir == dataset
 
 
 @pytest.mark.parametrize("every", [1, 10])

@@ -239,7 +239,7 @@ def test_the_cost_of_a_record_does_not_grow() -> None:
         spent.append(time.thread_time() - begin)
     assert sum(spent[400:]) / 400 < 2e-3  # 0.6 ms where the machine is not busy
     assert sum(spent[400:600]) < 2 * sum(spent[600:]) + 0.05
-    assert len(watcher._kept["SGD"]) <= live.MOST
+    assert len(watcher._kept["SGD"]) <= live.MAX_RECORDS
 
 
 @pytest.mark.parametrize("given", [1, "warn", []])

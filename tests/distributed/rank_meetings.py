@@ -15,7 +15,7 @@ from rank_wrappers import ddp, fsdp1, fsdp2, hsdp, tp
 from torch import nn, optim
 
 import lrprobe
-from lrprobe.distributed import exchange, meeting
+from lrprobe.distributed import exchange, rendezvous
 from lrprobe.engine import flight
 
 WAIT = 1.0
@@ -23,7 +23,7 @@ WAIT = 1.0
 
 def impatient() -> None:
     """Wait for nobody longer than this."""
-    meeting.WAIT = WAIT
+    rendezvous.WAIT = WAIT
     flight.PATIENCE = exchange.PATIENCE = 2.0
 
 
@@ -158,7 +158,7 @@ def dying(folder: Path) -> None:
     model: Net | nn.Module = net()
     optimizer = OPTIMIZERS["adamw"](model)
     if dist.get_rank():
-        meeting.missing_from = lambda _: os._exit(0)  # which torchrun does not mind
+        rendezvous.missing_from = lambda _: os._exit(0)  # which torchrun does not mind
     probe, took, told = attached(optimizer, model)
     assert probe is not None
     train(model, optimizer, steps=2)

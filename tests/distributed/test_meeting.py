@@ -12,7 +12,7 @@ import torch
 from launching import launch
 from rank_meetings import WAIT
 
-from lrprobe.distributed import meeting
+from lrprobe.distributed import rendezvous
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_wait_is_within_the_process_groups_own_limit(tmp_path: Path) -> None
     )
     try:
         start = time.monotonic()
-        assert meeting.missing_from([0, 1]) == [1]
+        assert rendezvous.missing_from([0, 1]) == [1]
         assert 1 <= time.monotonic() - start < 3
     finally:
         torch.distributed.destroy_process_group()
@@ -91,7 +91,7 @@ def test_a_part_alone_is_an_error(told: dict[str, list[Any]], wrap: str) -> None
         for (message,) in filter(None, (alone, few)):
             assert "is sharded over ranks 0-1, of which rank" in message
             assert f"rank {1 - rank} did not attach" in message
-            assert "Call attach on all ranks that hold a part" in message
+            assert "Call attach on all ranks that hold a shard" in message
 
 
 def test_a_mesh_of_one_rank_is_not_sharded(told: dict[str, list[Any]]) -> None:

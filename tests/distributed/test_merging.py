@@ -16,7 +16,7 @@ from torch.distributed.fsdp import _fully_shard
 
 import lrprobe
 from lrprobe.distributed.layouts import Layouts, Region, _chunks, data_parallel
-from lrprobe.distributed.ranks import Holding, Kind, Spec, check_alike, union
+from lrprobe.distributed.ranks import Holding, Kind, Spec, check_alike, merge_rows
 from lrprobe.engine.buffers import blank, fill
 from lrprobe.engine.columns import StepInfo
 from lrprobe.engine.flight import StepInFlight
@@ -142,11 +142,11 @@ def test_names_decide_what_is_merged() -> None:
         Kind((0, 2), Spec((("A", (holding("a"), holding("tied"))),))),
         Kind((1, 3), Spec((("A", (holding("tied", group=1), holding("b", group=2))),))),
     ]
-    merged = union("A", kinds, range(4), 0)
+    merged = merge_rows("A", kinds, range(4), 0)
     assert [(r.name, r.group) for r in merged.rows] == [("a", 0), ("tied", 0), ("b", 2)]
     assert [first for _, first in merged.owners] == [0, 0, 1]
     assert not merged.alone
-    assert union("A", kinds[:1], range(4), 0).alone
+    assert merge_rows("A", kinds[:1], range(4), 0).alone
 
 
 def test_a_long_list_of_differences_is_cut() -> None:
@@ -154,7 +154,7 @@ def test_a_long_list_of_differences_is_cut() -> None:
     first = Spec((("A", tuple(holding(f"p{i}") for i in range(30))),))
     second = Spec((("A", tuple(holding(f"p{i}", dtype="bfloat16") for i in range(30))),))
     with pytest.raises(ValueError, match=r"p9 is 4×3 float32 on ranks 0-1, 3.* and 20 more"):
-        union("A", [Kind((0, 1, 3), first), Kind((2,), second)], range(4), 0)
+        merge_rows("A", [Kind((0, 1, 3), first), Kind((2,), second)], range(4), 0)
 
 
 def test_a_failing_rank_is_named() -> None:

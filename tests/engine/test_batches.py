@@ -161,6 +161,38 @@ def test_states_that_only_some_have_by_element(order: int) -> None:
         assert got == pytest.approx(float(optimizer.state[param]["v"].sqrt().mean())), param.shape
 
 
+EAGER_ONLY: dict[str, Any] = {
+    "branch": lambda g: g if g.abs() > -1 else -g,
+    "method": lambda g: g + g.new_zeros(g.shape),
+    "function": lambda g: torch.erfinv(torch.erf(g)),
+    "conversion": lambda g: g * torch.as_tensor(g).sign() * g.sign(),
+    "numpy": lambda g: g * np.ones(g.shape, np.float32),
+}
+
+
+@pytest.mark.parametrize("does", EAGER_ONLY)
+def test_what_cannot_be_printed_is_computed_eagerly(does: str) -> None:
+    """A rule that does to elements what no loop can do is right all the same."""
+    rule = lrprobe.Rule(
+        f"sgd-{does}", lambda s: lrprobe.Update(s.lr, EAGER_ONLY[does](s.grad)), tolerance=1e-2
+    )
+
+    class Plain(torch.optim.SGD):
+        """SGD under another name."""
+
+    lrprobe.register_rule(Plain, rule)
+    param = nn.Parameter(torch.randn(1, dtype=torch.float64))
+    optimizer = Plain([param], lr=0.1)
+    with lrprobe.attach(optimizer, every=1) as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            param.grad = torch.rand_like(param) + 0.5
+            optimizer.step()
+    frame = probe.frame()
+    assert frame["rule"].eq(f"sgd-{does}").all()
+    assert frame["reconstruction_error"].max() < 1e-6
+
+
 @pytest.mark.parametrize("size", [1, 80])
 def test_a_rule_that_fails_on_one_shape_loses_no_other(size: int) -> None:
     """Of parameters that are read together only those of the shape it fails on are measured."""

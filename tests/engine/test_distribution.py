@@ -13,7 +13,7 @@ from rows import Rates, assert_quantiles, distributions, probe_rates
 from torch import nn
 
 import lrprobe
-from lrprobe.engine.distribution import Bins, count_rates, fold, unfold
+from lrprobe.engine.distribution import STRIDE, Bins, count_rates, fold, unfold
 
 pytestmark = pytest.mark.usefixtures("seeded", "eager")
 
@@ -60,6 +60,30 @@ def test_one_nan_shows(size: int) -> None:
         assert math.isnan(row[f"effective_lr_{name}"]), f"{name}: {row[f'effective_lr_{name}']}"
     assert row["stepped"]
     assert np.isfinite(row["grad_norm"])
+
+
+@pytest.mark.parametrize("way", ["eager", "cpu"])
+@pytest.mark.parametrize("mean", [0.521, 0.3, 1.1e-3])
+def test_the_std_of_rates_that_are_nearly_equal(
+    mean: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates that differ in the last bit have no larger std than they should."""
+    monkeypatch.setenv("LRPROBE_ENGINE", way)
+    rates = torch.full((300_000,), mean)
+    rates[::7] *= 1 + 2e-7
+    got = probe_rates(rates).frame()["effective_lr_std"].item()
+    right = float(rates.double().std(correction=0))
+    assert abs(got - right) < 1e-5 * mean, f"got {got}, right is {right}"
+
+
+@pytest.mark.parametrize("way", ["eager", "cpu"])
+def test_rows_as_long_as_the_stride(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a matrix is as wide as the stride between counted rates, all its columns count."""
+    monkeypatch.setenv("LRPROBE_ENGINE", way)
+    noise = torch.rand(250_000, STRIDE, generator=torch.Generator().manual_seed(5))
+    rates = (1 + noise) * 4.0 ** torch.arange(STRIDE)
+    row = probe_rates(rates).frame().iloc[0]
+    assert_quantiles(row, rates.numpy().reshape(-1), way)
 
 
 def test_twenty_million_elements() -> None:

@@ -120,9 +120,9 @@ SAME = (
 )  # fmt: skip
 
 UNKNOWN = {
-    "unknown:2-adamw-subclass-groups": "how it keeps its master weights is not known",
+    "unknown:2-adamw-subclass-groups": "does not know where this class keeps its master weights",
     "unknown:3-sgd-nvme-small": "its master weights are on NVMe",
-    "unknown:1-adamw-groups-shuffled": "its parameters are not where it flattened them",
+    "unknown:1-adamw-groups-shuffled": "its parameters are not views of its flattened groups",
 }
 """What ``attach`` says."""
 

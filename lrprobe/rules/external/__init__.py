@@ -1,7 +1,8 @@
-"""Optimizers of other packages: which equation belongs to which class.
+"""The table of rules for optimizers of other packages.
 
-They are known by name, so that none of these packages is imported. Adding one is one function and
-one name in the table. (Keras's are here by what stands in for them: ``lrprobe.foreign``.)
+Classes are identified by name, so none of these packages is imported. A new optimizer takes one
+function and one name in the table. For Keras, the names are those of the stand-ins in
+``lrprobe.foreign``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _TABLE: dict[str, dict[Rule, tuple[str, ...]]] = {
         adaptive.ADEMAMIX: ("AdEMAMix",),
         adapted.DADAPT_ADAM: ("DAdaptAdam",),
         adapted.PRODIGY: ("Prodigy",),
-        layerwise.LAMB_TOLD: ("Lamb",),
+        layerwise.LAMB_STORED_TRUST: ("Lamb",),
         lion.LION: ("Lion",),
         schedulefree.ADAMW: ("ScheduleFreeAdamW",),
         schedulefree.RADAM: ("ScheduleFreeRAdam",),
@@ -100,11 +101,11 @@ _RULES = {
 
 
 def external_rule(cls: type) -> Rule | None:
-    """The rule of one class of another package, if it is known."""
+    """The rule of a class of another package; None if there is none."""
     return _RULES.get((cls.__module__.partition(".")[0], cls.__name__))
 
 
 def known() -> Iterator[tuple[str, str, Rule]]:
-    """(package, class, rule) of all that are known."""
+    """(package, class, rule) of every entry in the table."""
     for (package, name), rule in _RULES.items():
         yield package, name, rule

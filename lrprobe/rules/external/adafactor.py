@@ -17,7 +17,7 @@ def _whole(whole: Whole) -> dict[str, Scalar]:
         rows = state["exp_avg_sq_row"]
         figures["row"] = (rows / rows.mean(dim=-1, keepdim=True)).unsqueeze(-1)
         figures["column"] = state["exp_avg_sq_col"].unsqueeze(-2)
-    # Seen by the slices below, as they read the same state.
+    # The slices below read it from the entry's state.
     whole.entry.add(figures)
     squares = whole.sum(lambda s: s.grad.square() / _second_moment(s))
     figures["rms_scaled"] = (squares / max(whole.entry.param.numel(), 1)).sqrt()
@@ -33,8 +33,8 @@ def _rate(s: Slice) -> Tensor:
     group, t = s.group, s.t()
     rate = s.lr if not group["relative_step"] else t**-0.5
     if group["relative_step"]:
-        most = 1e-6 * t if group["warmup_init"] else torch.full_like(t, 1e-2)
-        rate = torch.minimum(rate, most)
+        limit = 1e-6 * t if group["warmup_init"] else torch.full_like(t, 1e-2)
+        rate = torch.minimum(rate, limit)
     if group["scale_parameter"]:
         rms: Any = s.scalar("RMS")
         rate = rate * torch.as_tensor(rms, dtype=torch.float64).clamp(min=group["eps"][1])
@@ -44,8 +44,8 @@ def _rate(s: Slice) -> Tensor:
 def _adafactor(s: Slice) -> Update:
     """α_t/max(1, RMS(u)/d)/√v ⊙ g, with u = g/√v.
 
-    Shazeer and Stern 2018, algorithms 4 and 5; ``transformers/optimization.py``. With a first
-    moment, an average of such steps, the direction is that average times √v over the rate. ε₁ is
+    Shazeer and Stern 2018, algorithms 4 and 5; ``transformers/optimization.py``. The first moment,
+    if there is one, averages such steps, so the direction is that average over the rate. ε₁ is
     added to g².
     """
     group = s.group

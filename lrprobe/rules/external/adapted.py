@@ -1,4 +1,4 @@
-"""Adam whose rate is found while training: D-Adaptation and Prodigy."""
+"""Adam with a rate that is estimated during training: D-Adaptation and Prodigy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lrprobe.rules.external.common import decoupled, undecayed
 
 
 def _before(_: Tensor, __: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Scalar]:
-    """The estimate d that this step applies; the group soon holds the next one."""
+    """The estimate d that this step applies; after the step, the group holds the next one."""
     return {"d_before": group["d"]}
 
 
 def _corrections(s: Slice) -> tuple[float, float]:
-    """1 − β₁ᵗ and √(1 − β₂ᵗ), or 1 and 1 where nothing is corrected (the default)."""
+    """1 − β₁ᵗ and √(1 − β₂ᵗ), or 1 and 1 without bias correction (the default)."""
     beta1, beta2 = s.group["betas"][:2]
     if "k" in s.group:  # the authors' packages
         corrected, t = s.group["use_bias_correction"], s.group["k"]
@@ -41,8 +41,8 @@ def _prodigy(s: Slice) -> Update:
     """d²·lr/(√v+d·ε) ⊙ m/d, where m and √v are averages of d·g.
 
     Mishchenko and Defazio 2024, algorithm 4; ``prodigyopt/prodigy.py``,
-    ``pytorch_optimizer/optimizer/prodigy.py``. The factor is the estimate d from before the step;
-    that in d·ε is the new one. ``rms_grad`` is √v/d.
+    ``pytorch_optimizer/optimizer/prodigy.py``. The factor d is the estimate from before the step;
+    the d in d·ε is the new one. ``rms_grad`` is √v/d.
     """
     if s.group["eps"] is None:
         raise NotImplementedError("the rule does not support eps=None")
@@ -70,7 +70,7 @@ def _dadapt_adam(s: Slice) -> Update:
     """d·lr/(√v+ε) ⊙ m/(d·lr), where m is an average of d·lr·g.
 
     Defazio and Mishchenko 2023, algorithm 3; ``dadaptation/dadapt_adam.py``,
-    ``pytorch_optimizer/optimizer/dadapt.py``. The d is that from before the step.
+    ``pytorch_optimizer/optimizer/dadapt.py``. d is the estimate from before the step.
     """
     known: Any = s.scalar("d_before")
     correction1, correction2 = _corrections(s)

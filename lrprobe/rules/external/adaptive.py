@@ -1,4 +1,4 @@
-"""Adam's relatives with one more average: Adan and AdEMAMix."""
+"""Variants of Adam with an additional average: Adan and AdEMAMix."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def _adan(s: Slice) -> Update:
     """lr/(√n̂+ε) ⊙ (m̂ + β₂·v̂), m of gradients, v of their differences.
 
     Xie et al. 2024, algorithm 1; ``timm/optim/adan.py``, ``pytorch_optimizer/optimizer/adan.py``.
-    With a proximal decay θ and the step are divided by 1 + lr·λ. pytorch_optimizer leaves −g
-    in ``p.grad``, and g in the state, negated.
+    With a proximal decay, θ and the step are divided by 1 + lr·λ. pytorch_optimizer overwrites
+    ``p.grad`` with −g; its state also holds −g.
     """
     refuse(s, "caution", "use_gc", "adanorm")
     beta1, beta2, beta3 = s.group["betas"]

@@ -1,4 +1,4 @@
-"""What the conventions of other packages have in common."""
+"""Helpers for conventions that several packages share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lrprobe.rules.base import Scalar, Slice
 
 
 def refuse(s: Slice, *options: str) -> None:
-    """Say that a rule does not hold under these options.
+    """Refuse options that a rule does not support.
 
     Raises:
         NotImplementedError: if one of them is on; the parameter is then measured.
@@ -20,7 +20,7 @@ def refuse(s: Slice, *options: str) -> None:
 
 
 def decoupled(s: Slice, lr: Scalar | None = None) -> Scalar:
-    """λ·lr where the decay is decoupled; λ alone where it is fixed (pytorch_optimizer)."""
+    """λ·lr if the decay is decoupled, λ if it is fixed (pytorch_optimizer), 0 if it is coupled."""
     if not s.group.get("weight_decouple", True):
         return 0.0
     weight_decay = s.group["weight_decay"]
@@ -29,12 +29,14 @@ def decoupled(s: Slice, lr: Scalar | None = None) -> Scalar:
 
 
 def undecayed(s: Slice, moved: Tensor, *, coupled: bool | None = None) -> Tensor | None:
-    """The gradient, from a ``p.grad`` to which λ·θ_before was added in place.
+    """The gradient without the decay λ·θ_before that the optimizer added to ``p.grad`` in place.
+
+    None if no decay was added.
 
     Args:
         s: the slice.
         moved: effective_lr ⊙ direction of this step.
-        coupled: whether it was; by default pytorch_optimizer's options tell.
+        coupled: whether the decay is coupled; by default from pytorch_optimizer's options.
     """
     if coupled is None:
         coupled = not s.group.get("weight_decouple", True)
@@ -45,9 +47,9 @@ def undecayed(s: Slice, moved: Tensor, *, coupled: bool | None = None) -> Tensor
 
 
 def without_decay(s: Slice, total: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """Total − λ·(after + moved), and 0 where only rounding in the parameter's dtype is left."""
+    """total − λ·(after + moved), or 0 if the difference is within rounding of the dtype."""
     weight_decay = s.group["weight_decay"]
-    rest = total - weight_decay * (after + moved)
+    grad = total - weight_decay * (after + moved)
     rounding = 4 * torch.finfo(s.dtype).eps * weight_decay * (after.abs() + moved.abs())
-    kept: Tensor = rest * (rest.abs() > rounding)
+    kept: Tensor = grad * (grad.abs() > rounding)
     return kept

@@ -1,4 +1,4 @@
-"""LAMB and LARS: a rate for each layer, in proportion to the norm of its parameters."""
+"""LAMB and LARS: a rate per layer, proportional to the norm of its parameters."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _ITERATIONS = 8
 
 
 def norm_before(param: Tensor, _: Mapping[str, Any], __: Mapping[str, Any]) -> dict[str, Scalar]:
-    """‖θ‖ from before the step, float64."""
+    """‖θ‖ before the step, in float64."""
     return {"norm_before": torch.linalg.vector_norm(param, dtype=_accumulator(param)).double()}
 
 
 def _accumulator(param: Tensor) -> torch.dtype | None:
-    """Half precision is summed in float32; a complex norm has no other dtype."""
+    """Sum half precision in float32; None otherwise, as a complex norm accepts no other dtype."""
     return torch.float32 if param.dtype in (torch.bfloat16, torch.float16) else None
 
 
 def ratio(above: Scalar, below: Scalar) -> Tensor:
-    """above/below, and 1 where either is 0."""
+    """above/below, or 1 if either is 0."""
     above, below = torch.as_tensor(above), torch.as_tensor(below)
     usable = (above > 0) & (below > 0)
     return torch.where(usable, above / torch.where(usable, below, 1.0), 1.0)
 
 
 def _adapts(group: Mapping[str, Any]) -> bool:
-    """timm leaves alone what has no weight decay, unless told otherwise."""
+    """Whether timm uses the trust ratio: only with weight decay, or with ``always_adapt``."""
     return bool(group["weight_decay"] != 0 or group["always_adapt"])
 
 
@@ -55,9 +55,9 @@ def _lamb_normalised(s: Slice) -> Tensor:
 def _lamb_whole(whole: Whole) -> dict[str, Scalar]:
     """The layer's trust ratio ‖θ‖/‖u‖, u = a + λ·θ, where a = m̂/(√v̂+ε) and θ is before the step.
 
-    Of θ only the norm was kept; as θ_after = θ − x·u with x = lr·ratio, its product with a follows
-    from what is there after the step, for a given x. So x is the fixed point of lr·‖θ‖/‖u(x)‖,
-    which is reached fast, since x·λ is small.
+    Only the norm of θ was kept. Because θ_after = θ − x·u with x = lr·ratio, the product of θ and
+    a follows from θ_after for a given x. So x is the fixed point of lr·‖θ‖/‖u(x)‖; the iteration
+    converges fast, because x·λ is small.
     """
     group = whole.group
     if not _adapts(group):
@@ -81,7 +81,7 @@ def _lamb_whole(whole: Whole) -> dict[str, Scalar]:
 
 
 def _decay_before(lr: Tensor, group: Mapping[str, Any]) -> tuple[Scalar, float]:
-    """The decay of θ before the norms are taken, and the λ inside u (timm)."""
+    """The decay applied to θ before the norms are computed, and the λ inside u (timm)."""
     if not group.get("decoupled_decay"):
         return 0.0, group["weight_decay"]
     scale = lr**2 / group["max_lr_snapshot"] if group["corrected_weight_decay"] else lr
@@ -103,8 +103,8 @@ def _lamb(s: Slice) -> Update:
     )
 
 
-def _lamb_told(s: Slice) -> Update:
-    """The same, where the state tells the trust ratio, and v is not corrected.
+def _lamb_stored_trust(s: Slice) -> Update:
+    """LAMB as in ``_lamb``, with the trust ratio from the state, and v without bias correction.
 
     ``pytorch_optimizer/optimizer/lamb.py``.
     """
@@ -138,7 +138,7 @@ def _lars_whole(whole: Whole) -> dict[str, Scalar]:
 
 
 def _lars(s: Slice) -> Update:
-    """lr·c·‖θ‖/(‖g‖+λ·‖θ‖) ⊙ (g + λ·θ), or the momentum buffer over the layer's ratio.
+    """lr·c·‖θ‖/(‖g‖+λ·‖θ‖) ⊙ (g + λ·θ), or the momentum buffer divided by the trust ratio.
 
     You et al. 2017, algorithm 1; ``timm/optim/lars.py``.
     """
@@ -156,5 +156,5 @@ def _lars(s: Slice) -> Update:
 
 
 LAMB = Rule("lamb", _lamb, before=norm_before, whole=_lamb_whole)
-LAMB_TOLD = Rule("lamb", _lamb_told)
+LAMB_STORED_TRUST = Rule("lamb", _lamb_stored_trust)
 LARS = Rule("lars", _lars, before=norm_before, whole=_lars_whole, needs_grad=True)

@@ -1,7 +1,7 @@
 """Optimizers whose state is kept in 8 or 4 bits: bitsandbytes and torchao.
 
-They decode the state, take the step, and round the state again. So what is left tells the step only
-up to that rounding: the rules allow for it (``Rule.tolerance``).
+They decode the state, take the step, and round the state again. The stored state therefore
+determines the step only up to that rounding, for which ``Rule.tolerance`` allows.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lrprobe.rules.base import Coded, Rule, Scalar, Slice, Update, Whole
 from lrprobe.rules.external import layerwise, lion
 
 _BLOCK = 256
-"""Neighbours that share a scale in bitsandbytes."""
+"""Adjacent elements that share a scale in bitsandbytes."""
 
 
 def _bounded_below(v: Tensor, m: Tensor, grad: Tensor, betas: Sequence[float]) -> Tensor:
-    """The second moment, which rounding may have taken to 0, at its least.
+    """The second moment, raised to its lower bound, because it may have been rounded to 0.
 
     v is at least (1−β₂)·g², the share of this gradient, and by Cauchy and Schwarz at least
-    m²·(1−β₂)·(1−β₁²/β₂)/(1−β₁)². Without this the step would come out without bound.
+    m²·(1−β₂)·(1−β₁²/β₂)/(1−β₁)². Without the bound, the rate would be unbounded.
     """
     beta1, beta2 = betas[:2]
     share = max(0.0, (1 - beta2) * (1 - beta1**2 / beta2)) / (1 - beta1) ** 2
@@ -34,7 +34,7 @@ def _bounded_below(v: Tensor, m: Tensor, grad: Tensor, betas: Sequence[float]) -
 
 
 def _bnb_whole(whole: Whole) -> dict[str, Any]:
-    """The moments under their usual names, decoded where they are read."""
+    """The moments under their usual names, decoded on reading."""
     state, shape = whole.state, whole.entry.param.shape
     moments: dict[str, Any] = {}
     for number in ("1", "2"):
@@ -96,17 +96,17 @@ def _bnb_lamb_whole(whole: Whole) -> dict[str, Any]:
         squares: Tensor = (s["moment1"] / below).square()
         return squares
 
-    # What is kept in 8 bits is stepped as Adam is.
+    # With 8-bit state, bitsandbytes takes Adam's step, without a trust ratio.
     trust: Scalar = 1.0
     if not isinstance(moments["moment1"], Coded):
         trust = _bounded(1.0, whole, whole.sum(normalised))
     return {**moments, "trust": trust}
 
 
-def _bounded(most: float, whole: Whole, squares: Tensor) -> Tensor:
-    """The factor that keeps ‖u‖ at ``most``·‖θ‖, which is all of a trust ratio that they have."""
+def _bounded(limit: float, whole: Whole, squares: Tensor) -> Tensor:
+    """The factor that limits ‖u‖ to ``limit``·‖θ‖; bitsandbytes has no other trust ratio."""
     norm = torch.as_tensor(whole.state["norm_before"])
-    return layerwise.ratio(most * norm, squares.sqrt()).clamp(max=1.0)
+    return layerwise.ratio(limit * norm, squares.sqrt()).clamp(max=1.0)
 
 
 def _bnb_lamb(s: Slice) -> Update:
@@ -153,7 +153,7 @@ def _bnb_lion_whole(whole: Whole) -> dict[str, Any]:
 
 
 def _ao_whole(whole: Whole) -> dict[str, Any]:
-    """The moments, decoded where they are read; small parameters have plain ones."""
+    """The moments, decoded on reading; those of small parameters are plain tensors."""
     shape = whole.entry.param.shape
     return {
         name: Coded(shape, value.codes, value.scale, value.block_size, getattr(value, "qmap", None))
@@ -164,7 +164,7 @@ def _ao_whole(whole: Whole) -> dict[str, Any]:
 
 def _ao_adam(s: Slice) -> Update:
     """lr/(√v̂+ε) ⊙ m̂ (``torchao/optim/adam.py``)."""
-    # θ after the step is near enough for a bound.
+    # θ after the step is close enough to θ before it for a bound.
     return _ao_step(s, s.grad + s.group["weight_decay"] * s.param)
 
 
@@ -172,13 +172,13 @@ def _ao_step(s: Slice, grad: Tensor) -> Update:
     beta1, beta2 = s.group["betas"]
     t, eps = s.t(), s.group["eps"]
     v = s["max_exp_avg_sq"] if s.group["amsgrad"] else s["exp_avg_sq"]
-    # Where v was rounded to 0 the gradient's share is all that it had.
+    # If v was rounded to 0, the share of this gradient is its lower bound.
     rms = (torch.maximum(v, (1 - beta2) * grad.square()) / (1 - beta2**t)).sqrt()
     return Update(s.lr / (rms + eps), s["exp_avg"] / (1 - beta1**t), rms_grad=rms, eps=(rms, eps))
 
 
 def _ao_adamw(s: Slice) -> Update:
-    """The same, with a decay of lr·λ."""
+    """Like ``_ao_adam``, with a decoupled decay of lr·λ."""
     update = _ao_step(s, s.grad)
     return Update(
         update.effective_lr,

@@ -1,7 +1,8 @@
 """Schedule-Free: the parameters lie between a base sequence z and its average x.
 
-In training they are y = (1−β)·z + β·x, and only then does the optimizer step. It leaves in
-``p.grad`` what it subtracted from z, which is the gradient, divided and with the decay.
+In training mode, the only mode in which the optimizer steps, they are y = (1−β)·z + β·x. The
+optimizer overwrites ``p.grad`` with what it subtracts from z: the gradient over the denominator,
+plus the decay.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lrprobe.rules.external.common import refuse, without_decay
 
 
 def _average_weight(s: Slice) -> Tensor:
-    """The share c of the newest z in the average: t^r · lr_max^p over the sum of these."""
+    """The weight c of the newest z in the average: t^r · lr_max^p over the sum of all weights."""
     group = s.group
     t = _t(s)
     lr_max = torch.as_tensor(group["lr_max"], dtype=torch.float64)
@@ -35,7 +36,7 @@ def _t(s: Slice) -> int:
 
 
 def _warmed(s: Slice) -> Tensor:
-    """lr, which grows linearly at first."""
+    """lr with a linear warmup."""
     lr: Tensor = s.lr * min(1.0, _t(s) / max(s.group["warmup_steps"], 1))
     return lr
 
@@ -45,16 +46,16 @@ def _step(
 ) -> Update:
     """y ← y − c·(y − z) − lr·(1 − β·(1−c))·G, with G = g/denominator + λ·y as left in ``p.grad``.
 
-    Defazio et al. 2024, algorithm 1; ``schedulefree/adamw_schedulefree.py``. The rate is that of z:
-    lr/denominator. The direction has the pull towards z too. With no denominator (SGD) λ·y belongs
-    to the gradient, and to the direction.
+    Defazio et al. 2024, algorithm 1; ``schedulefree/adamw_schedulefree.py``. The rate is that of z,
+    lr/denominator. The direction includes the pull towards z. Without a denominator (SGD), λ·y is
+    part of the direction.
     """
     left = s.grad
     c = _average_weight(s)
     base = s["z"] + lr * left  # z before the step
     share = 1 - beta * (1 - c)
-    # y before the step: what it was from z shrank to the share 1−c. At c = 1 (the first step)
-    # nothing is left of it, and it was z itself.
+    # y − z before the step, of which a share 1−c is left. At c = 1 (the first step) nothing is
+    # left, and y was z.
     away = (s.param - base + lr * share * left) * torch.where(c < 1, 1 / nonzero(1 - c), 0.0)
     weight_decay = s.group["weight_decay"]
     pull = c * away / nonzero(lr)
@@ -79,7 +80,7 @@ def _adamw(s: Slice) -> Update:
     eps = s.group["eps"]
     rms = (s["exp_avg_sq"] / (1 - beta2 ** _t(s))).sqrt()
     denominator = rms + eps
-    if "ams_bound" in s.group:  # pytorch_optimizer, which adds a little under the root too
+    if "ams_bound" in s.group:  # pytorch_optimizer adds 1e-15 under the root too
         v = s["max_exp_avg_sq"] if s.group["ams_bound"] else s["exp_avg_sq"] / (1 - beta2 ** _t(s))
         rms = v.sqrt()
         denominator = (v + 1e-15).sqrt() + eps
@@ -92,7 +93,7 @@ def _sgd(s: Slice) -> Update:
 
 
 def _radam(s: Slice) -> Update:
-    """With RAdam's rectification of lr; while it is intractable lr is 0, or g is not divided."""
+    """With RAdam's rectification; while that is intractable, lr is 0 or the denominator is 1."""
     refuse(s, "use_palm", "inner_momentum")
     beta1, beta2 = s.group["betas"]
     t, eps = _t(s), s.group["eps"]
@@ -104,13 +105,13 @@ def _radam(s: Slice) -> Update:
         ratio = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
         return _step(s, s.lr * ratio**0.5, beta1, rms + eps, rms, eps)
     plain = 0.0 if s.group["silent_sgd_phase"] else 1.0
-    # pytorch_optimizer takes 1 for the rate then, not lr.
+    # pytorch_optimizer then uses the rate 1 instead of lr.
     lr = s.lr * plain if "k" in s.group else torch.tensor(plain, dtype=torch.float64)
     return _step(s, lr, beta1, torch.ones_like(rms), rms, eps)
 
 
 def _writes(_: Mapping[str, Any]) -> int:
-    """Towards z, then along the gradient; the decay is in that."""
+    """One write towards z, and one along the gradient, which includes the decay."""
     return 2
 
 

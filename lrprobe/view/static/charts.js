@@ -1,9 +1,9 @@
-// What one parameter did, or several beside each other.
+// Charts of one parameter, or of several for comparison.
 
 import { number, plain } from "./data.js";
-import { CONFIG, layoutOf } from "./heatmap.js";
+import { draw, layoutOf, powers, tickLabel } from "./heatmap.js";
 
-// Okabe and Ito's colours, which any colour vision tells apart.
+// Okabe and Ito's palette, which is safe for colour-blind readers.
 const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
 const DARK = ["#4fa9e0", "#f08a48", "#35c79b", "#e2a0c6", "#f0b83d", "#9ad4f7", "#b0b0b0"];
 const DASHES = ["solid", "dash", "dashdot", "dot", "solid", "dash", "dashdot"];
@@ -14,13 +14,13 @@ const NARROW = 0.05; // decades
 const faint = (colour, alpha) => `${colour}${Math.round(alpha * 255).toString(16).padStart(2, "0")}`;
 const list = (values) => Array.from(values, (value) => (Number.isFinite(value) ? value : null));
 
-/** How the lines of an item look: a colour, and a dash for grey print. */
+/** The line style of an item: a colour, and a dash pattern for prints without colour. */
 export function styleOf(at, dark) {
   const place = at % LIGHT.length;
   return { colour: (dark ? DARK : LIGHT)[place], dash: DASHES[place] };
 }
 
-/** The index of the last recorded step that is not after this one. */
+/** The index of the last recorded step up to this one. */
 export function indexAt(steps, step) {
   if (step === null) return steps.length - 1;
   let found = 0;
@@ -51,20 +51,23 @@ function band(item) {
   ];
 }
 
-/** The share of the elements for each decade of the rate, between the quantiles of a step. */
+/** The density of the elements over log10 of the rate, from the quantiles at one step. */
 function histogram(item, step) {
   const row = indexAt(item.steps, step);
   const knots = Object.entries(LEVELS)
     .map(([name, level]) => [item.figures[`effective_lr_${name}`]?.[row], level])
     .filter(([rate]) => rate > 0 && Number.isFinite(rate));
-  // Quantiles that stand close together are one bar, which has a width to be seen.
+  // Quantiles that are close together share a bar, which is wide enough to be visible.
   const [x, y] = [[], []];
   let start = 0;
   for (let k = 1; k < knots.length; k++) {
     let [low, high] = [Math.log10(knots[start][0]), Math.log10(knots[k][0])];
     const end = k === knots.length - 1;
     if (high - low < NARROW && !end) continue;
-    if (high - low < NARROW) [low, high] = [(low + high - NARROW) / 2, (low + high + NARROW) / 2];
+    if (high - low < NARROW) {
+      if (!x.length) low = (low + high - NARROW) / 2;
+      high = low + NARROW;
+    }
     const density = (knots[k][1] - knots[start][1]) / (high - low);
     x.push(10 ** low, 10 ** high);
     y.push(density, density);
@@ -80,14 +83,14 @@ function histogram(item, step) {
   return {
     type: "scatter", mode: "lines", x, y, name: plain(item.label, 48), fill: "tozeroy",
     fillcolor: faint(colour, 0.25), line: { color: colour, width: 1.5, shape: "linear" },
-    hovertemplate: "rate %{x:.3g}: %{y:.2f} of the elements a decade<extra></extra>",
+    hovertemplate: "rate %{x:.3g}: %{y:.2f} of the elements per decade<extra></extra>",
     step: item.steps[row],
   };
 }
 
 const AXIS = { rate: "per unit of direction", ratio: "‖Δθ‖ / ‖θ‖", share: "share of the elements" };
 
-/** What the charts are: a title, its traces, and its axes. */
+/** The charts of some items: title, traces, axes. */
 export function chartsOf(items, view) {
   const steps = (traces, title, unit, more = {}) => ({
     title, traces, unit, x: "optimizer step", linear: view.linear, ...more,
@@ -105,7 +108,7 @@ export function chartsOf(items, view) {
       .map((step) => step?.toLocaleString("en")).join(", ");
     charts.push({
       key: "histogram", title: `Histogram of the rate at step ${when}`, traces: shown,
-      unit: "share a decade", x: "effective rate", histogram: true, linear: true,
+      unit: "share per decade", x: "effective rate", histogram: true, linear: true,
     });
   }
   if (having("update_ratio").length) {
@@ -154,28 +157,24 @@ export function drawChart(element, chart, view) {
     });
     annotations.push({
       xref: "paper", yref: "y", x: 1, y: logarithmic ? Math.log10(chart.guide) : chart.guide,
-      text: "1e-3", showarrow: false, xanchor: "right", yanchor: "bottom", font: { size: 10 },
-      bgcolor: colours.back, opacity: 0.85,
+      text: "1e-3", showarrow: false, xanchor: "left", yanchor: "middle", font: { size: 10 },
     });
   }
   const yaxis = {
     title: { text: chart.unit, font: { size: 11 }, standoff: 6 },
-    type: logarithmic ? "log" : "linear", exponentformat: "e", nticks: 6, dtick: undefined,
+    type: logarithmic ? "log" : "linear", exponentformat: "e", nticks: 6,
     uirevision: `${logarithmic}${chart.title}${chart.traces.map((trace) => trace.name)}`,
-    rangemode: chart.histogram ? "tozero" : "normal", minor: { nticks: 0 },
+    ...(logarithmic ? logAxis(chart) : linearAxis(chart)),
   };
-  if (logarithmic) {
-    // One number a decade, or a few; Plotly's own would write 2 and 5 between.
-    Object.assign(yaxis, decades(chart));
-  }
   const layout = layoutOf(colours, {
-    height: 144 + (view.last ? 14 : 0), margin: { l: 62, r: 12, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
+    height: 144 + (view.last ? 14 : 0), margin: { l: 62, r: 30, t: 6, b: view.last ? 36 : 22 }, showlegend: false, shapes, annotations,
     hovermode: chart.histogram ? "closest" : "x unified",
     datarevision: Math.random(),
     xaxis: {
       title: { text: view.last ? chart.x : "", font: { size: 11 }, standoff: 4 },
-      type: chart.histogram ? "log" : "linear", exponentformat: chart.histogram ? "e" : "none",
-      separatethousands: true, nticks: 7, zeroline: false,
+      type: chart.histogram ? "log" : "linear", exponentformat: "none",
+      ...(chart.histogram ? logTicks(chart.traces.flatMap((trace) => trace.x)) : {}),
+      separatethousands: true, nticks: 7, tickangle: 0, zeroline: false,
       uirevision: `${range}`,
       ...(range && !chart.histogram ? { range, autorange: false } : { autorange: true }),
     },
@@ -184,21 +183,39 @@ export function drawChart(element, chart, view) {
   const last = chart.traces.map((trace) => `${trace.name} ${number(trace.y.at(-1) ?? NaN)}`);
   element.setAttribute("role", "img");
   element.setAttribute("aria-label", `${chart.title}. At the end: ${last.slice(0, 6).join(", ")}`);
-  return globalThis.Plotly.react(element, chart.traces, layout, CONFIG);
+  return draw(element, chart.traces, layout);
 }
 
-function decades(chart) {
-  const values = chart.traces.flatMap((trace) => trace.y.filter((y) => y > 0));
-  if (chart.guide) values.push(chart.guide);
+function extent(values) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of values) {
-    low = Math.min(low, Math.log10(value));
-    high = Math.max(high, Math.log10(value));
+    low = Math.min(low, value);
+    high = Math.max(high, value);
   }
+  return [low, high];
+}
+
+/** A range around all positive values, with few tick labels: Plotly's would be "2" and "5". */
+function logAxis(chart) {
+  const values = chart.traces.flatMap((trace) => trace.y.filter((y) => y > 0));
+  if (chart.guide) values.push(chart.guide);
+  const [low, high] = extent(values.map(Math.log10));
   const pad = Math.max(0.06 * (high - low), 0.15);
   const range = [low - pad, high + pad];
-  const count = Math.floor(range[1]) - Math.ceil(range[0]);
-  if (count < 2) return { range, autorange: false, dtick: "D2", nticks: undefined };
-  const every = Math.max(1, Math.ceil(count / 5));
-  return { range, autorange: false, dtick: every, nticks: undefined };
+  return { range, autorange: false, ...logTicks(range.map((power) => 10 ** power)) };
+}
+
+/** A range that includes 0: Plotly would draw a constant rate of 1e-3 at "0", from -1 to 1. */
+function linearAxis(chart) {
+  const [low, high] = extent([0, ...chart.traces.flatMap((trace) => trace.y.filter(Number.isFinite))]);
+  const pad = 0.06 * (high - low) || 1;
+  return { range: [low && low - pad, high && high + pad], autorange: high === low };
+}
+
+function logTicks(values) {
+  const [low, high] = extent(values.filter((value) => value > 0).map(Math.log10));
+  if (!Number.isFinite(high - low)) return {};
+  const found = powers(low, high);
+  const at = found.length ? found : [low, high];
+  return { tickmode: "array", tickvals: at.map((power) => 10 ** power), ticktext: at.map(tickLabel) };
 }

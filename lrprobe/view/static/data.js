@@ -1,12 +1,12 @@
-// Where figures come from: TensorBoard's server, or the page itself. Both answer alike.
+// The sources of figures, with one interface: TensorBoard's server, or the page itself.
 
-/** Little-endian float32 in base64 as numbers. */
+/** Decode little-endian float32 in base64. */
 export function floats(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return new Float32Array(bytes.buffer);
 }
 
-/** Text for Plotly, which takes markup in labels for such; here it stays what it is. */
+/** Escape a text for Plotly, which would interpret markup in labels. */
 export function plain(text, most = 60) {
   let shown = text.replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g, "?");
   if (shown.length > most) {
@@ -15,15 +15,15 @@ export function plain(text, most = 60) {
   return shown.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
-/** A number as a person reads it. */
+/** Format a number for people. */
 export function number(value) {
-  if (!Number.isFinite(value)) return Number.isNaN(value) ? "no figure" : String(value);
+  if (!Number.isFinite(value)) return Number.isNaN(value) ? "no value" : String(value);
   const size = Math.abs(value);
   if (value === 0) return "0";
   return size < 1e-3 || size >= 1e5 ? value.toExponential(3) : String(Number(value.toPrecision(4)));
 }
 
-/** The server of TensorBoard's plugin. */
+/** The figures from the server of TensorBoard's plugin. */
 export class Remote {
   live = true;
 
@@ -63,7 +63,7 @@ export class Remote {
   }
 }
 
-/** A page that has its figures inside. */
+/** The figures embedded in the page. */
 export class Embedded {
   live = false;
 
@@ -105,7 +105,7 @@ export class Embedded {
   }
 }
 
-/** The text that a script element of packed data holds. */
+/** Unpack the text in a script element with gzipped data. */
 export async function unpacked(id) {
   const text = document.getElementById(id).textContent.trim();
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));

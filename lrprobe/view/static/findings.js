@@ -1,8 +1,8 @@
-// What is wrong, each linked to its parameter and steps. Every word is set as text.
+// Findings, each linked to its parameter and steps. All content is inserted as text.
 
 const SHOWN = 4;
 
-/** An element with attributes and children; text stays text. */
+/** Make an element with attributes and children; strings become text nodes. */
 export function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -13,14 +13,16 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
-/** The findings of a table, as an element; `go(item)` shows one. */
+/** Make the element with the findings of a table; `go(table, item)` shows one of them. */
 export function findingsOf(answer, table, go) {
   const parts = [make("p", { class: "summary" }, `${table.title}: ${answer.summary}`)];
   for (const group of answer.groups) {
+    // A finding about a whole optimizer; one without records has no table of its own.
+    const whole = group.optimizer === table.optimizer ? table.title : group.optimizer;
     const items = group.items.map((item) => make("li", {}, make(
       "button",
-      { type: "button", class: "link", onclick: () => go(table, item), title: "Show it" },
-      make("code", {}, item.parameter || table.title), `, ${item.steps}: ${item.evidence}`,
+      { type: "button", class: "link", onclick: () => go(table, item), title: "Show this parameter and these steps" },
+      make("code", {}, item.parameter || whole), `, ${item.steps}: ${item.evidence}`,
     )));
     const rest = items.splice(SHOWN);
     parts.push(make(

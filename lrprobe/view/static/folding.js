@@ -1,30 +1,30 @@
-// Which rows a heatmap has: parameters, or modules where there are many.
+// The rows of a heatmap: parameters, or modules if there are many.
 
-const MOST = 60; // rows before modules are folded
+const MAX_ROWS = 60; // with more, modules are folded
 
 const parts = (name) => name.split(/(?=[./])/);
 
-/** For each name its module at a depth. */
+/** The module of each name at a depth. */
 function modules(names, depth) {
   return names.map((name) => parts(name).slice(0, -1).slice(0, depth).join(""));
 }
 
-/** The modules at the greatest depth that leaves few rows; null where nothing is to be folded. */
+/** The module of each name at the greatest depth that fits; null if nothing needs folding. */
 export function folds(names) {
-  if (names.length <= MOST) return null;
+  if (names.length <= MAX_ROWS) return null;
   const deepest = Math.max(...names.map((name) => parts(name).length)) - 1;
   for (let depth = deepest; depth > 0; depth--) {
     const keys = modules(names, depth);
     const count = new Set(keys).size;
-    if (count <= MOST && count < names.length) return keys;
+    if (count <= MAX_ROWS && count < names.length) return keys;
   }
   return null;
 }
 
 /**
- * The rows: each a label and the parameters that it stands for.
+ * The rows: each has a label and the parameters that it represents.
  *
- * A folded row has a module; those of one module stand together in the model's order.
+ * A folded row has the name of its module, else null. Rows are in the model's order.
  */
 export function rowsOf(names, open, filter) {
   let chosen = names.map((_, at) => at);
@@ -56,13 +56,13 @@ export function rowsOf(names, open, filter) {
   return [...rows.values()];
 }
 
-const UNUSUAL = 10; // times what a parameter usually is
+const UNUSUAL = 10; // ratio to the parameter's own median
 
 /**
  * The figures of the rows, each an array over the steps.
  *
- * Of a folded row that is the median of its parameters, but where one of them is tenfold or a tenth
- * of what it usually is, that one: what happens to one parameter once is to be seen.
+ * A folded row shows the median of its parameters. If one of them is ten times or a tenth of its own
+ * median over time, the row shows that one, so that a single event in one parameter is visible.
  */
 export function fold(rows, values, width) {
   return rows.map(({ members }) => {
@@ -86,7 +86,7 @@ export function fold(rows, values, width) {
   });
 }
 
-/** The median of a typed array, which it sorts: a NaN comes last. */
+/** The median of the values other than NaN; sorts the array. */
 function middle(values) {
   values.sort();
   let count = values.length;
@@ -94,7 +94,7 @@ function middle(values) {
   return count ? (values[(count - 1) >> 1] + values[count >> 1]) / 2 : NaN;
 }
 
-/** Of the parameters of a row the one that is most unlike the others at a step. */
+/** The parameter of a row that differs most from the others at a step. */
 export function oddest(row, values, width, at) {
   const logs = row.members.map((member) => Math.log(Math.abs(values[member * width + at])));
   const usual = middle(Float32Array.from(logs));

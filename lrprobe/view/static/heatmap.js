@@ -1,14 +1,14 @@
-// Parameters × steps as colours.
+// A heatmap of parameters × steps.
 
 import { number, plain } from "./data.js";
 import { fold, oddest } from "./folding.js";
 
-const SCALE = [ // viridis: evenly lighter, for any colour vision and in grey print
+const SCALE = [ // viridis: perceptually uniform, also without colour
   "#440154", "#482878", "#3e4989", "#31688e", "#26828e",
   "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725",
 ].map((colour, at) => [at / 9, colour]);
 
-/** The colours of a page, as its style sheet has them. */
+/** The colours that the style sheet defines. */
 export function theme(element) {
   const style = getComputedStyle(element);
   const colour = (name) => style.getPropertyValue(`--${name}`).trim();
@@ -19,13 +19,13 @@ export function theme(element) {
   };
 }
 
-/** What every plot's layout has. */
-export function layoutOf(colours, rest) {
+/** Complete the layout of a plot with the common settings. */
+export function layoutOf(colours, layout) {
   const axis = {
     gridcolor: colours.line, linecolor: colours.line, zerolinecolor: colours.line,
     tickfont: { size: 11 }, automargin: false,
   };
-  const { xaxis, yaxis, ...others } = rest;
+  const { xaxis, yaxis, ...others } = layout;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colours.ink, family: colours.font, size: 12 },
@@ -34,9 +34,18 @@ export function layoutOf(colours, rest) {
   };
 }
 
-export const CONFIG = { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" };
+/** Draw or redraw a plot. */
+export function draw(element, traces, layout) {
+  // Plotly drops the height of the layout when the window is resized, and asks the element.
+  element.style.height = `${layout.height}px`;
+  return globalThis.Plotly.react(element, traces, layout, CONFIG);
+}
 
-/** Lowest and highest of the colours: those of nearly all cells, so that one does not rule. */
+const CONFIG = { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" };
+
+const OUTLIERS = 0.005; // share of the cells at either end that may exceed the colour scale
+
+/** The limits of the colour scale. A few outliers take its end colours instead of stretching it. */
 export function limits(maps, logarithmic) {
   const seen = [];
   for (const values of maps) {
@@ -48,21 +57,43 @@ export function limits(maps, logarithmic) {
   }
   if (!seen.length) return [0, 1];
   seen.sort((a, b) => a - b);
-  const cut = seen.length > 2000 ? Math.floor(seen.length * 0.002) : 0;
+  const cut = Math.floor(seen.length * OUTLIERS);
   const [low, high] = [seen[cut], seen[seen.length - 1 - cut]];
-  return high - low > 1e-6 ? [low, high] : [low - 0.5, high + 0.5];
+  // Nearly equal values get nearly equal colours.
+  const least = logarithmic ? Math.log10(2) : 0.01 * Math.max(Math.abs(low), Math.abs(high), 1e-30);
+  const pad = Math.max(least - (high - low), 0) / 2;
+  return [low - pad, high + pad];
 }
 
-function ticks([low, high], logarithmic, most) {
-  if (!logarithmic) return {};
-  const [first, last] = [Math.ceil(low), Math.floor(high)];
-  const every = Math.max(1, Math.ceil((last - first) / Math.min(most, 8)));
-  const at = [];
-  for (let power = first; power <= last; power += every) at.push(power);
-  if (at.length < 2) at.splice(0, at.length, low, (low + high) / 2, high);
-  return { tickvals: at, ticktext: at.map((power) => (
-    Number.isInteger(power) ? `1e${power}` : Number((10 ** power).toPrecision(2)).toExponential()
-  )) };
+/** The powers of ten at which a logarithmic axis has ticks: decades, or 1, 2 and 5 times these. */
+export function powers(low, high, most = 6) {
+  const count = Math.floor(high) - Math.ceil(low) + 1;
+  const every = Math.max(1, Math.ceil(count / most));
+  const digits = count < 2 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let decade = Math.floor(low); decade <= high; decade++) {
+    if (decade % every === 0) found.push(...digits.map((digit) => decade + Math.log10(digit)));
+  }
+  return found.filter((power) => low <= power && power <= high);
+}
+
+/** The label of a tick at a power of ten. */
+export function tickLabel(power) {
+  const value = Number((10 ** power).toPrecision(2));
+  return value >= 0.01 && value < 1e4 ? String(value) : value.toExponential();
+}
+
+function colorTicks([low, high], height) {
+  const found = powers(low, high, Math.min(Math.floor(height / 24), 8));
+  const at = found.length > 1 ? found : [low, (low + high) / 2, high];
+  return { tickvals: at, ticktext: at.map(tickLabel) };
+}
+
+/** The width of the longest of some labels, in pixels. */
+function widest(texts, font) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = `11px ${font}`;
+  return Math.min(Math.max(...texts.map((text) => context.measureText(text).width)), 240);
 }
 
 /** A heatmap of one table in one element. */
@@ -78,32 +109,33 @@ export class Heatmap {
     element.addEventListener("blur", () => this.point(null));
   }
 
-  /** Draw; `view` has table, map (steps, values), rows, figure, logarithmic, range, and so on. */
+  /** Draw a view: table, map (steps and values), rows, figure, logarithmic, range, and so on. */
   async draw(view) {
     const { map, rows, logarithmic, colours, range, mark } = view;
     if (this.view?.rows.length !== rows.length) this.zoomed = null;
     this.view = view;
     this.cells = fold(rows, map.values, map.steps.length);
-    const shown = logarithmic ? this.cells.map((row) => row.map(Math.log10)) : this.cells;
+    // Zero has the lowest colour; only NaN is a gap.
+    const colour = (value) => (value === 0 ? view.limits[0] : Math.log10(value));
+    const shown = logarithmic ? this.cells.map((row) => row.map(colour)) : this.cells;
     const height = Math.max(
       Math.min(22 * rows.length, 340), Math.min(13 * rows.length, 820), 2.5 * rows.length, 80,
     );
     const every = Math.max(1, Math.ceil((12 * rows.length) / height));
     const labels = rows.map((_, at) => at).filter((at) => at % every === 0);
     const texts = labels.map((at) => this.label(rows[at]));
-    const longest = Math.min(Math.max(...texts.map((text) => text.length), 8), 30);
     const trace = {
       type: "heatmap", x: map.steps, y: rows.map((_, at) => at), z: shown, colorscale: SCALE,
       zmin: view.limits[0], zmax: view.limits[1], hoverinfo: "none", hoverongaps: true,
       colorbar: {
         title: { text: plain(view.figure.title), side: "right", font: { size: 11 } },
         thickness: 10, outlinewidth: 0, xpad: 6, ypad: 4, lenmode: "pixels", y: 1, yanchor: "top",
-        len: Math.min(height, 280), ...ticks(view.limits, logarithmic, Math.min(height, 280) / 24),
+        len: Math.min(height, 280), ...(logarithmic ? colorTicks(view.limits, Math.min(height, 280)) : {}),
         tickfont: { size: 11 },
       },
     };
     const layout = layoutOf(colours, {
-      height: height + 42, margin: { l: 14 + 6.1 * longest, r: 74, t: 4, b: 38 }, plot_bgcolor: colours.missing,
+      height: height + 42, margin: { l: 14 + widest(texts, colours.font), r: 74, t: 4, b: 38 }, plot_bgcolor: colours.missing,
       dragmode: "zoom", hovermode: "closest", datarevision: Math.random(),
       xaxis: {
         title: { text: "optimizer step", font: { size: 11 }, standoff: 4 }, showgrid: false,
@@ -121,7 +153,7 @@ export class Heatmap {
       `${view.figure.title} of ${rows.length} rows at ${map.steps.length} steps of `
       + `${view.table.title}. Arrow keys move, Enter opens a parameter, Shift and Enter adds it.`
     ));
-    await globalThis.Plotly.react(this.element, [trace], layout, CONFIG);
+    await draw(this.element, [trace], layout);
     this.listen();
   }
 
@@ -152,8 +184,8 @@ export class Heatmap {
     });
   }
 
-  /** What a cell says, line by line. */
-  words({ row, column }) {
+  /** The lines of a cell's tooltip. */
+  tooltip({ row, column }) {
     const { table, map, rows, figure } = this.view;
     const { label, members } = rows[row];
     const width = map.steps.length;
@@ -167,7 +199,7 @@ export class Heatmap {
       const of = members.map((member) => map.values[member * width + column])
         .filter((each) => !Number.isNaN(each));
       lines.push(`from ${number(Math.min(...of))} to ${number(Math.max(...of))}`);
-      lines.push(`most unlike the others: ${table.names[oddest(rows[row], map.values, width, column)]}`);
+      lines.push(`outlier: ${table.names[oddest(rows[row], map.values, width, column)]}`);
     }
     return [...lines, table.title];
   }
@@ -203,7 +235,7 @@ export class Heatmap {
     return shapes;
   }
 
-  /** Show what is chosen, without drawing the cells again. */
+  /** Mark the selection without redrawing the cells. */
   choose(chosen, step, mark) {
     if (!this.view) return null;
     Object.assign(this.view, { chosen, step, mark });
@@ -234,7 +266,7 @@ export class Heatmap {
     event.preventDefault();
   }
 
-  /** Where a cell is on the screen. */
+  /** The position of a cell on the screen. */
   place({ row, column }) {
     const { xaxis, yaxis, _size } = this.element._fullLayout;
     const box = this.element.getBoundingClientRect();

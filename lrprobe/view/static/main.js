@@ -1,4 +1,4 @@
-// The tab of TensorBoard, which imports this module and calls `render`.
+// The tab: TensorBoard imports this module and calls `render`.
 
 import { Remote } from "./data.js";
 import { Address } from "./state.js";
@@ -8,12 +8,12 @@ function load(name, attributes) {
   return new Promise((resolve, reject) => {
     const element = Object.assign(document.createElement(name), attributes);
     element.onload = resolve;
-    element.onerror = () => reject(new Error(`${attributes.src ?? attributes.href} is not there`));
+    element.onerror = () => reject(new Error(`cannot load ${attributes.src ?? attributes.href}`));
     document.head.append(element);
   });
 }
 
-/** The window of TensorBoard, whose address and colours the tab has; its own where it is foreign. */
+/** TensorBoard's window, for its URL and theme; the tab's own window if that is not accessible. */
 function host() {
   try {
     return window.parent.location.hash === undefined ? window : window.parent;
@@ -27,7 +27,7 @@ export async function render() {
   document.title = "lrprobe";
   const root = document.body.appendChild(document.createElement("main"));
   root.id = "lrprobe";
-  root.textContent = "Reading what was recorded …";
+  root.textContent = "Loading …";
   const outside = host();
   const dress = () => {
     const dark = outside === window ? matchMedia("(prefers-color-scheme: dark)").matches
@@ -37,10 +37,10 @@ export async function render() {
   dress();
   document.documentElement.classList.add("live");
   await load("link", { rel: "stylesheet", href: "style.css" });
-  // Figures come while Plotly is read, which takes a browser a second.
+  // Load figures and Plotly in parallel: a browser takes a second to parse Plotly.
   const ready = load("script", { src: "plotly.min.js" });
   ready.catch(() => {
-    root.textContent = "The tab draws with Plotly, which is not installed: pip install 'lrprobe[plot]'";
+    root.textContent = "The tab needs Plotly, which is not installed: pip install 'lrprobe[plot]'";
   });
   const view = new View(root, new Remote(), new Address(outside, "lrprobe"), { ready });
   if (outside !== window) {

@@ -1,18 +1,18 @@
-// What is shown, as one object and as text in the URL, so that a view can be sent to a colleague.
+// The state of the view, as an object and as text in the URL, so that a view can be shared.
 
 const EMPTY = {
   figure: "effective_lr_p50", // a column
   runs: [], // titles of tables
   parameters: [], // names
   step: null,
-  range: null, // first and last step that are zoomed to
+  range: null, // first and last step of the zoom
   mark: null, // first and last step of a finding
   linear: false,
-  open: [], // modules that are unfolded; "*" is all
+  open: [], // unfolded modules; "*" unfolds all
   filter: "",
 };
 
-/** The state in a text like `figure=grad_norm&parameter=0.weight`. */
+/** Parse a text like `figure=grad_norm&parameter=0.weight`. */
 export function parse(text) {
   const query = new URLSearchParams(text);
   const pair = (name) => {
@@ -34,7 +34,7 @@ export function parse(text) {
   };
 }
 
-/** The text of a state; what is as it is at first is left out. */
+/** Format a state as text, without its default values. */
 export function format(state) {
   const query = new URLSearchParams();
   if (state.figure !== EMPTY.figure) query.set("figure", state.figure);
@@ -49,7 +49,7 @@ export function format(state) {
   return query.toString();
 }
 
-/** The part of a window's URL that is ours: after `#`, or in TensorBoard after `#lrprobe&`. */
+/** The part of a window's URL that holds the state: after `#`, in TensorBoard after `#lrprobe&`. */
 export class Address {
   constructor(target, before = "") {
     this.target = target;
@@ -68,11 +68,11 @@ export class Address {
     try {
       this.target.history.replaceState(this.target.history.state, "", hash);
     } catch {
-      // A frame without an address of its own has nothing to be sent.
+      // A frame without a URL cannot be shared.
     }
   }
 
-  /** Tell of an address that someone else wrote: a link, or the user. */
+  /** Call back if a link or the user changes the URL. */
   listen(changed) {
     this.target.addEventListener("hashchange", () => {
       const text = this.read();

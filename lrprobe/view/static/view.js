@@ -1,4 +1,4 @@
-// The view: what is chosen, what is drawn, and what a click does.
+// The view: controls, heatmaps, charts, findings, and what a click does.
 
 import { chartsOf, drawChart, styleOf } from "./charts.js";
 import { Embedded, unpacked } from "./data.js";
@@ -7,10 +7,10 @@ import { folds, oddest, rowsOf } from "./folding.js";
 import { Heatmap, limits, theme } from "./heatmap.js";
 import { Address, format, parse } from "./state.js";
 
-const MOST_RUNS = 3; // heatmaps that are shown unless one chooses
-const MOST_ITEMS = 7; // lines that are told apart
-const POLL = 8000; // milliseconds between looks for new records
-const FRESH = 30000; // milliseconds for which findings of a run that records are good
+const MAX_RUNS = 3; // heatmaps shown by default
+const MAX_ITEMS = 7; // lines with distinct styles
+const POLL = 8000; // milliseconds between checks for new records
+const FRESH = 30000; // milliseconds before the findings of a live run are updated
 
 export class View {
   constructor(root, source, address, options = {}) {
@@ -23,7 +23,7 @@ export class View {
     this.plots = new Map();
     this.maps = new Map();
     this.busy = Promise.resolve();
-    this.ready = options.ready ?? Promise.resolve(); // when Plotly is there
+    this.ready = options.ready ?? Promise.resolve(); // resolves when Plotly is loaded
     this.build();
     address.listen((text) => {
       this.state = parse(text);
@@ -44,32 +44,32 @@ export class View {
       type: "search", placeholder: "name or expression", "aria-label": "Filter parameters",
       oninput: () => this.later(() => this.set({ filter: this.filter.value })),
     });
-    this.unfold = toggle("Unfold modules", "A row for each parameter", () => this.set({
+    this.unfold = toggle("Unfold modules", "Show one row per parameter", () => this.set({
       open: this.state.open.includes("*") ? [] : ["*"],
     }));
-    this.scale = toggle("Logarithmic", "The scale of colours and charts", () => this.set({
+    this.scale = toggle("Logarithmic", "Scale of colours and charts", () => this.set({
       linear: !this.state.linear,
     }));
-    this.whole = toggle("All steps", "Zoom out; a double click does it too", () => this.set({
+    this.whole = toggle("All steps", "Zoom out; so does a double click", () => this.set({
       range: null, mark: null,
     }));
     this.status = make("span", { class: "status", role: "status" });
     this.notes = make("div", { class: "notes" });
-    this.maps_ = make("section", { class: "maps", "aria-label": "Heatmaps" });
+    this.mapSection = make("section", { class: "maps", "aria-label": "Heatmaps" });
     this.chosen = make("div", { class: "chosen" });
     this.charts = make("div", { class: "charts" });
-    this.side = make("section", { class: "side", "aria-label": "Chosen parameters" },
+    this.side = make("section", { class: "side", "aria-label": "Charts of the selected parameters" },
       this.chosen, this.charts);
     this.found = make("section", { class: "findings", "aria-label": "Findings" });
     this.tip = make("div", { class: "tip", hidden: true });
     this.spoken = make("div", { class: "spoken", "aria-live": "polite" });
     this.root.replaceChildren(
-      make("div", { class: "bar", role: "toolbar", "aria-label": "What is shown" },
+      make("div", { class: "bar", role: "toolbar", "aria-label": "Controls" },
         pick("Figure", this.figure), pick("Parameters", this.filter), this.unfold, this.scale,
         this.whole, this.runs, this.status),
       this.notes,
       make("div", { class: "columns" },
-        make("div", { class: "main" }, this.options.findings ? this.found : null, this.maps_),
+        make("div", { class: "main" }, this.options.findings ? this.found : null, this.mapSection),
         this.side),
       this.tip, this.spoken,
     );
@@ -83,12 +83,12 @@ export class View {
     this.timer = setTimeout(action, 200);
   }
 
-  /** Show what there is, and go on doing so while a run records. */
+  /** Show the data, and keep updating while a run records. */
   async start() {
     try {
       await this.look();
     } catch (error) {
-      this.say([`The figures could not be read: ${error.message}`]);
+      this.say([`Cannot load the figures: ${error.message}`]);
     }
     if (this.source.live) {
       setInterval(() => {
@@ -102,8 +102,8 @@ export class View {
     const news = await this.source.overview();
     const version = JSON.stringify(news.tables.map((table) => [table.title, table.version]));
     this.status.textContent = this.source.live
-      ? `looked at ${new Date().toLocaleTimeString()}` : "";
-    this.say(news.notes);
+      ? `updated ${new Date().toLocaleTimeString()}` : "";
+    this.say(news.notes, news.tables);
     if (version === this.version) return;
     this.version = version;
     this.overview = news;
@@ -111,8 +111,7 @@ export class View {
     await this.all();
   }
 
-  say(notes) {
-    const tables = this.overview?.tables ?? [];
+  say(notes, tables = this.overview?.tables ?? []) {
     this.root.classList.toggle("empty", !tables.length && notes.length > 0);
     this.notes.replaceChildren(...notes.map((note) => make("p", { role: "status" }, note)));
   }
@@ -122,7 +121,7 @@ export class View {
   get tables() {
     const { tables } = this.overview;
     const chosen = tables.filter((table) => this.state.runs.includes(table.title));
-    return chosen.length ? chosen : tables.slice(0, MOST_RUNS);
+    return chosen.length ? chosen : tables.slice(0, MAX_RUNS);
   }
 
   set(change) {
@@ -130,7 +129,7 @@ export class View {
     return this.all();
   }
 
-  /** Draw everything, one time after the other. */
+  /** Draw everything, after any drawing in progress. */
   all() {
     this.address.write(format(this.state));
     this.busy = this.busy.then(() => this.draw()).catch((error) => this.say([String(error)]));
@@ -207,7 +206,7 @@ export class View {
     for (const table of tables) {
       const map = this.maps.get(table);
       const one = this.heatmaps.get(table.title) ?? this.newHeatmap(table.title);
-      this.maps_.append(one.box);
+      this.mapSection.append(one.box);
       const rows = rowsOf(table.names, open, filter);
       const few = map.steps.length < map.recorded ? `${map.steps.length} of ` : "";
       const many = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
@@ -236,7 +235,7 @@ export class View {
     });
     const one = { box, caption, heatmap };
     this.heatmaps.set(title, one);
-    this.maps_.append(box);
+    this.mapSection.append(box);
     return one;
   }
 
@@ -245,7 +244,7 @@ export class View {
       this.tip.hidden = true;
       return;
     }
-    const [head, ...lines] = heatmap.words(cell);
+    const [head, ...lines] = heatmap.tooltip(cell);
     this.tip.replaceChildren(make("b", {}, head), ...lines.map((line) => make("div", {}, line)));
     this.tip.hidden = false;
     const at = event ? { x: event.clientX, y: event.clientY } : heatmap.place(cell);
@@ -256,7 +255,7 @@ export class View {
     if (!event) this.spoken.textContent = [head, ...lines].join(", ");
   }
 
-  /** Open the parameter of a cell; of a folded row the one that is most unlike the others. */
+  /** Open the parameter of a cell; for a folded row, the one that differs most from the others. */
   open(heatmap, { row, column }, more) {
     const { rows, map, table } = heatmap.view;
     const chosen = rows[row];
@@ -264,7 +263,7 @@ export class View {
     const name = table.names[oddest(chosen, map.values, map.steps.length, column)];
     const others = more ? this.state.parameters.filter((each) => each !== name) : [];
     const change = {
-      parameters: [...others, name].slice(-MOST_ITEMS), step: map.steps[column], mark: null,
+      parameters: [...others, name].slice(-MAX_ITEMS), step: map.steps[column], mark: null,
     };
     if (chosen.module !== null) {
       this.set({ ...change, open: [...this.state.open, chosen.module] });
@@ -273,7 +272,7 @@ export class View {
     }
   }
 
-  /** Change what the charts show; the cells of the heatmaps stay. */
+  /** Update the charts without redrawing the heatmaps. */
   choose(change) {
     Object.assign(this.state, change);
     this.address.write(format(this.state));
@@ -293,7 +292,7 @@ export class View {
     const { parameters, range, step, figure, linear, mark } = this.state;
     const wanted = parameters.flatMap((name) => (
       this.tables.filter((table) => table.names.includes(name)).map((table) => ({ table, name }))
-    )).slice(0, MOST_ITEMS);
+    )).slice(0, MAX_ITEMS);
     const details = await Promise.all(
       wanted.map(({ table, name }) => this.source.detail(table, name, range, step)),
     );
@@ -356,13 +355,13 @@ export class View {
       ...wanted.map(({ table, name }, at) => make("span", { class: "item" }, swatch(at),
         make("code", { title: name }, name), several ? ` ${table.title}` : "",
         parameters.length > 1 ? remove(name) : null)),
-      make("small", {}, "Click a cell to open its parameter, with Shift to compare."),
+      make("small", {}, "Click a cell to open its parameter; Shift-click to compare."),
     );
   }
 
   // --- Findings -------------------------------------------------------------------------------
 
-  /** Findings of the runs that are shown; of one that records, anew once in a while. */
+  /** Show the findings of the selected runs; update them at intervals while a run records. */
   async diagnose() {
     const shown = this.tables;
     const titles = JSON.stringify(shown.map((table) => table.title));
@@ -378,15 +377,15 @@ export class View {
         if (!answer) continue;
         part = findingsOf(answer, table, (where, item) => this.go(where, item));
       } catch (error) {
-        part = make("p", {}, `${table.title}: the findings could not be made: ${error.message}`);
+        part = make("p", {}, `${table.title}: cannot load the findings: ${error.message}`);
       }
       parts.push(part);
     }
-    if (titles !== this.diagnosed.titles) return; // others are shown meanwhile
+    if (titles !== this.diagnosed.titles) return; // the selection has changed meanwhile
     this.found.replaceChildren(make("h2", {}, "Findings"), ...parts);
   }
 
-  /** Show a finding: its run, its parameter, its steps. */
+  /** Show the run, parameter and steps of a finding. */
   go(table, item) {
     const prefix = `${item.parameter}.`;
     const name = table.names.includes(item.parameter) ? item.parameter
@@ -401,7 +400,7 @@ export class View {
   }
 }
 
-/** Bring the page to life that has its figures inside. */
+/** Start the view in a page with embedded figures. */
 export async function embedded() {
   const root = document.getElementById("lrprobe");
   const [plotly, data] = await Promise.all([unpacked("lrprobe-plotly"), unpacked("lrprobe-data")]);

@@ -1,8 +1,8 @@
-"""Tensors that an optimizer steps and that are nobody's parameters: copies on all ranks, or parts.
+"""Tensors that an optimizer steps but that are not known to be parameters of the model.
 
-A library may keep flat buffers of its own (Megatron's distributed optimizer, a ZeRO that is not
-known here). Ranks that have the same values in one have copies of it; else each has another part,
-and the figures of one rank are not those of the others.
+A library may step its own flat buffers (Megatron's distributed optimizer, an unknown ZeRO). If all
+ranks hold the same values, they hold copies. Otherwise each rank holds a different part, and their
+figures must not be merged as if they were replicas.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrprobe.engine.pieces import local, real
+from lrprobe.engine.pieces import local, local_real
 from lrprobe.text import listed
 
 if TYPE_CHECKING:
     from lrprobe.distributed.ranks import Kind
 
 
-def content_of(tensor: Tensor) -> str:
-    """What tells a tensor from another one, by its values; where these are all one, by the rank."""
+def content_digest(tensor: Tensor) -> str:
+    """A digest of a tensor's values; unique to the rank if all values are equal."""
     rank = torch.distributed.get_rank()
-    values = real(local(tensor)).detach().flatten()
+    values = local_real(local(tensor)).detach().flatten()
     if not len(values) or values.device.type == "meta" or bool((values == values[0]).all()):
         return f"nothing, on rank {rank}"
     raw = values.cpu().view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()[:16]
 
 
-def named_apart(
+def rename_differing(
     kinds: Sequence[Kind], optimizer: str, ranks: Sequence[int]
 ) -> tuple[list[Kind], list[dict[str, str]]]:
-    """Give tensors that differ between ranks names of their own.
+    """Prefix the names of tensors that differ between ranks with their rank.
 
     Args:
-        kinds: what all ranks hold.
+        kinds: the specs of all ranks.
         optimizer: name of an optimizer.
         ranks: global rank of each rank in the group.
 
     Returns:
-        The kinds with those names, and for each kind, old names to new ones.
+        The kinds with the new names, and for each kind, old names to new ones.
     """
     contents: dict[str, set[str]] = {}
     for kind in kinds:
@@ -68,12 +68,12 @@ def named_apart(
     return result, renamed
 
 
-def told(names: Mapping[str, str], why: str) -> str:
-    """A warning that speaks of them."""
+def unmerged_warning(names: Mapping[str, str], why: str) -> str:
+    """A warning about tensors that are not merged over ranks."""
     new = next(iter(names.values()))
     what = f"{listed(list(names))}{f' ({why})' if why else ''}"
     return (
-        "the optimizer steps what is no parameter of the model, and each rank may have another "
-        f"part of it: {what}. It is not merged: a row has what one rank has, and is named by group "
-        f"and rank, as in {new}"
+        "the optimizer steps tensors that are not parameters of the model, and each rank may hold "
+        f"a different part: {what}. They are not merged: each rank has its own rows, named by rank "
+        f"and group, as in {new}"
     )

@@ -1,7 +1,7 @@
-"""Which ranks attach together: nobody waits without end for a rank that never does.
+"""Determines which ranks attach together, without waiting forever for a rank that does not.
 
-``if rank == 0: attach(...)`` is what people write under DDP. So the ranks of a process group first
-meet, in the store that it was initialised with, and begin collectives only where all have come.
+Under DDP, people write ``if rank == 0: attach(...)``. So the ranks of a process group first meet
+in the store that it was initialised with, and start collectives only if all have arrived.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _TOGETHER, _APART = "together", "apart"
 
 
 def missing_from(ranks: Sequence[int]) -> list[int]:
-    """Which of these global ranks do not attach in time; none where all record together.
+    """The global ranks that do not attach in time; empty if all record together.
 
-    A round of the meeting ends with one decision that holds for all who came. Who comes later
-    waits in the next round.
+    A round ends with one decision for all ranks that have arrived. A rank that arrives later waits
+    in the next round.
     """
     store = _store()
     if store is None:
@@ -46,9 +46,9 @@ def missing_from(ranks: Sequence[int]) -> list[int]:
 
 
 def patience() -> float:
-    """Seconds to wait: well within the time after which a rank's collectives fail.
+    """Seconds to wait: a third of the process group's timeout, if that is less than ``WAIT``.
 
-    One that does not attach may wait there already for what this one does next.
+    A rank that does not attach may already wait for this one in its next collective.
     """
     try:
         group = torch.distributed.distributed_c10d._get_default_group()  # noqa: SLF001 - torch tells it nowhere else
@@ -60,7 +60,7 @@ def patience() -> float:
 
 
 def _missing(store: Any, meeting: str, ranks: Sequence[int], until: float) -> list[int]:
-    """Ranks that have not come when the time is over, or when it was decided without them."""
+    """Ranks that have not arrived by the deadline, or by the time of another rank's decision."""
     missing, pause = list(ranks), 1e-3
     while True:
         missing = [rank for rank in missing if not store.check([f"{meeting}/{rank}"])]
@@ -75,9 +75,9 @@ def _is_first(store: Any, meeting: str) -> bool:
 
 
 def _store() -> Any:
-    """The store of the default process group; None where it cannot be asked."""
+    """The store of the default process group; None if it is not available."""
     try:
-        store = torch.distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no other way to it
+        store = torch.distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public name for it
         store.check(["lrprobe"])
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return None

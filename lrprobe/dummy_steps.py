@@ -1,4 +1,4 @@
-"""Whether a step was one: checkpoint libraries take steps that move nothing, to make state."""
+"""Detects dummy steps, which checkpoint libraries take to create the optimizer's state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lrprobe.engine.pieces import local
 
 
 def device_of(optimizer: Optimizer) -> torch.device:
-    """Where figures are brought together: on an accelerator where some parameter is there."""
+    """The device on which figures merge: an accelerator if a parameter is on one."""
     found = {local(p).device for g in optimizer.param_groups for p in g["params"]}
     far = [device for device in found if device.type not in ("cpu", "meta")]
     return min(far, key=str) if far else torch.device("cpu")
 
 
-def at_rest(optimizer: Optimizer) -> bool | None:
-    """Whether every rate is 0; None where a device would have to be asked."""
+def all_rates_zero(optimizer: Optimizer) -> bool | None:
+    """Whether every rate is 0; None if that would need a synchronization."""
     known: bool | None = True
     for group in optimizer.param_groups:
         lr = group.get("lr")
@@ -30,14 +30,14 @@ def at_rest(optimizer: Optimizer) -> bool | None:
     return known
 
 
-def moves(optimizer: Optimizer) -> bool:
-    """Whether some gradient has an element that is not 0, or none has elements; asks the device."""
+def any_gradient(optimizer: Optimizer) -> bool:
+    """Whether a gradient has a nonzero element, or there are no elements; may synchronize."""
     grads = _gradients(optimizer)
     return not grads or any(bool(each.any()) for each in grads)
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Those with elements; of a sparse one, the values."""
+    """All gradients with elements; the values of sparse ones."""
     grads = [
         local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
     ]
@@ -45,23 +45,23 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [each.detach() for each in values]
 
 
-def moved(optimizer: Optimizer, device: torch.device) -> Any:
-    """1 where some rate and some gradient is not 0, or there is no gradient; no device is asked.
+def step_moved(optimizer: Optimizer, device: torch.device) -> Any:
+    """0 if all rates or all gradients are 0, else 1 (also without gradients); never synchronizes.
 
-    Checkpoint libraries take a step with neither, so that there is a state to load into.
+    A checkpoint library takes such a step to create the state that it loads into.
     """
-    if at_rest(optimizer) is False:
+    if all_rates_zero(optimizer) is False:
         return 1.0
     grads = _gradients(optimizer)
     if not grads:
         return 1.0
     given = [group["lr"] for group in optimizer.param_groups]
-    rates = [v.detach().reshape(()) for v in given if isinstance(v, Tensor)]  # a number here is 0
+    rates = [v.detach().reshape(()) for v in given if isinstance(v, Tensor)]  # a float here is 0
     # A few launches for all gradients together, as torch clips them.
     sizes = torch._foreach_norm(grads, torch.inf)  # noqa: SLF001 - torch has no other name for it
     alike: dict[Any, list[Tensor]] = {}
     for value in {id(each): each for each in (*rates, *sizes)}.values():
         alike.setdefault((value.device, value.dtype), []).append(value)
-    most = [torch.stack(each).abs().amax() for each in alike.values()]
-    sent = [each.to(device, torch.float64, non_blocking=True) for each in most]
+    largest = [torch.stack(each).abs().amax() for each in alike.values()]
+    sent = [each.to(device, torch.float64, non_blocking=True) for each in largest]
     return (torch.stack(sent) != 0).any().double()

@@ -1,0 +1,103 @@
+"""Which parameters each row of the frame merges, for all levels at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrprobe.names import module_of
+from lrprobe.record import LEVELS, Level
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class Parameter(NamedTuple):
+    """What decides which rows a parameter belongs to."""
+
+    name: str
+    group: int
+    group_name: str
+    numel: int
+
+
+class Levels:
+    """The rows of all levels, concatenated; each row merges one or more parameters.
+
+    Attributes:
+        count: number of rows.
+        spans: the range of rows of each level.
+        keys: columns that do not change from step to step: (count,).
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        labels, order, self.count = [], {}, 0
+        self.spans: dict[Level, slice] = {}
+        for level in LEVELS:
+            rows: dict[Any, int] = {}
+            labels += [
+                self.count + rows.setdefault(_key(level, at, each), len(rows))
+                for at, each in enumerate(parameters)
+            ]
+            self.spans[level] = slice(self.count, self.count + len(rows))
+            order[level] = list(rows)
+            self.count += len(rows)
+        label = np.array(labels, np.int64)
+        sorted_ = np.argsort(label, kind="stable")
+        self._label = label[sorted_]
+        self._member = sorted_ % max(len(parameters), 1)
+        self._starts = np.searchsorted(self._label, np.arange(self.count))
+        first = [parameters[at] for at in self._member[self._starts]]
+        modules = dict(zip(range(self.count)[self.spans["module"]], order["module"], strict=True))
+        self.keys: Mapping[str, NDArray[Any]] = {
+            "group": np.array([each.group for each in first], np.int64),
+            "group_name": strings([each.group_name for each in first]),
+            "parameter": strings([each.name for each in first]),
+            "module": strings([modules.get(at, "") for at in range(self.count)]),
+            "numel": self.reduced(np.add, np.array([each.numel for each in parameters], np.int64)),
+        }
+
+    def reduced(self, merge: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+        """Reduce values of parameters to values of rows: (parameters, ...) to (count, ...)."""
+        if not self.count:
+            return values[:0]
+        merged: NDArray[Any] = merge.reduceat(values[self._member], self._starts, axis=0)
+        return merged
+
+    def same(self, values: NDArray[Any]) -> Floats:
+        """The value that the parameters of a row share, ignoring NaN; NaN if they differ.
+
+        Args:
+            values: one per parameter.
+        """
+        low, high = self.reduced(np.fmin, values), self.reduced(np.fmax, values)
+        return np.where(low == high, low, np.nan)
+
+    def labels(self, use: Bools) -> tuple[Ints, Ints]:
+        """Pairs of each parameter in use and each row that it is in: two arrays (pairs,)."""
+        taken = use[self._member]
+        return self._member[taken], self._label[taken]
+
+
+def _key(level: Level, at: int, each: Parameter) -> Any:
+    """A key that the parameters of one row share."""
+    keys = {"parameter": at, "module": module_of(each.name), "group": each.group, "model": 0}
+    return keys[level]
+
+
+@lru_cache(maxsize=64)
+def levels_of(parameters: tuple[Parameter, ...]) -> Levels:
+    """The rows of these parameters, cached."""
+    return Levels(parameters)
+
+
+def strings(values: Sequence[str]) -> NDArray[Any]:
+    """A text column, with dtype object."""
+    result = np.empty(len(values), dtype=object)
+    result[:] = list(values)
+    return result
