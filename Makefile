@@ -4,8 +4,8 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-integrations test-oldest test-installed release-check soak bench docs \
-	linkcheck format clean
+.PHONY: demo test test-all test-integrations test-peers peers-scripts test-oldest test-installed \
+	release-check soak bench docs linkcheck format clean
 .DELETE_ON_ERROR:
 
 # One thread: the network is small, and two would mostly wait for each other.
@@ -28,6 +28,15 @@ test test-all: .venv/.dev
 test-integrations: .venv-integrations/.done
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --dist worksteal \
 		--session-timeout=1200 --disable-warnings
+
+# Other projects' own test suites, with a probe on every optimizer that they create; prints a table.
+# Their releases are those of tests/peers/requirements.txt. Takes an hour.
+test-peers: .venv-peers/.done
+	.venv-peers/bin/python tests/peers/peers_run.py $(SUITES)
+
+# The same with their longest training scripts.
+peers-scripts: .venv-peers/.done
+	.venv-peers/bin/python tests/peers/peers_scripts.py
 
 # All but the documentation and the browser, which need more packages.
 UNIT := tests lrprobe --ignore=tests/test_docs.py --ignore=tests/test_browser.py
@@ -87,6 +96,12 @@ clean:
 		--constraint constraints-integrations.txt setuptools wheel
 	DS_BUILD_OPS=0 .venv-integrations/bin/python -m pip install -qq --no-build-isolation \
 		--constraint constraints.txt --constraint constraints-integrations.txt deepspeed
+	@touch $@
+
+.venv-peers/.done: pyproject.toml constraints.txt constraints-integrations.txt tests/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -qq --constraint constraints.txt \
+		--constraint constraints-integrations.txt --editable . --requirement tests/peers/requirements.txt
 	@touch $@
 
 .venv-oldest/.done: pyproject.toml constraints-oldest.txt

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lrprobe.hooks import Hooks
+    from lrprobe.watching import Watching
 
 _COUNTED = 64
 """Parameters whose step count is read per recorded step; the next recorded step reads others."""
@@ -116,9 +117,12 @@ class StepCount:
         self._after: dict[int, tuple[float, int, int]] = {}
         self._odd_at = -1
 
-    def before(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:
+    def before(self, optimizer: Optimizer, number: int, watching: Watching) -> None:
         """Before a recorded step, read the counts and compare them with the previous ones."""
+        names = watching.names
         params = [param for group in optimizer.param_groups for param in group["params"]]
+        if watching.repeated:  # which count more than one
+            params = [param for param in params if id(param) not in watching.repeated]
         if len(params) > _COUNTED:
             at = self._start % len(params)
             self._start = at + _COUNTED
@@ -139,8 +143,9 @@ class StepCount:
                 self._note(names.get(at, ""), number, last, count, expected, sure=False)
                 return
 
-    def after(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:
+    def after(self, optimizer: Optimizer, number: int, watching: Watching) -> None:
         """After a recorded step, check that each parameter with a gradient counted one step."""
+        names = watching.names
         before, self._before = self._before, {}
         if not before:
             return

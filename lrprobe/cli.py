@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrprobe.optional import version_of
 from lrprobe.record import LEVELS
 from lrprobe.text import shown
 
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{_RUN}\n{_EXIT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"lrprobe {version_of('lrprobe')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     report = _command(
@@ -350,12 +351,6 @@ def _wrapped(text: str) -> str:
     import textwrap
 
     return textwrap.fill(text, 80)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"lrprobe {version('lrprobe')}"
 
 
 def _positive(text: str) -> int:

@@ -237,7 +237,7 @@ class Hooks:
         seen = self.watching.all_of(optimizer)
         if begins:
             self._refresh(optimizer)
-            self.count.before(seen, self._number, self.watching.names)
+            self.count.before(seen, self._number, self.watching)
         # A later pre-hook or a closure may still change the gradients.
         closure = has_closure(args, kwargs) or not self._is_last(optimizer)
         gatherer = self._gatherer
@@ -292,7 +292,7 @@ class Hooks:
             return
         with self._harmless():
             if recorded:
-                self.count.after(self.watching.all_of(optimizer), self._number, self.watching.names)
+                self.count.after(self.watching.all_of(optimizer), self._number, self.watching)
                 self._owner.look(self)
             dummy = self.exchange is not None and self._is_dummy(optimizer)
             if recorded:

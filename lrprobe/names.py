@@ -128,13 +128,13 @@ class Place:
 
 
 def places(optimizer: Optimizer) -> list[Place]:
-    """The places of all parameters of an optimizer, in order."""
+    """The places of all parameters of an optimizer, in order, each once."""
     reference = weakref.ref(optimizer)
-    return [
-        Place(reference, group, index, id(param))
-        for group, each in enumerate(optimizer.param_groups)
-        for index, param in enumerate(each["params"])
-    ]
+    found: dict[int, Place] = {}
+    for group, each in enumerate(optimizer.param_groups):
+        for index, param in enumerate(each["params"]):
+            found.setdefault(id(param), Place(reference, group, index, id(param)))
+    return list(found.values())
 
 
 def _named(
@@ -156,15 +156,19 @@ def _named(
 def name_parameters(
     optimizer: Optimizer, names: Mapping[int, str]
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """(group, name, parameter) of each parameter of an optimizer, with unique names.
+    """(group, name, parameter) of each parameter of an optimizer, once, with unique names.
 
     A name comes from the model, else from the group's own ``param_names``, else it is
     ``group0.param3``.
     """
     given = []
+    seen = set()
     for index, group in enumerate(optimizer.param_groups):
         own = group.get("param_names")
         for at, param in enumerate(group["params"]):
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
             name = names.get(id(param)) or (own[at] if own else f"group{index}.param{at}")
             given.append((index, name, param))
     wanted = {name for _, name, _ in given}
@@ -221,7 +225,8 @@ def _unwrap(given: Any) -> Optimizer:
         return found
     raise TypeError(
         "optimizer must be a torch.optim.Optimizer, a wrapper around one (with .optimizer, "
-        ".optim or .base_optimizer), a list of them, or a dict of name to optimizer; got "
+        ".optim, .base_optimizer or .original_optimizer), a list of them, or a dict of name to "
+        "optimizer; got "
         f"{kind(given)}"
     )
 
@@ -231,7 +236,7 @@ def _inside(thing: Any, seen: list[Any]) -> Optimizer | None:
     if any(thing is each for each in seen):
         return None
     seen.append(thing)
-    for attribute in ("optimizer", "optim", "base_optimizer"):
+    for attribute in ("optimizer", "optim", "base_optimizer", "original_optimizer"):
         inner = getattr(thing, attribute, None)
         if inner is not None and (found := _inside(inner, seen)) is not None:
             return found

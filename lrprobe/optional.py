@@ -1,9 +1,11 @@
-"""Packages that come with an extra, and the message where one is missing."""
+"""Packages that may be missing: those of an extra, and the metadata of any."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 
 @contextmanager
@@ -20,3 +22,12 @@ def extra(name: str) -> Iterator[None]:
         raise ModuleNotFoundError(
             f"{package} is not installed: pip install 'lrprobe[{name}]'", name=error.name
         ) from None
+
+
+@cache  # the search goes through all that is installed
+def version_of(package: str) -> str:
+    """Of an installed package; a checkout that is imported from its folder has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

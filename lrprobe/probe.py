@@ -55,8 +55,9 @@ def attach(
     """Record the effective learning rate of an optimizer's steps; nothing else in the loop changes.
 
     Args:
-        optimizer: a ``torch.optim.Optimizer``, a wrapper around one (``.optimizer``, ``.optim``), a
-            list of them, or a dict of name to optimizer.
+        optimizer: a ``torch.optim.Optimizer``, a wrapper around one (``.optimizer``, ``.optim``,
+            ``.base_optimizer``, ``.original_optimizer``), a list of them, or a dict of name to
+            optimizer.
         model: provides the parameters' names. Without it, names come from the groups'
             ``param_names``, or are ``group0.param3``.
         to: where records go, in addition to memory: a path ending in ``.parquet`` (a dataset),
@@ -144,13 +145,17 @@ def _attached(
             sinks, owned = [*sinks, live], [*owned, live]
         recorder = Recorder(memory, Delivery(sinks, owned), places, shared, attempt)
         recorder.history = history
-    for name, each in _unique_names(optimizers, shared, options).items():
-        recorder.hooks.append(Hooks(name, each, options, recorder))
-    now = options.names.now()
-    if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
-        warn("the model has none of the optimizer's parameters, so it cannot name them")
-    _remember_names(recorder.hooks, shared)
-    recorder.describe()
+    try:
+        for name, each in _unique_names(optimizers, shared, options).items():
+            recorder.hooks.append(Hooks(name, each, options, recorder))
+        now = options.names.now()
+        if now and not any(hooks.watching.knows(now) for hooks in recorder.hooks):
+            warn("the model has none of the optimizer's parameters, so it cannot name them")
+        _remember_names(recorder.hooks, shared)
+        recorder.describe()
+    except BaseException:  # also a warning that the user turned into an error
+        recorder.close()
+        raise
     return recorder
 
 

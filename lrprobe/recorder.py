@@ -11,8 +11,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +22,7 @@ from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import finish
 from lrprobe.engine.flight import StepInFlight
 from lrprobe.hooks import Hooks
+from lrprobe.optional import version_of
 from lrprobe.record import SCHEMA_VERSION
 from lrprobe.sinks.memory import Memory
 from lrprobe.sinks.parquet import Parquet
@@ -146,7 +145,7 @@ class Recorder:
         """Update ``run``, and pass it to the sinks that store it."""
         self.run = {
             "schema_version": SCHEMA_VERSION,
-            "lrprobe": _version("lrprobe"),
+            "lrprobe": version_of("lrprobe"),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "attached": self._attached,
@@ -231,8 +230,6 @@ class Recorder:
         for message in self._delivery.problems():
             warn(message)
 
-
-_version = cache(version)  # it searches all installed packages, so do that once
 
 open_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from lrprobe.optional import version_of
 
 _PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "tensorboard", "numba", "triton")
 
@@ -14,10 +15,10 @@ _PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "tensorboard", "numba", "tri
 def versions() -> dict[str, str]:
     """Name to version, of lrprobe, of its dependencies, and of the machine."""
     return {
-        "lrprobe": _version("lrprobe"),
+        "lrprobe": version_of("lrprobe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
         "torch": torch.__version__,  # which names the build: 2.13.0+cpu
         "cuda": _cuda(),
         "LRPROBE_ENGINE": os.environ.get("LRPROBE_ENGINE", "not set"),
@@ -34,13 +35,6 @@ def show_versions() -> None:
     """
     for name, value in versions().items():
         print(f"{name:<15} {value}")  # noqa: T201 - printing is what it is for
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _cuda() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from lrprobe.engine.pieces import WatchedParameter, draw_tracked
 from lrprobe.names import name_parameters, places
 from lrprobe.rules import find_rule
 from lrprobe.rules.base import tolerance
+from lrprobe.text import listed, warn
 
 
 class Watching:
@@ -30,6 +32,7 @@ class Watching:
         watched: the parameters; a new list each time they change.
         rows: the frame's rows of the parameters that this process holds whole.
         names: id of each parameter to its name, which does not change.
+        repeated: ids of the parameters that the optimizer has, and steps, more than once.
     """
 
     def __init__(self, optimizer: Optimizer, options: Options) -> None:
@@ -39,6 +42,7 @@ class Watching:
         self.watched: list[WatchedParameter] = []
         self.rows: list[Row] = []
         self.names: dict[int, str] = {}
+        self.repeated: set[int] = set()
         self._seen: list[list[tuple[int, int]]] = []
         """Per group, the (id, elements) of its parameters."""
         self._renamed: dict[str, str] = {}
@@ -71,6 +75,9 @@ class Watching:
         if seen == self._seen:
             return None
         self._seen = seen
+        counts = Counter(at for params in seen for at, _ in params)
+        before = self.repeated
+        self.repeated = {at for at, count in counts.items() if count > 1}
         own = {new: name for name, new in self._renamed.items()}
         known = {_key(own.get(w.name, w.name), w): w for w in self.watched}
         self.watched = []
@@ -83,20 +90,30 @@ class Watching:
             watched.name = self._renamed.get(each.name, each.name)
             watched.group, watched.place = each.group, each.place
             watched.group_name = group_name(whole, each.group)
+            if each.place.id in self.repeated:
+                watched.rule = None
             self.watched.append(watched)
         self.rows = [self._row(watched) for watched in self.watched]
+        new = [each.name for each in self.watched if each.place.id in self.repeated - before]
+        if new:
+            warn(
+                f"{self._class.__name__} has {listed(new)} more than once, and one step moves it "
+                "as often: no rule explains that, so its effective rate is measured as |Δθ|/|g| "
+                "on a sample"
+            )
         return [each.place for each in found]
 
     def _new(self, each: Watchable, optimizer: Any) -> WatchedParameter:
         rule = find_rule(self._class)
+        if rule is not None and rule.whole and each.span:
+            rule = None  # the optimizer computes `whole` statistics over the entire flat tensor
         param = each.place()
         unknown = param is not None and self._is_unknown(param)
         return WatchedParameter(
             name=each.name,
             group=each.group,
             place=each.place,
-            # On a flat tensor, the optimizer computes `whole` statistics over the entire buffer.
-            rule=None if rule is not None and rule.whole and each.span else rule,
+            rule=rule,
             tracked=draw_tracked(each.name, each.numel, self._options.track),
             numel=each.numel,
             initial_lr=_initial_lr(optimizer.param_groups[each.group]),

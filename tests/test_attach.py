@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lrprobe
+from lrprobe import optional
+from lrprobe.recorder import open_recorders
 
 pytestmark = pytest.mark.usefixtures("seeded", "eager")
 
@@ -199,6 +202,39 @@ def test_a_destination_that_cannot_be_written(name: str, tmp_path: Any) -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_an_attach_that_fails_leaves_nothing_behind() -> None:
+    """Not even where it fails late: on a second optimizer, or by a warning that is an error."""
+
+    class Odd(torch.optim.SGD):
+        def register_step_post_hook(self, hook: Any) -> Any:
+            raise RuntimeError("no hooks here")
+
+    first = sgd()
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        lrprobe.attach([first, Odd([nn.Parameter(torch.ones(2))])])
+    strange = nn.Linear(2, 2)
+    with pytest.raises(UserWarning, match="none of the optimizer's parameters"):
+        lrprobe.attach(first, strange)
+    assert not first._optimizer_step_pre_hooks
+    assert not first._optimizer_step_post_hooks
+    assert not [each for each in open_recorders if first in [h.optimizer for h in each.hooks]]
+
+
+def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout without metadata, imported from its folder, attaches and records."""
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(optional, "version", missing)
+    optional.version_of.cache_clear()
+    optimizer = sgd()
+    with lrprobe.attach(optimizer, every=1) as probe:
+        optimizer.step()
+    optional.version_of.cache_clear()
+    assert probe.frame().attrs["lrprobe"]["lrprobe"] == "not installed"
+
+
 def test_no_memory_no_frame() -> None:
     """`frame()` after max_bytes=0 says why there is none."""
     probe = lrprobe.attach(sgd(), to=lrprobe.sinks.Memory(max_bytes=0))
@@ -231,7 +267,7 @@ def test_a_cell_run_twice_records_once(tmp_path: Any) -> None:
 
 
 def test_a_wrapper_is_looked_through() -> None:
-    """An object with `.optimizer` or `.optim` is looked through, also one that is an Optimizer."""
+    """An object that holds the optimizer is looked through, also one that is an Optimizer."""
 
     class Wrapper:
         def __init__(self, optimizer: Optimizer) -> None:
@@ -245,7 +281,11 @@ def test_a_wrapper_is_looked_through() -> None:
         def __init__(self, optim: Any) -> None:
             self.optim = optim
 
-    for wrap in (Wrapper, Posing, Short):
+    class Private(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:  # like Opacus's DPOptimizer
+            self.original_optimizer = optimizer
+
+    for wrap in (Wrapper, Posing, Short, Private):
         optimizer = sgd()
         with lrprobe.attach(wrap(optimizer), every=1) as probe:
             optimizer.step()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from optimizers import Case, closure_of, one_per_class
 from oracle import QUANTILES, Tape
 from rows import assert_quantiles, measure, one_row
 from torch import Tensor, nn
@@ -129,6 +130,59 @@ def test_a_subclass_that_steps_as_its_parent_keeps_the_rule() -> None:
     assert said == []
     assert (frame["rule"] == "sgd").all()
     assert frame["optimizer"].tolist() == ["Faithful"] * 5
+
+
+@pytest.mark.xfail(reason="engine.pieces.is_wide takes a sparse state for one to be read")
+def test_a_state_that_is_sparse_costs_no_record() -> None:
+    """What an optimizer keeps of sparse gradients may be sparse too (pytorch_optimizer's SM3)."""
+
+    class SparseState(Sign):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for param in self.param_groups[0]["params"]:
+                self.state[param]["sum"] = param.grad.clone()
+                param.add_(param.grad, alpha=-0.5)
+
+    sparse, dense = nn.Parameter(torch.zeros(5, 3)), nn.Parameter(torch.ones(4))
+    optimizer = SparseState([sparse, dense], lr=0.5)
+    with pytest.warns(match="has no rule"):
+        probe = lrprobe.attach(optimizer, every=1)
+    for _ in range(2):
+        sparse.grad = torch.tensor([1.0, 0, 1, 0, 0]).unsqueeze(1).expand(5, 3).to_sparse(1)
+        dense.grad = torch.ones(4)
+        optimizer.step()
+    probe.close()
+    frame = probe.frame()
+    assert frame["step"].tolist() == [1, 1, 2, 2]
+    np.testing.assert_allclose(frame["update_norm"], [0.5 * 6**0.5, 1.0] * 2)
+    np.testing.assert_allclose(frame["effective_lr_p50"], 0.5, rtol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("case", one_per_class(), ids=lambda case: case.id)
+def test_the_same_parameter_twice_is_measured_from_the_first_step(case: Case) -> None:
+    """What one step moves twice has one row, measured; the parameters beside it keep the rule."""
+    generator = torch.Generator().manual_seed(2)
+    params = case.parameters()[:2]
+    if len(params) < 2:
+        params = [case.parameters()[0], case.parameters()[0]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = case.make([params[0], params[1], params[0]])
+        probe = lrprobe.attach(optimizer, every=1)
+        for _ in range(4):
+            case.gradients(params, generator)
+            optimizer.step(closure_of(optimizer))
+        probe.close()
+    said = [str(each.message) for each in caught if "lrprobe" in str(each.message)]
+    assert [each for each in said if "group0.param0 more than once" in each], said
+    assert len(said) == 1 + case.measured, said
+    frame = probe.frame()
+    assert set(frame["parameter"]) == {"group0.param0", "group0.param1"}
+    rules = {name: set(rows["rule"]) for name, rows in frame.groupby("parameter")}
+    assert rules["group0.param0"] == {"measured"}
+    assert ("measured" in rules["group0.param1"]) == case.measured, rules
+    assert "step-stuck" not in [each.code for each in probe.findings().findings]
 
 
 def test_one_belied_step_is_not_enough() -> None:

@@ -347,8 +347,8 @@ def _record_alone(found: Alone, chosen: Filter | None, error: Exception | None) 
         raise error
     if found.missing:
         warn(
-            f"{_numbers(found.missing)} did not attach within {rendezvous.WAIT:g} s: this rank "
-            "records alone. To record all ranks as one, call attach on each of them"
+            f"{_numbers(found.missing)} did not attach within {rendezvous.patience():.3g} s: this "
+            "rank records alone. To record all ranks as one, call attach on each of them"
         )
     if chosen is not None:
         chosen.warn_unused()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 WAIT = 30.0
-"""Seconds that a rank waits for the others."""
+"""Seconds that a rank waits for the others, at most."""
 
 _TOGETHER, _APART = "together", "apart"
 
 
 def missing_from(ranks: Sequence[int]) -> list[int]:
-    """The global ranks that do not attach within ``WAIT``; empty if all record together.
+    """The global ranks that do not attach in time; empty if all record together.
 
     A round ends with one decision for all ranks that have arrived. A rank that arrives later waits
     in the next round.
@@ -30,7 +30,7 @@ def missing_from(ranks: Sequence[int]) -> list[int]:
         return []
     key = "lrprobe/" + hashlib.sha256(repr(list(ranks)).encode()).hexdigest()[:16]
     me = torch.distributed.get_rank()
-    until = time.monotonic() + WAIT
+    until = time.monotonic() + patience()
     while True:
         meeting = f"{key}/{store.add(f'{key}/round', 0)}"
         store.set(f"{meeting}/{me}", "here")
@@ -43,6 +43,20 @@ def missing_from(ranks: Sequence[int]) -> list[int]:
             return []
         if missing:
             return missing
+
+
+def patience() -> float:
+    """Seconds to wait: a third of the process group's timeout, if that is less than ``WAIT``.
+
+    A rank that does not attach may already wait for this one in its next collective.
+    """
+    try:
+        group = torch.distributed.distributed_c10d._get_default_group()  # noqa: SLF001 - torch tells it nowhere else
+        backend = group._get_backend(group._device_types[0])  # noqa: SLF001 - the same
+        limit: float = backend.options._timeout.total_seconds()  # noqa: SLF001 - the same
+    except (AttributeError, IndexError, RuntimeError, ValueError):
+        return WAIT
+    return min(WAIT, limit / 3)
 
 
 def _missing(store: Any, meeting: str, ranks: Sequence[int], until: float) -> list[int]:

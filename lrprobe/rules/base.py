@@ -140,7 +140,8 @@ class Entry:
     def wide_state(self) -> dict[str, Tensor]:
         """The floating state entries that are shaped like the parameter.
 
-        Wrapper subclasses (low-bit states) are left out, because they cannot be read as tensors.
+        Wrapper subclasses (low-bit states) and sparse tensors are left out, because they cannot be
+        read as dense tensors.
         """
         shape = self.param.shape
         return {
@@ -149,6 +150,7 @@ class Entry:
             if isinstance(value, Tensor)
             and value.shape == shape
             and value.is_floating_point()
+            and value.layout == torch.strided
             and (value.dim() or name != "step")
             and not is_traceable_wrapper_subclass(value)
         }

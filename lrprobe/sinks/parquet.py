@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrprobe.about import to_json
+from lrprobe.optional import version_of
 from lrprobe.record import SCHEMA_VERSION, Record
 from lrprobe.sinks.memory import SCHEMAS, TABLES, TableName, arrow_tables, encode
 
@@ -328,10 +328,5 @@ def _explained(error: OSError, what: str) -> OSError:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("lrprobe", "torch"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "unknown"
-    return versions
+    packages = {package: version_of(package) for package in ("lrprobe", "torch")}
+    return {"python": platform.python_version(), **packages}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import launch
 from rank_meetings import WAIT
+
+from lrprobe.distributed import rendezvous
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,23 @@ def test_attach_on_the_first_rank_only(told: dict[str, list[Any]]) -> None:
     assert messages == []
     assert len(steps) == 3
     assert other[1][1:] == ([], None)
+
+
+def test_the_wait_is_within_the_process_groups_own_limit(tmp_path: Path) -> None:
+    """A rank that does not attach waits in its next collective meanwhile, and must not time out."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{tmp_path}/store",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=3),
+    )
+    try:
+        start = time.monotonic()
+        assert rendezvous.missing_from([0, 1]) == [1]
+        assert 1 <= time.monotonic() - start < 3
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_rank_that_comes_late(told: dict[str, list[Any]]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import oracle
@@ -18,7 +16,6 @@ from torch import nn
 
 import lrprobe
 from lrprobe.engine.buffers import column
-from lrprobe.rules import find_rule
 
 pytestmark = pytest.mark.usefixtures("seeded", "eager")
 
@@ -223,81 +220,3 @@ def test_a_state_that_does_not_follow_from_the_gradient_shows() -> None:
     if max(errors[True]) < 1e-3:
         pytest.skip("this torch pairs them rightly")
     assert min(errors[True]) > 0.1, errors
-
-
-# --- the rounding that is allowed for ----------------------------------------------------------
-
-
-def rounded() -> list[Case]:
-    """The first case of each optimizer, implementation and kind of decay, but for sparse ones."""
-    found: dict[tuple[Any, ...], Case] = {}
-    flags = ("foreach", "fused", "decoupled_weight_decay", "maximize")
-    for case in RULED:
-        broken = case.cls is torch.optim.SGD and case.kwargs.get("fused")  # pytorch#191763
-        if not case.sparse and not broken:
-            decay = bool(case.kwargs.get("weight_decay"))
-            found.setdefault((case.cls, decay, *map(case.kwargs.get, flags)), case)
-    return list(found.values())
-
-
-ROUNDED = rounded()
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("near", [1.0, 1e3])
-@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.id)
-def test_no_right_rule_is_given_up_for_rounding(
-    case: Case, near: float, dtype: torch.dtype
-) -> None:
-    """Parameters near 1 and 1e3, rates down to 1e-8: what rounding explains is no error."""
-    generator = torch.Generator().manual_seed(41)
-    params = case.parameters(dtype)
-    optimizer = case.make(params)
-    with torch.no_grad():
-        for param in params:
-            param.mul_(0.1).add_(near)
-    with lrprobe.attach(optimizer, every=1) as probe:
-        for lr in (1e-2, 1e-4, 1e-6, 1e-8):
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], torch.Tensor):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
-            for _ in range(10):
-                case.gradients(params, generator)
-                optimizer.step()
-    frame = probe.frame()
-    lost = frame[frame["rule"] == "measured"]
-    columns = ["step", "lr", "parameter", "numel", "reconstruction_error", "update_norm"]
-    high = frame[frame["reconstruction_error"] > (1e-3 if dtype == torch.float32 else 5e-2)]
-    assert lost.empty, f"{case.id} {dtype} {near}:\n{high[columns].to_string()}"
-    assert high.empty, f"{case.id} {dtype} {near}:\n{high[columns].to_string()}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["SGD", "AdamW", "NAdam", "Adadelta", "Adagrad", "RMSprop"])
-def test_a_rule_that_is_wrong_by_one_percent_is_given_up(kind: str, dtype: torch.dtype) -> None:
-    """At usual steps the allowance for rounding does not hide it."""
-    parent = getattr(torch.optim, kind)
-
-    class Wrong(parent):
-        pass
-
-    right = find_rule(parent)
-
-    def update(s: lrprobe.Slice) -> lrprobe.Update:
-        told = right.update(s)
-        return replace(told, effective_lr=told.effective_lr * 1.01)
-
-    lrprobe.register_rule(Wrong, replace(right, update=update))
-    param = nn.Parameter(torch.randn(2000, dtype=dtype))
-    optimizer = Wrong([param], lr=1e-2)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        with lrprobe.attach(optimizer, every=1) as probe:
-            for _ in range(4):
-                param.grad = torch.randn_like(param)
-                optimizer.step()
-    assert len(said) == 1, [str(each.message) for each in said]
-    assert probe.frame()["rule"].iloc[-1] == "measured"
