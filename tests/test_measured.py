@@ -132,7 +132,6 @@ def test_a_subclass_that_steps_as_its_parent_keeps_the_rule() -> None:
     assert frame["optimizer"].tolist() == ["Faithful"] * 5
 
 
-@pytest.mark.xfail(reason="engine.pieces.is_wide takes a sparse state for one to be read")
 def test_a_state_that_is_sparse_costs_no_record() -> None:
     """What an optimizer keeps of sparse gradients may be sparse too (pytorch_optimizer's SM3)."""
 

@@ -27,6 +27,7 @@ from lrprobe.engine.pieces import (
     WatchedParameter,
     entry_of,
     flattened,
+    is_strided,
     local,
     local_real,
     read,
@@ -104,7 +105,7 @@ class Engine:
             if w.rule is not None and w.rule.advance is not None:
                 shape = param.shape
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == shape and name != "step":
+                    if is_strided(value) and value.shape == shape and name != "step":
                         pre.samples.request(i, name, local_real(value, w.span))
             if param.grad is not None and not closure:
                 pre.grads[i] = param.grad

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrprobe.engine.check import Samples
 from lrprobe.engine.eager import add_whole_statistics
-from lrprobe.engine.pieces import SAMPLE, is_dense, is_per_element, sample
+from lrprobe.engine.pieces import SAMPLE, is_dense, is_per_element, is_strided, sample
 from lrprobe.engine.recording import Recorded
 from lrprobe.rules.base import Coded, Entry, Rule, SparseRows
 
@@ -80,7 +80,7 @@ def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[st
     addresses: dict[str, int] = {}
     kinds: list[Any] = [device, type(grad) is SparseRows]
     for name, value in (*tensors, *entry.state.items()):
-        if not isinstance(value, Tensor):
+        if not is_strided(value):
             kinds.append((name, value is None))
             backend = None if isinstance(value, Coded) else backend
             continue

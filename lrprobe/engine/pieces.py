@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -148,11 +148,16 @@ def sampled(entry: Entry) -> Entry:
     return Entry(sample(entry.param, shape), grad, state)
 
 
+def is_strided(value: Any) -> TypeGuard[Tensor]:
+    """Whether a state entry is a tensor that can be indexed; a sparse one has no strides."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
 def is_per_element(value: Any, shape: torch.Size) -> bool:
     """Whether a state entry has one value per element, or broadcasts to the shape."""
     if isinstance(value, Coded):
         return True
-    if not isinstance(value, Tensor) or not (value.dim() or not shape):
+    if not is_strided(value) or not (value.dim() or not shape):
         return False
     padded = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
     pairs = zip(padded, shape, strict=False)
@@ -166,7 +171,7 @@ def lies_flat(entry: Entry) -> bool:
     if not isinstance(grad, Tensor) or grad.shape != shape or grad.stride() != strides:
         return False
     for value in entry.state.values():
-        if isinstance(value, Tensor):
+        if is_strided(value):
             if value.shape == shape:
                 if value.stride() != strides:
                     return False
