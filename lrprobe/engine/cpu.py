@@ -64,26 +64,25 @@ def figures(
     found = differing(recorded)
     out = np.empty((len(layout.owner), len(found)))
     counted = recorded.rate is not None
-    pool = np.empty((int(layout.room.sum()) if counted else 0, 3), np.int64)
     begin = np.cumsum(layout.room) - layout.room
     end = begin.copy()
-    scratch = _scratch(layout.threads) if counted else np.zeros((1, 1, 1), np.int64)
+    counts, pool = _scratch(layout.threads, int(layout.room.sum()) if counted else 0)
     pieces = layout.owner, layout.start, layout.bounds
 
-    def work(slot: int, parts: Any) -> None:
-        for who in parts:
-            arrays = addresses, numel, *pieces, scalars, out, pool, begin, end, scratch
+    def work(slot: int, ranges: Any) -> None:
+        for who in ranges:
+            arrays = addresses, numel, *pieces, scalars, out, pool, begin, end, counts
             _call(kernel, who, slot, *arrays)
 
-    parts = iter(range(len(layout.bounds) - 1))  # `next` is atomic under the interpreter's lock
+    ranges = iter(range(len(layout.bounds) - 1))  # `next` is atomic under the interpreter's lock
     helpers = [
-        threading.Thread(target=work, args=(slot, parts), daemon=True)
+        threading.Thread(target=work, args=(slot, ranges), daemon=True)
         for slot in range(1, layout.threads)
     ]
     try:
         for thread in helpers:
             thread.start()
-        work(0, parts)
+        work(0, ranges)
         for thread in helpers:
             thread.join()
     except BaseException:  # after an interrupt, threads may still write to the old scratch tables
@@ -92,7 +91,8 @@ def figures(
     table = torch.from_numpy(_table(recorded, found, out, layout.first, numel))
     if not counted:
         return table, None, None
-    each = [Bins(p[:, 0], p[:, 1], p[:, 2].astype(np.float64)) for p in _parts(pool, begin, end)]
+    parts = [pool[a:b].T.copy() for a, b in zip(begin, end, strict=True)]
+    each = [Bins(owner, bins, count.astype(np.float64)) for owner, bins, count in parts]
     return table, Bins.joined([one for one in each if len(one.owner)]), None
 
 
@@ -124,12 +124,6 @@ def _table(
             total = shared * count if figure.merge == "sum" else shared
         table[:, i] = np.where(count > 0, total, nothing)
     return table
-
-
-def _parts(
-    pool: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
-) -> list[NDArray[np.int64]]:
-    return [pool[a:b] for a, b in zip(begin, end, strict=True)]
 
 
 def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -190,12 +184,21 @@ def _threads(elements: int) -> int:
 _local = threading.local()
 
 
-def _scratch(threads: int) -> NDArray[np.int64]:
-    """Counting tables; every call leaves them zeroed, and each calling thread has its own."""
-    table = getattr(_local, "scratch", None)
-    if table is None or len(table) < threads:
-        table = _local.scratch = np.zeros((threads, LANES, BINS), np.int64)
-    return table
+def _scratch(threads: int, room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Counting tables, which every call leaves zeroed, and room for the counts found.
+
+    Each calling thread has its own. Memory that is new in each step costs page faults.
+    """
+    counts, pool = getattr(_local, "scratch", None) or (
+        np.zeros((0, 0, 0), np.int64),
+        np.empty((0, 3), np.int64),
+    )
+    if len(counts) < threads:
+        counts = np.zeros((threads, LANES, BINS), np.int64)
+    if len(pool) < room:
+        pool = np.empty((room, 3), np.int64)
+    _local.scratch = counts, pool
+    return counts, pool
 
 
 # ---- compilation --------------------------------------------------------------------------------
