@@ -20,8 +20,9 @@ def _in_an_empty_folder(
         monkeypatch.chdir(tmp_path)
 
 
-SAMPLED = 5
-"""Of a test marked ``sampled``, every so many cases run without ``--all``: no period of a table."""
+SAMPLED = 7
+"""Of a test marked ``sampled``, every so many cases run without ``--all``: no period of a table.
+A test whose cases each compile a program says a larger number."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,9 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, others = [], []
     for item in items:
         takes = item.get_closest_marker("slow") is None
-        if item.get_closest_marker("sampled") is not None:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None:
             test = item.nodeid.partition("[")[0]
-            takes = takes and seen[test] % SAMPLED == 0
+            takes = takes and seen[test] % (sampled.args or (SAMPLED,))[0] == 0
             seen[test] += 1
         (chosen if takes else others).append(item)
     config.hook.pytest_deselected(items=others)

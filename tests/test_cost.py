@@ -120,6 +120,7 @@ MAKERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "way"),
@@ -138,6 +139,7 @@ def test_extra_memory_is_bounded(kind: str, dtype: torch.dtype, way: str, monkey
     assert 1 < extra <= 32 + len(params) / 16, f"{extra:.1f} MiB"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", ["eager", "cpu"])
 @pytest.mark.parametrize("size", [640, 128])
 @pytest.mark.parametrize("kind", ["AdamW", "Adadelta"])

@@ -394,6 +394,7 @@ def assert_whole_after(folder: Path, at: int) -> None:
     assert len(steps) >= len(table) - 1  # the last may be on its way to our notes
 
 
+@pytest.mark.slow
 def test_sudden_death(tmp_path: Path) -> None:
     """Killed 20 times while it writes, or ended by os._exit: whole, with all that was flushed."""
     jobs = [{"end": "SIGKILL"}] * 20
@@ -403,6 +404,7 @@ def test_sudden_death(tmp_path: Path) -> None:
         assert_whole_after(tmp_path, at)
 
 
+@pytest.mark.slow
 def test_no_other_end_loses_anything(tmp_path: Path) -> None:
     """An exception, Ctrl-C, sys.exit, the script's end, without close(), lose nothing at all."""
     ends = ["exception", "Ctrl-C", "sys.exit", "the script's end"]

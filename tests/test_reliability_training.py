@@ -967,6 +967,7 @@ def attach_and_close(times: int, folder: Any) -> dict[str, list[float]]:
     return held
 
 
+@pytest.mark.slow
 def test_attaching_again_and_again_leaks_nothing(tmp_path: Any) -> None:
     """attach → step → close, 300 times, leaves no memory, object, thread, handle or hook."""
     held = attach_and_close(300, tmp_path)

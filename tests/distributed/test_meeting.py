@@ -14,6 +14,8 @@ from rank_meetings import WAIT
 
 from lrprobe.distributed import rendezvous
 
+pytestmark = pytest.mark.slow  # ranks that wait for others, with time-outs of their own
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:

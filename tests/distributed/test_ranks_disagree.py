@@ -126,6 +126,7 @@ def test_rules_that_do_not_hold_are_measured_on_all_ranks_at_once(
     np.testing.assert_allclose(odd["effective_lr_p50"], 0.1, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_another_world_size_goes_on_in_the_same_dataset(tmp_path: Path) -> None:
     """Steps of 2 ranks, then of 1, then of 4, in one frame, each an attempt."""
     for count in (2, 4):

@@ -41,6 +41,7 @@ def test_generated_code_has_the_same_frame(tmp_path: Path, monkeypatch: pytest.M
     check("fsdp2-adamw", told)
 
 
+@pytest.mark.slow
 def test_four_ranks_have_the_frame_of_one(tmp_path: Path) -> None:
     """Uneven and empty shards, replicas, two-dimensional meshes, and lists of optimizers."""
     cases = [

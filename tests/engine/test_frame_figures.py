@@ -18,7 +18,7 @@ import lrprobe
 pytestmark = pytest.mark.usefixtures("seeded", "eager")
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(23)
 @pytest.mark.parametrize("way", ["eager", "cpu"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_column_is_numpys(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
