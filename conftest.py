@@ -20,7 +20,7 @@ def _in_an_empty_folder(
         monkeypatch.chdir(tmp_path)
 
 
-SAMPLED = 7
+SAMPLED = 11
 """Of a test marked ``sampled``, every so many cases run without ``--all``: no period of a table.
 A test whose cases each compile a program says a larger number."""
 

@@ -164,6 +164,7 @@ SCHEDULES: dict[str, Callable[[optim.Optimizer], Any] | None] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", USUAL)
 def test_each_optimizer_at_its_usual_settings_is_healthy(name: str, seed: int) -> None:

@@ -173,6 +173,7 @@ def draw_all(names: list[str]) -> None:
         assert ax.bbox.width > 0.2 * ax.figure.bbox.width / max(ax.get_gridspec().ncols, 1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "count"),
     [

@@ -34,6 +34,7 @@ def test_two_ranks_have_the_frame_of_one(tmp_path: Path) -> None:
         check(case, told)
 
 
+@pytest.mark.slow
 def test_generated_code_has_the_same_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the loops are compiled, too."""
     monkeypatch.setenv("LRPROBE_ENGINE", "auto")

@@ -67,7 +67,8 @@ def test_partial_gradients_are_one_message_more(told: dict[str, list[Any]]) -> N
         check_messages(told[f"counted-sequence-{kind}"], sizes, before=1)
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [4, 8])
 def test_messages_do_not_grow_with_ranks(count: int, tmp_path: Path) -> None:
     """As many, and as long, on 4 and 8 ranks as on 2."""
     for told in launch(count, tmp_path, "counted-fsdp2-sgd", "counted-hsdp-sgd").values():
