@@ -130,11 +130,20 @@ class Place:
 def places(optimizer: Optimizer) -> list[Place]:
     """The places of all parameters of an optimizer, in order, each once."""
     reference = weakref.ref(optimizer)
-    found: dict[int, Place] = {}
+    return [
+        Place(reference, group, index, id(param))
+        for group, index, param in _parameters_once(optimizer)
+    ]
+
+
+def _parameters_once(optimizer: Optimizer) -> Iterator[tuple[int, int, Tensor]]:
+    """(group, index in it, parameter) of each parameter where the optimizer first has it."""
+    seen = set()
     for group, each in enumerate(optimizer.param_groups):
         for index, param in enumerate(each["params"]):
-            found.setdefault(id(param), Place(reference, group, index, id(param)))
-    return list(found.values())
+            if id(param) not in seen:
+                seen.add(id(param))
+                yield group, index, param
 
 
 def _named(
@@ -162,15 +171,10 @@ def name_parameters(
     ``group0.param3``.
     """
     given = []
-    seen = set()
-    for index, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names")
-        for at, param in enumerate(group["params"]):
-            if id(param) in seen:
-                continue
-            seen.add(id(param))
-            name = names.get(id(param)) or (own[at] if own else f"group{index}.param{at}")
-            given.append((index, name, param))
+    for group, index, param in _parameters_once(optimizer):
+        own_names = optimizer.param_groups[group].get("param_names")
+        default = own_names[index] if own_names else f"group{group}.param{index}"
+        given.append((group, names.get(id(param)) or default, param))
     wanted = {name for _, name, _ in given}
     unique: dict[int, str] = {}
     counts: dict[str, Iterator[int]] = {}
@@ -182,8 +186,8 @@ def name_parameters(
             name = f"{own}#{next(counts.setdefault(own, itertools.count(1)))}"
         taken.add(name)
         unique[at] = name
-    for at, (index, _, param) in enumerate(given):
-        yield index, unique[at], param
+    for at, (group, _, param) in enumerate(given):
+        yield group, unique[at], param
 
 
 def module_of(name: str) -> str:

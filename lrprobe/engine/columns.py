@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.buffers import SUMS, Arrived
-from lrprobe.engine.distribution import Bins, constant_bins, histograms, quantiles
+from lrprobe.engine.distribution import Bins, Floats, constant_bins, histograms, quantiles
 from lrprobe.engine.figures import STATES
-from lrprobe.engine.levels import Bools, Floats, Parameter, levels_of, strings
+from lrprobe.engine.levels import Bools, Parameter, levels_of, strings
 from lrprobe.record import (
     ELEMENT_COLUMNS,
     FIGURES,

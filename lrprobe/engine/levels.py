@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lrprobe.engine.distribution import Floats, Ints
 from lrprobe.names import module_of
 from lrprobe.record import LEVELS, Level
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
@@ -36,16 +35,19 @@ class Levels:
     """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
-        labels, order, self.count = [], {}, 0
+        keys: Mapping[Level, Sequence[Any]] = {  # equal for parameters in one row
+            "parameter": range(len(parameters)),
+            "module": [module_of(each.name) for each in parameters],
+            "group": [each.group for each in parameters],
+            "model": [0] * len(parameters),
+        }
+        labels: list[int] = []
+        self.count = 0
         self.spans: dict[Level, slice] = {}
         for level in LEVELS:
             rows: dict[Any, int] = {}
-            labels += [
-                self.count + rows.setdefault(_key(level, at, each), len(rows))
-                for at, each in enumerate(parameters)
-            ]
+            labels += [self.count + rows.setdefault(key, len(rows)) for key in keys[level]]
             self.spans[level] = slice(self.count, self.count + len(rows))
-            order[level] = list(rows)
             self.count += len(rows)
         label = np.array(labels, np.int64)
         sorted_ = np.argsort(label, kind="stable")
@@ -53,12 +55,11 @@ class Levels:
         self._member = sorted_ % max(len(parameters), 1)
         self._starts = np.searchsorted(self._label, np.arange(self.count))
         first = [parameters[at] for at in self._member[self._starts]]
-        modules = dict(zip(range(self.count)[self.spans["module"]], order["module"], strict=True))
         self.keys: Mapping[str, NDArray[Any]] = {
             "group": np.array([each.group for each in first], np.int64),
             "group_name": strings([each.group_name for each in first]),
             "parameter": strings([each.name for each in first]),
-            "module": strings([modules.get(at, "") for at in range(self.count)]),
+            "module": strings([module_of(each.name) for each in first]),
             "numel": self.reduced(np.add, np.array([each.numel for each in parameters], np.int64)),
         }
 
@@ -82,12 +83,6 @@ class Levels:
         """Pairs of each parameter in use and each row that it is in: two arrays (pairs,)."""
         taken = use[self._member]
         return self._member[taken], self._label[taken]
-
-
-def _key(level: Level, at: int, each: Parameter) -> Any:
-    """A key that the parameters of one row share."""
-    keys = {"parameter": at, "module": module_of(each.name), "group": each.group, "model": 0}
-    return keys[level]
 
 
 @lru_cache(maxsize=64)

@@ -129,15 +129,13 @@ class Program:
     def table(self, device: torch.device) -> Tensor:
         """All scalars: (rows, scalars), float64; on the host unless one of them is on a device."""
         columns: list[Any] = []
-        numbers = [
-            v for v in self.scalars if not (isinstance(v, Tensor) and v.device.type != "cpu")
-        ]
+        numbers = [value for value in self.scalars if not _is_far(value)]
         near = torch.empty((self.rows, len(numbers)), dtype=torch.float64, device="cpu")
         columns_of = near.numpy()  # faster than writing through torch
         for at, value in enumerate(numbers):
             is_tensor = isinstance(value, Tensor)
-            columns_of[:, at] = value.detach().numpy().reshape(-1) if is_tensor else float(value)
-        if device.type == "cpu" or not any(map(_is_far, self.scalars)):
+            columns_of[:, at] = value.detach().numpy().reshape(-1) if is_tensor else value
+        if device.type == "cpu" or len(numbers) == len(self.scalars):
             return near
         sent = iter(to_device(near, device).unbind(1))
         for value in self.scalars:
@@ -196,6 +194,8 @@ class Symbol:
         """Record an operation instead of computing it."""
         kwargs = kwargs or {}
         name = func.__name__
+        if name.startswith("__"):  # of an operator; `add_` is not `add`
+            name = name[2:-2]
         if name not in _EMITTERS:
             raise UnknownOperationError(name)
         program = next(each.program for each in (*args, *kwargs.values()) if type(each) is Symbol)
@@ -238,10 +238,6 @@ def _add(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
     if name == "rsub":
         left, right, name = right, left, "sub"
     return program.emit(name, (left, right))
-
-
-def _rsub(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
-    return _add(program, "rsub", args, kwargs)
 
 
 def _rdiv(program: Program, _: str, args: Any, kwargs: Any) -> Symbol:
@@ -296,13 +292,13 @@ def _clamp(program: Program, name: str, args: Any, kwargs: Any) -> Symbol:
 
 
 def _compare(program: Program, name: str, args: Any, _: Any) -> Symbol:
-    return program.emit(name.strip("_"), [_number(arg) for arg in args], BOOL)
+    return program.emit(name, [_number(arg) for arg in args], BOOL)
 
 
 def _logic(program: Program, name: str, args: Any, _: Any) -> Symbol:
     if any(not isinstance(arg, Symbol) or arg.kind != BOOL for arg in args):
         raise UnknownOperationError(f"{name} of values that are not conditions on elements")
-    name = name.strip("_").removeprefix("bitwise_").removeprefix("logical_")
+    name = name.removeprefix("bitwise_").removeprefix("logical_")
     return program.emit("not" if name == "invert" else name, args, BOOL)
 
 
@@ -355,7 +351,7 @@ def _filled(program: Program, name: str, args: Any, _: Any) -> Symbol:
 
 
 _CONVERTED = {"float": torch.float32, "double": torch.float64, "bool": torch.bool}
-_SAME = ("alias", "detach", "expand", "clone", "contiguous", "reshape", "view")
+_SAME = ("detach", "expand", "clone", "contiguous", "reshape", "view")
 _RENAMED = {"maximum": "max", "minimum": "min", "absolute": "abs", "sgn": "sign"}
 _EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     **dict.fromkeys(("add", "sub", "rsub"), _add),
@@ -366,7 +362,8 @@ _EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
         ),
         _plain,
     ),
-    "div": _div,
+    **dict.fromkeys(("div", "truediv", "true_divide"), _div),
+    **dict.fromkeys(("rdiv", "rtruediv"), _rdiv),
     "pow": _pow,
     "square": _square,
     "rsqrt": _rsqrt,
@@ -376,19 +373,17 @@ _EMITTERS: Mapping[str, Callable[[Program, str, Any, Any], Symbol]] = {
     **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne"), _compare),
     "where": _where,
     **dict.fromkeys(
-        ("bitwise_and", "logical_and", "bitwise_or", "logical_or", "bitwise_not", "logical_not"),
+        (
+            *("and", "or", "invert", "bitwise_and", "bitwise_or", "bitwise_not"),
+            *("logical_and", "logical_or", "logical_not"),
+        ),
         _logic,
     ),
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(("to", "float", "double", "bool"), _to),
     **dict.fromkeys(("ones_like", "zeros_like", "full_like"), _filled),
-    **dict.fromkeys(("__rsub__", "rsub"), _rsub),
-    **dict.fromkeys(("__rdiv__", "__rtruediv__"), _rdiv),
-    "true_divide": _div,
-    "__eq__": _compare,
-    **dict.fromkeys(("__and__", "__or__", "__invert__"), _logic),
 }
-"""Name of a torch function or method to the function that records it."""
+"""Name of a torch function, method or operator to the function that records it."""
 
 
 def _method(name: str) -> Callable[..., Symbol]:
@@ -405,16 +400,13 @@ def _reflected(name: str) -> Callable[..., Symbol]:
     return lambda self, other: emitter(self.program, name, (other, self), {})
 
 
+_OPERATORS = (
+    *("add", "sub", "mul", "truediv", "pow", "neg", "abs", "gt", "lt", "ge", "le", "eq", "ne"),
+    *("and", "or", "invert"),
+)
 for _name in _EMITTERS:
-    setattr(Symbol, _name.strip("_"), _method(_name))
-for _sign, _name in {
-    **{each: each for each in ("add", "sub", "mul", "pow", "neg", "abs")},
-    **{each: each for each in ("gt", "lt", "ge", "le", "eq", "ne")},
-    "truediv": "div",
-    "and": "bitwise_and",
-    "or": "bitwise_or",
-    "invert": "bitwise_not",
-}.items():
-    setattr(Symbol, f"__{_sign}__", _method(_name))
-for _name in ("add", "sub", "mul", "div"):
-    setattr(Symbol, f"__r{'truediv' if _name == 'div' else _name}__", _reflected(_name))
+    setattr(Symbol, _name, _method(_name))
+for _name in _OPERATORS:
+    setattr(Symbol, f"__{_name}__", _method(_name))
+for _name in ("add", "sub", "mul", "truediv"):
+    setattr(Symbol, f"__r{_name}__", _reflected(_name))

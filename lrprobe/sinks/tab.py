@@ -87,29 +87,6 @@ class TabTensors:
             attempt_id: distinguishes the attempts to record the run.
         """
         self._add_run(summary, record, attempt_id)
-        self._add_table(summary, record, plan, merged, attempt_id)
-
-    def _add_run(self, summary: Any, record: Record, attempt_id: str) -> None:
-        """Add the description of the run if it differs from the last one."""
-        known, text = self._runs.get(record.optimizer, ({}, ""))
-        if known is record.run:
-            return
-        latest = to_json(record.run)
-        self._runs[record.optimizer] = record.run, latest
-        if latest == text:
-            return
-        about = {"version": _VERSION, "sink": attempt_id, "optimizer": record.optimizer}
-        tag = f"{self._prefix}lrprobe/run/{clean(record.optimizer)}/{attempt_id}"
-        add_text(summary, tag, latest, RUN_PLUGIN, json.dumps(about).encode())
-
-    def _add_table(
-        self,
-        summary: Any,
-        record: Record,
-        plan: Plan,
-        merged: list[MergedRows] | None,
-        attempt_id: str,
-    ) -> None:
         level, table = _rows(record, plan, merged)
         columns = [
             name
@@ -141,6 +118,19 @@ class TabTensors:
         value.tensor.CopyFrom(
             TensorProto(dtype="DT_FLOAT", tensor_shape=shape, tensor_content=matrix.tobytes())
         )
+
+    def _add_run(self, summary: Any, record: Record, attempt_id: str) -> None:
+        """Add the description of the run if it differs from the last one."""
+        known, text = self._runs.get(record.optimizer, ({}, ""))
+        if known is record.run:
+            return
+        latest = to_json(record.run)
+        self._runs[record.optimizer] = record.run, latest
+        if latest == text:
+            return
+        about = {"version": _VERSION, "sink": attempt_id, "optimizer": record.optimizer}
+        tag = f"{self._prefix}lrprobe/run/{clean(record.optimizer)}/{attempt_id}"
+        add_text(summary, tag, latest, RUN_PLUGIN, json.dumps(about).encode())
 
 
 def add_text(summary: Any, tag: str, text: str, plugin: str, content: bytes = b"") -> None:

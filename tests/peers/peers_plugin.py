@@ -12,16 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from peers_watch import Watch, declare_operators
+from peers_watch import Watch, declare_operators, seed_all
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,9 +55,7 @@ class Peers:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """Around a test with its fixtures."""
         seed = int.from_bytes(hashlib.sha256(item.nodeid.encode()).digest()[:4], "big")
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - what other suites draw from
-        torch.manual_seed(seed)
+        seed_all(seed)
         self.outcome, self.why = "passed", ""
         self.watch.begin()
         start = time.process_time()

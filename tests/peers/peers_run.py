@@ -74,6 +74,19 @@ def unpacked(suite: Suite) -> Path:
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
+def environment(*paths: Path, **more: str) -> dict[str, str]:
+    """Of a process in which nothing but a probe may differ; ``paths`` can be imported there."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, ROOT, *paths))),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+
+
 def run(suite: Suite, source: Path, kind: str, *options: str) -> dict[str, dict[str, Any]]:
     """Test to what the plugin wrote of it."""
     found = BUILD / f"{suite.package}.{kind}.jsonl"
@@ -82,21 +95,12 @@ def run(suite: Suite, source: Path, kind: str, *options: str) -> dict[str, dict[
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]
     command += ["--timeout=300"]
     command += [*suite.options, *options]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE, ROOT, source))),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONHASHSEED": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TORCH_DEVICE": "cpu",  # timm
-        "HF_HUB_OFFLINE": "1",
-    }
     with (BUILD / f"{suite.package}.{kind}.log").open("w") as log:
         try:
             subprocess.run(
                 command,
                 cwd=source,
-                env=environment,
+                env=environment(source, TORCH_DEVICE="cpu"),  # timm
                 stdout=log,
                 stderr=log,
                 timeout=LIMIT,
@@ -120,7 +124,7 @@ def compared(suite: Suite) -> dict[str, Any]:
     else:
         unstable = []
     both = [(bare[test], probed[test]) for test in bare if test in probed]
-    said = [text for _, about in both for text in about["warnings"]]
+    warned = [text for _, about in both for text in about["warnings"]]
     seconds = [sum(about["seconds"] for about in each) for each in zip(*both, strict=True)]
     measured: Counter[str] = Counter()
     for _, about in both:
@@ -134,12 +138,17 @@ def compared(suite: Suite) -> dict[str, Any]:
         "differing": [test for test in differing if test not in unstable],
         "unstable": unstable,
         "errors": [f"{about['test']}: {text}" for _, about in both for text in about["errors"]],
-        "unruled": sum("has no rule" in text for text in said),
-        "warnings": [text for text in said if "has no rule" not in text],
+        **sorted_warnings(warned),
         "measured": dict(measured),
         "leftovers": [text for _, about in both for text in about["leftovers"]],
         "time": seconds[1] / seconds[0] if both else 0.0,
     }
+
+
+def sorted_warnings(warned: list[str]) -> dict[str, Any]:
+    """How many optimizers have no rule, and the other warnings."""
+    others = [text for text in warned if "has no rule" not in text]
+    return {"unruled": len(warned) - len(others), "warnings": others}
 
 
 def _same(one: dict[str, Any], other: dict[str, Any] | None) -> bool:

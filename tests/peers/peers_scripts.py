@@ -9,7 +9,6 @@ They find random images instead of MNIST and CIFAR-10, since nothing is download
 from __future__ import annotations
 
 import json
-import os
 import random
 import runpy
 import subprocess
@@ -20,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peers_run import BUILD, HERE, ROOT, Suite, table, unpacked
+from peers_run import BUILD, Suite, environment, sorted_warnings, table, unpacked
 
 LIMIT = 600
 """Seconds for one run of a script."""
@@ -77,17 +76,13 @@ SCRIPTS = [
 
 def child(found: Path, probe: bool, script: str, arguments: list[str]) -> None:
     """Run one script in this process, and write what was noted."""
-    import numpy as np
-    import torch
-    from peers_watch import Watch, declare_operators
+    from peers_watch import Watch, declare_operators, seed_all
 
     declare_operators()
     _fake_torchvision()
     watch = Watch(attaches=probe)
     watch.install()
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - what scripts draw from
-    torch.manual_seed(0)
+    seed_all(0)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     why = ""
@@ -162,16 +157,6 @@ def run(script: Script, source: Path, *, probe: bool) -> dict[str, Any]:
         _names(data)
         found = Path(folder, "found.json")
         given = script.arguments.replace("OUT", str(out)).replace("DATA", str(data)).split()
-        paths = map(str, (HERE, ROOT))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONHASHSEED": "0",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "MPLBACKEND": "Agg",
-        }
         command = [sys.executable, __file__, "--child", str(found), str(int(probe))]
         path = source / script.path
         log = BUILD / f"{script.package}-{path.stem}.{'probe' if probe else 'bare'}.log"
@@ -179,7 +164,7 @@ def run(script: Script, source: Path, *, probe: bool) -> dict[str, Any]:
             with log.open("w") as output:
                 subprocess.run(
                     [*command, str(path), *given],
-                    cwd=out, env=environment, stdout=output, stderr=output,
+                    cwd=out, env=environment(MPLBACKEND="Agg"), stdout=output, stderr=output,
                     timeout=LIMIT, check=False,
                 )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -202,15 +187,13 @@ def compared(script: Script) -> dict[str, Any]:
     same = "yes" if _same(bare, probed) else "NO"
     if same == "NO" and not _same(bare, run(script, source, probe=False)):
         same = "unstable without a probe too"
-    said = probed.get("warnings", [])
     return {
         **about,
         "steps": len(bare["steps"]),
         "rows": probed.get("rows", 0),
         "same bits": same,
         "errors": probed.get("errors", []),
-        "unruled": sum("has no rule" in text for text in said),
-        "warnings": [text for text in said if "has no rule" not in text],
+        **sorted_warnings(probed.get("warnings", [])),
         "measured": probed.get("measured", {}),
         "leftovers": probed.get("leftovers", []),
         "time": probed.get("seconds", 0.0) / bare["seconds"],

@@ -197,6 +197,13 @@ def _subclasses(cls: type) -> list[type]:
     return [*direct, *(below for each in direct for below in _subclasses(each))]
 
 
+def seed_all(seed: int) -> None:
+    """Give ``random``, NumPy and torch the same state in each run."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - what other projects draw from
+    torch.manual_seed(seed)
+
+
 def declare_operators() -> None:
     """Have torchvision imported though its operators are built for another torch (CUDA's)."""
     for name in ("nms", "qnms"):
