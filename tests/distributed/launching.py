@@ -29,9 +29,8 @@ def launch(
     """Run cases on that many processes; case to what each rank returned."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", str(count),
-            str(Path(__file__).with_name("ranks.py")), str(folder), *cases,
+            sys.executable, str(Path(__file__).with_name("ranks.py")),
+            str(count), str(folder), *cases,
         ],
         capture_output=True, text=True, timeout=280, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "LRPROBE_ENGINE": engine},

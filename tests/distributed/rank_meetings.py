@@ -158,7 +158,7 @@ def dying(folder: Path) -> None:
     model: Net | nn.Module = net()
     optimizer = OPTIMIZERS["adamw"](model)
     if dist.get_rank():
-        rendezvous.missing_from = lambda _: os._exit(0)  # which torchrun does not mind
+        rendezvous.missing_from = lambda _: os._exit(0)  # which the launcher does not mind
     probe, took, told = attached(optimizer, model)
     assert probe is not None
     train(model, optimizer, steps=2)

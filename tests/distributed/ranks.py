@@ -1,11 +1,15 @@
-"""What the ranks of these tests do, run by torchrun.
+"""What the ranks of these tests do: python tests/distributed/ranks.py COUNT FOLDER CASE...
 
-torchrun --nproc-per-node 2 tests/distributed/ranks.py FOLDER CASE...
+They are forks of one process: importing torch once is enough, which is a third of what such a test
+takes under torchrun. An example and the tests with other packages do run under it.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import socket
 import sys
 import traceback
 import warnings
@@ -13,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401 - which the first step would do, in each rank
 import torch.distributed as dist
 from rank_cases import (
     added,
@@ -56,8 +61,8 @@ for case in (
 CASES |= {case.__name__: case for case in MEETINGS}
 
 
-def main(folder: Path, names: list[str]) -> None:
-    dist.init_process_group("gloo")
+def run(names: list[str], folder: Path) -> None:
+    """The cases, on this rank."""
     CASES["resumed"] = lambda: resumed(folder)
     CASES["dying"] = lambda: dying(folder)
     CASES["killed"] = lambda: killed(folder)
@@ -71,6 +76,39 @@ def main(folder: Path, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
+def main(count: int, folder: Path, names: list[str]) -> int:
+    """Fork the ranks; the first that fails ends all. Returns the status of the process."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4 * count)
+    port = listener.getsockname()[1]
+    running = set()
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            listener.close()
+            store = dist.TCPStore("127.0.0.1", port, is_master=False)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+            run(names, folder)
+            return 0
+        running.add(child)
+    # This process serves it, so that it is there until the last rank has ended.
+    served = listener.detach()
+    _store = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=served,
+    )
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        if status:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), sys.argv[2:])
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
