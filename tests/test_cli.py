@@ -368,6 +368,14 @@ def test_a_missing_package_is_named(folder: Path, missing: str, command: str) ->
     assert "Traceback" not in done.stderr
 
 
+def test_demo_is_run_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lrprobe demo` is what examples/demo.py runs, with its epochs and folder."""
+    calls = []
+    monkeypatch.setattr("lrprobe.demo.main", lambda *given: calls.append(given))
+    assert main(["demo", "--epochs", "20", "--out", "out"]) == 0
+    assert calls == [(20, Path("out"))]
+
+
 def test_importing_lrprobe_imports_no_optional_package() -> None:
     """Nor does the command, nor looking for findings; that tqdm is imported is torch's doing."""
     program = (

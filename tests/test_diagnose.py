@@ -1,8 +1,6 @@
 """lrprobe.diagnose finds each fault in a run that has it, and nothing in runs that are healthy."""
 
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +162,7 @@ SCHEDULES: dict[str, Callable[[optim.Optimizer], Any] | None] = {
 }
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.sampled
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", USUAL)
@@ -222,29 +221,6 @@ def test_norms_and_biases_without_gradient_are_healthy() -> None:
     assert lrprobe.diagnose(frame).findings == ()
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demo leaves."""
-    folder = tmp_path_factory.mktemp("demo")
-    call = [sys.executable, "-m", "lrprobe", "demo", "--epochs", "20", "--out", "out"]
-    subprocess.run(call, check=True, capture_output=True, cwd=folder)
-    return folder / "out"
-
-
-def test_the_demo_is_healthy(demo: Path) -> None:
-    """Its three runs, alone, together, and from TensorBoard; and it leaves a report."""
-    assert "adadelta, adam, sgd" in (demo / "report.html").read_text(encoding="utf-8")
-    paths = [demo / f"{name}.parquet" for name in ("adadelta", "adam", "sgd")]
-    for path in paths:
-        assert lrprobe.diagnose(lrprobe.read(path)).findings == ()
-        assert lrprobe.diagnose(lrprobe.read(path, by="module")).findings == ()
-    together = lrprobe.diagnose(lrprobe.read(*paths))
-    assert together.findings == ()
-    assert {each.run for each in together.notes} == {"adadelta"}
-    for name in ("adadelta", "adam", "sgd"):
-        assert lrprobe.diagnose(lrprobe.read(demo / "tensorboard" / name)).findings == ()
-
-
 # --- Each finding ----------------------------------------------------------------------------
 
 
@@ -281,6 +257,7 @@ def test_a_subclass_that_steps_otherwise_is_unexplained() -> None:
     assert findings[0].numbers["error"] == pytest.approx(0.1, rel=0.05)
 
 
+@pytest.mark.usefixtures("eager")
 def test_torchs_own_bug_is_found() -> None:
     """torch 2.13's fused bfloat16 SGD leaves parameters unmoved (pytorch#191763)."""
     model = net().to(torch.bfloat16)

@@ -12,6 +12,8 @@ import lrprobe
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["hidden1", "hidden2", "output"]
+STEPS = [1, *range(10, 281, 10)]
+"""Of the demo: 14 an epoch."""
 
 
 def run(script: str, *arguments: str, cwd: Path) -> str:
@@ -26,9 +28,9 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder where two epochs of the demo ran, and what it printed."""
+    """The folder where 20 epochs of the demo ran, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run("examples/demo.py", "--epochs", "2", "--out", "out", cwd=folder)
+    return folder, run("examples/demo.py", "--epochs", "20", "--out", "out", cwd=folder)
 
 
 def test_demo_leaves_a_dataset_of_each_run(demo: tuple[Path, str]) -> None:
@@ -36,7 +38,7 @@ def test_demo_leaves_a_dataset_of_each_run(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     for name in ("adadelta", "adam", "sgd"):
         frame = pd.read_parquet(folder / "out" / f"{name}.parquet")
-        assert frame["step"].unique().tolist() == [1, 10, 20]
+        assert frame["step"].unique().tolist() == STEPS
         assert set(frame["rule"]) == {name}
         assert set(frame["parameter"]) == {f"{x}.{y}" for x in LAYERS for y in ("weight", "bias")}
         assert frame["reconstruction_error"].max() < 1e-4
@@ -55,7 +57,7 @@ def test_demo_leaves_a_logdir_that_reads_back(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     for name in ("adadelta", "adam", "sgd"):
         frame = lrprobe.read(folder / "out" / "tensorboard" / name)
-        assert frame["step"].unique().tolist() == [1, 10, 20]
+        assert frame["step"].unique().tolist() == STEPS
         assert frame["effective_lr_p50"].notna().all()
 
 
@@ -68,6 +70,22 @@ def test_demo_leaves_a_picture_and_says_where_everything_is(demo: tuple[Path, st
     assert (folder / "out" / "effective_lr.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_demo_is_healthy(demo: tuple[Path, str]) -> None:
+    """Its three runs, alone, together, and from TensorBoard; and it leaves a report."""
+    out = demo[0] / "out"
+    assert "adadelta, adam, sgd" in (out / "report.html").read_text(encoding="utf-8")
+    paths = [out / f"{name}.parquet" for name in ("adadelta", "adam", "sgd")]
+    for path in paths:
+        assert lrprobe.diagnose(lrprobe.read(path)).findings == ()
+        assert lrprobe.diagnose(lrprobe.read(path, by="module")).findings == ()
+    together = lrprobe.diagnose(lrprobe.read(*paths))
+    assert together.findings == ()
+    assert {each.run for each in together.notes} == {"adadelta"}
+    for name in ("adadelta", "adam", "sgd"):
+        assert lrprobe.diagnose(lrprobe.read(out / "tensorboard" / name)).findings == ()
+
+
+@pytest.mark.slow
 def test_a_sharded_training_has_one_record(tmp_path: Path) -> None:
     """Two ranks hold half of the elements each; the dataset has whole parameters."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
