@@ -34,6 +34,7 @@ class Watch(TorchDispatchMode):
         self.peak = 0
         self._known = {StorageWeakRef(t.untyped_storage()) for t in known}
         self._alive: dict[StorageWeakRef, int] = {}
+        self._most = 0  # bytes of these, with some that are gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -43,9 +44,12 @@ class Watch(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
                 if reference not in self._known:
+                    self._most += storage.nbytes() - self._alive.get(reference, 0)
                     self._alive[reference] = storage.nbytes()
-        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
+        if self._most > self.peak:
+            self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+            self._most = sum(self._alive.values())
+            self.peak = max(self.peak, self._most)
         return result
 
 
