@@ -71,6 +71,7 @@ SPARSE = [case for case in one_per_class() if case.sparse]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager")  # a rule is judged in float64 either way
 @pytest.mark.parametrize("case", [*ROUNDED, *SPARSE], ids=lambda case: case.id)
 def test_a_thousand_steps_cost_no_right_rule(case: Case) -> None:
     """Rates from 1e-2 to 1e-8, float32 parameters near 1 and near 1e3: none becomes measured."""
