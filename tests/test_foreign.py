@@ -58,6 +58,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", CASES)
 def test_the_rules_take_keras_conventions(name: str) -> None:
     """ε in its place, a velocity for a buffer and a decay of every optimizer; all explained."""
@@ -91,6 +92,7 @@ def test_the_rules_take_keras_conventions(name: str) -> None:
     assert probe.frame(by="module")["module"].unique().tolist() == ["net/dense"]
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_velocity_without_a_rate_moves_nothing() -> None:
     """lr = 0 before anything moved: the step is 0, not NaN, and nothing has a rate."""
     cls = type("SGD", (StandIn,), {"__module__": "keras"})

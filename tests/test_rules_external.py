@@ -117,6 +117,7 @@ def test_inspect_step_measures_by_the_gradient_that_was_given() -> None:
     np.testing.assert_allclose(view.effective_lr, [0.45 / 4, 0.7 / 8], rtol=1e-12)
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_rule_may_allow_for_rounded_state() -> None:
     """A parameter stays with its rule while the error is below the rule's own tolerance."""
 
