@@ -246,6 +246,7 @@ def test_optimizer_in_backward() -> None:
     assert frame.loc[frame["step"] > 1, "samples"].eq(16).all()  # NaN before it is known
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_recorded_by_inductor_too() -> None:
     """With Inductor, a compiled optimizer step has the bits it has without a probe."""
     ends = []
@@ -429,6 +430,7 @@ def test_optimizers_nobody_knows_are_measured(kind: Any, dtype: torch.dtype) -> 
     assert re.search(f"{kind.__name__} has no rule.*register_rule", message)
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_rule_survives_stochastic_rounding() -> None:
     """AdamW that rounds bf16 parameters at random is still AdamW: no parameter is given up."""
     param = nn.Parameter(torch.randn(3000, generator=torch.Generator().manual_seed(7)).bfloat16())
@@ -456,6 +458,7 @@ NEAR_ONE: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NEAR_ONE)
 @pytest.mark.parametrize("numel", [1000, 20_000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
