@@ -14,7 +14,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize(("row", "every"), CASES)
 def test_a_healthy_run_is_not_accused(row: Healthy, every: int, tmp_path: Path) -> None:
     """It has no finding; notes are allowed."""
