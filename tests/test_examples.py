@@ -102,6 +102,7 @@ def test_a_sharded_training_has_one_record(tmp_path: Path) -> None:
     assert re.search(r"rank [01] of 2 held 92,905 of 185,810", done.stdout)
 
 
+@pytest.mark.slow
 def test_lost_updates_are_seen_in_bfloat16_only(tmp_path: Path) -> None:
     """And more of them at the lower rate."""
     rows = [line.split() for line in run("examples/lost_updates.py", cwd=tmp_path).splitlines()]
@@ -110,6 +111,7 @@ def test_lost_updates_are_seen_in_bfloat16_only(tmp_path: Path) -> None:
     assert lost["float32", "0.0001"] < 1
 
 
+@pytest.mark.slow
 def test_documented_answers_are_what_is_measured(tmp_path: Path) -> None:
     """docs/answers_table.md is what docs/measure_answers.py prints, to the rounding of machines."""
     number = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")

@@ -458,7 +458,7 @@ NEAR_ONE: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", NEAR_ONE)
 @pytest.mark.parametrize("numel", [1000, 20_000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -228,7 +228,7 @@ def takes(case: Case) -> bool:
 LOWER = [case for case in RULED if takes(case)]
 
 
-@pytest.mark.sampled(61)
+@pytest.mark.sampled(101)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LOWER, ids=lambda case: case.id)
 def test_the_error_stays_in_the_contract_in_lower_precision(case: Case, dtype: torch.dtype) -> None:

@@ -59,6 +59,7 @@ def test_programs_compile(part: int) -> None:
     assert int(printed.split()[0]) > 10, printed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_launches_do_not_grow() -> None:
     """A recorded step launches at most 60 times, however large the model is."""
