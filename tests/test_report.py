@@ -189,7 +189,7 @@ def many(steps: int, parameters: int) -> pd.DataFrame:
     frame = _FRAMES["both"]
     one = frame[(frame["run"] == "sound") & (frame["parameter"] == "layer.weight")]
     one = one.drop(columns="run").iloc[[10]]
-    large = pd.concat([one] * (steps * parameters), ignore_index=True)
+    large = one.loc[one.index.repeat(steps * parameters)].reset_index(drop=True)
     names = [f"block{i // 2}.{('weight', 'bias')[i % 2]}" for i in range(parameters)]
     return large.assign(
         step=np.repeat(np.arange(1, steps + 1), parameters), parameter=names * steps
