@@ -1,5 +1,6 @@
 """What was recorded comes back from disk as it was."""
 
+import itertools
 import pickle
 import shutil
 import threading
@@ -19,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 import lrprobe
 from lrprobe.read import read
 from lrprobe.record import LEVELS
-from lrprobe.sinks import parquet
+from lrprobe.sinks import parquet, tensorboard
 from lrprobe.sinks.memory import Memory
 from lrprobe.sinks.parquet import Parquet
 from lrprobe.sinks.tensorboard import TensorBoard
@@ -331,8 +332,9 @@ def test_a_large_network_comes_back_per_module(tmp_path):
         read(tmp_path)
 
 
-def test_attempts_of_a_logdir(tmp_path):
+def test_attempts_of_a_logdir(tmp_path, monkeypatch):
     """A run that writes to a logdir again supersedes its earlier steps there, too."""
+    monkeypatch.setattr(tensorboard, "_uid", itertools.count(9))  # its files within a second
     write(TensorBoard(tmp_path), [10, 20, 30])
     write(TensorBoard(tmp_path), [20, 40])
     frame = read(tmp_path).drop_duplicates("step")

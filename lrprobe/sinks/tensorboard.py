@@ -350,7 +350,7 @@ class _EventFile:
         try:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-            name += f".{os.getpid()}.{next(_uid)}.lrprobe"
+            name += f".{os.getpid()}.{next(_uid):06d}.lrprobe"  # read in the order of names
             self._file = Path(self.folder, name).open("xb", buffering=0)  # noqa: SIM115 - close() closes it
             self._size = 0
             self.add(Event(wall_time=time.time(), file_version="brain.Event:2"))
