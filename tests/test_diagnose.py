@@ -190,6 +190,7 @@ def test_sparse_gradients_are_healthy() -> None:
     assert lrprobe.diagnose(probe.frame()).findings == ()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("schedule", ["warm-cosine", "steps", "linear-from-0"])
 @pytest.mark.parametrize("name", ["momentum", "Adam", "AdamW-LM", "Zeiler", "RMSprop"])
 def test_schedules_are_healthy(name: str, schedule: str) -> None:
@@ -291,6 +292,7 @@ def resumed(to: Path, make: Make, *, keep: bool, every: int, step: int | None) -
     return lrprobe.read(to, attempts="all")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("name", ["Adam", "AMSGrad", "Adagrad", "RMSprop", "Adamax"])
 def test_state_lost_at_a_resume(tmp_path: Path, name: str, every: int) -> None:

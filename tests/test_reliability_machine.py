@@ -293,6 +293,7 @@ def test_a_rate_that_is_no_number(kind: str, lr: float, tmp_path: Path) -> None:
     assert lrprobe.read(to[1])["step"].tolist() == [1, 2]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("numel", [9, 5000])
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e30, 3e38, math.inf, math.nan])
