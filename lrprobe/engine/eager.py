@@ -148,8 +148,7 @@ def _block(table: Sequence[Figure], e: Elements, like: Tensor) -> Tensor:
         elif is_elementwise(value):
             number = _over_elements(figure, value, moves if figure.moving else True, moving)
         else:
-            value = value * value if figure.squared else value
-            number = _shared(figure, value, moving if figure.moving else len(like))
+            number = _shared(figure, figure.value(e), moving if figure.moving else len(like))
         same = number.device == like.device
         numbers.append(number if same else to_device_float64(number, like.device))
     return torch.stack(numbers).double()  # counts of a block are exact in float32, too

@@ -45,7 +45,10 @@ class Figure:
     def value(self, e: Elements) -> Any:
         """What is reduced."""
         value = self.of(e)
-        return value * value if self.squared and value is not None else value
+        if not self.squared or value is None:
+            return value
+        value = value.double() if isinstance(value, Tensor) else value  # a scalar, maybe float32
+        return value * value
 
 
 class Elements:
@@ -300,7 +303,7 @@ def _log_rate(e: Elements) -> Any:
     if e.rate is None:
         return None
     low, high = e.extremes
-    if low is not high and low.numpy() > 1e-15 and high.numpy() < 1e15 and len(e.rate) % 2 == 0:
+    if low is not high and low.numpy() > 1e-15 and high.numpy() < 1e15 and len(e.rate) % 4 == 0:
         left, right = e.rate.chunk(2)
         return (left * right).log2()  # half as many logarithms, with the same sum
     size: Any = as_tensor(e.rate).abs()
