@@ -62,26 +62,35 @@ class RateCounts:
     seen: int = 0
 
 
-def count_rates(rate: Tensor, moves: Tensor, counts: RateCounts | None) -> RateCounts:
-    """Count the rates of the elements that move, and add them to earlier counts."""
+def count_rates(rate: Tensor, moves: Any, counts: RateCounts | None) -> RateCounts:
+    """Count the rates of the elements that move, and add them to earlier counts.
+
+    ``moves`` is True if all elements move.
+    """
     host = rate.device.type == "cpu"
     if counts is None:
         counts = RateCounts(torch.zeros(BINS, dtype=torch.int64, device=rate.device))
     weight = 1
     if host:
-        seen, counts.seen = counts.seen, counts.seen + int(moves.sum().numpy())
+        seen = counts.seen
+        counts.seen += len(rate) if moves is True else int(moves.sum().numpy())
         if seen >= EXACT:
-            at = torch.arange(0, len(rate) - STRIDE, STRIDE)
-            at += at // STRIDE % STRIDE
-            rate, moves, weight = rate[at], moves[at], STRIDE
+            rate, moves, weight = _thinned(rate), moves is True or _thinned(moves), STRIDE
     bits = rate.to(torch.float32).contiguous().view(torch.int32)
     at = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) + ZERO
     if host:
-        found = torch.bincount(torch.where(moves, at, BINS), minlength=BINS + 1)[:BINS]
-        counts.table += found * weight
+        at = at if moves is True else torch.where(moves, at, BINS)
+        counts.table.add_(torch.bincount(at, minlength=BINS + 1)[:BINS], alpha=weight)
     else:  # `bincount` would wait for the device
         counts.table.index_add_(0, at.long(), moves.long())
     return counts
+
+
+def _thinned(values: Tensor) -> Tensor:
+    """One value in ``STRIDE``."""
+    period = STRIDE * STRIDE
+    whole = len(values) // period * period
+    return values[:whole].view(-1, period)[:, :: STRIDE + 1].reshape(-1)
 
 
 def fold(table: Tensor) -> Tensor:

@@ -16,8 +16,11 @@ from lrprobe.engine.figures import Elements, Figure, is_elementwise
 from lrprobe.engine.pieces import At, precision, read
 from lrprobe.rules.base import Entry, Rule, Slice, SparseRows, Whole, to_device_float64
 
-BLOCK = 1 << 17
-"""Elements processed at once: few enough that all intermediate results stay in cache."""
+BLOCK = 1 << 18
+"""Elements processed at once: few, because each intermediate result takes memory."""
+
+_EXACT = 1 << 17
+"""Elements of a piece up to which it is computed in float64."""
 
 
 def slice_of(
@@ -70,7 +73,7 @@ def slices(
 def add_whole_statistics(entry: Entry, group: Mapping[str, Any], rule: Rule) -> None:
     """Add what ``Rule.whole`` computes to the entry's state."""
     if rule.whole is not None:
-        exact = torch.float64 if entry.param.numel() <= BLOCK else precision(entry.param)
+        exact = torch.float64 if entry.param.numel() <= _EXACT else precision(entry.param)
         made = Whole(entry, group, lambda: slices(entry, group, exact))
         entry.add(rule.whole(made))
 
@@ -100,7 +103,7 @@ def figures(
     if dtype is not None:
         return _figures(table, entry, group, rule, rates=rates, dtype=dtype, old=old)
     fast = precision(entry.param)
-    if entry.param.numel() <= BLOCK or entry.param.device.type != "cpu":
+    if entry.param.numel() <= _EXACT or entry.param.device.type != "cpu":
         fast = torch.float64
     found = _figures(table, entry, group, rule, rates=rates, dtype=fast, old=old)
     if fast is torch.float32 and not _is_sound(table, found[0]):
@@ -120,11 +123,10 @@ def _figures(
 ) -> tuple[Tensor, RateCounts | None]:
     blocks: list[Tensor] = []
     counts: RateCounts | None = None
-    constants: dict[int, Tensor] = {}
     device = entry.param.device
     for s in slices(entry, group, dtype, old):
         e = Elements(s, rule)
-        blocks.append(_block(table, e, s.param, constants))
+        blocks.append(_block(table, e, s.param))
         if rates:
             counts = _counted(e, counts)
     if not blocks:
@@ -134,38 +136,63 @@ def _figures(
     return torch.stack(columns).to(device), counts
 
 
-def _block(
-    table: Sequence[Figure], e: Elements, like: Tensor, constants: dict[int, Tensor]
-) -> Tensor:
+def _block(table: Sequence[Figure], e: Elements, like: Tensor) -> Tensor:
     """The table's figures of one block."""
     numbers = []
-    moving = None if e.moves is None else e.moves.sum().double()
+    moves: Any = e.moves if any(figure.moving for figure in table) else True
+    moving: Any = len(like) if moves is True or moves is None else torch.count_nonzero(moves)
     for figure in table:
         value = figure.of(e)
         if value is None:
-            number = constants.setdefault(-1, torch.full((), torch.nan, dtype=torch.float64))
+            number = _NAN
         elif is_elementwise(value):
-            number = _over_elements(figure, value, e)
+            number = _over_elements(figure, value, moves if figure.moving else True, moving)
         else:
-            number = _shared(figure, value, like.numel() if not figure.moving else moving)
-        numbers.append(to_device_float64(number, like.device))
-    return torch.stack(numbers)
+            number = _shared(figure, figure.value(e), moving if figure.moving else len(like))
+        same = number.device == like.device
+        numbers.append(number if same else to_device_float64(number, like.device))
+    return torch.stack(numbers).double()  # counts of a block are exact in float32, too
 
 
-def _over_elements(figure: Figure, value: Tensor, e: Elements) -> Tensor:
-    if figure.merge == "sum":
-        if figure.moving:
-            value = value & e.moves if value.dtype == torch.bool else value.where(e.moves, 0)
-        return value.sum() if value.dtype == torch.bool else value.sum(dtype=torch.float64)
-    if figure.merge == "min":
-        return value.where(e.moves, torch.inf).amin()
-    return value.where(e.moves, -torch.inf).amax()
+_NAN = torch.tensor(torch.nan, dtype=torch.float64, device="cpu")
 
 
-def _shared(figure: Figure, value: Any, count: Any) -> Tensor:
+def _over_elements(figure: Figure, value: Tensor, chosen: Any, count: Any) -> Tensor:
+    """The figure of the chosen elements, of which there are ``count``; True chooses all."""
+    if value.dtype == torch.bool:
+        return torch.count_nonzero(value if chosen is True else value & chosen)
+    nothing = {"sum": 0, "min": torch.inf, "max": -torch.inf}[figure.merge]
+    kept = value if chosen is True else value.where(chosen, nothing)  # slow on a CPU
+    if figure.merge != "sum":
+        return kept.amin() if figure.merge == "min" else kept.amax()
+    if not figure.squared:
+        return kept.sum()
+    if figure.name != "rate_square" or value.dtype == torch.float64:
+        return _sum_of_squares(kept)
+    # Their variance is a small difference of large squares, so it is computed first.
+    total = kept.sum().double()
+    mean = total / count if chosen is True else total / count.clamp(min=1)
+    apart = value - mean
+    apart = apart if chosen is True else apart.where(chosen, 0)
+    return _sum_of_squares(apart).double().add(total * mean)
+
+
+def _sum_of_squares(value: Tensor) -> Tensor:
+    """Row by row, because the error of a norm in float32 grows with the number of elements."""
+    if value.dtype == torch.float64 or len(value) % _ROW:
+        return value.mul(value).sum()
+    norms: Tensor = torch.linalg.vector_norm(value.view(-1, _ROW), dim=1)
+    return norms.double().square().sum()
+
+
+_ROW = 1024
+
+
+def _shared(figure: Figure, value: Any, count: Any) -> Any:
     """The figure of ``count`` elements that all share one value."""
     value = torch.as_tensor(value, dtype=torch.float64).reshape(())
-    count = torch.as_tensor(count, dtype=torch.float64)
+    if isinstance(count, int):
+        return value * count if figure.merge == "sum" else value
     device = count.device if value.device.type == "cpu" else value.device
     value, count = to_device_float64(value, device), to_device_float64(count, device)
     if figure.merge == "sum":
@@ -190,7 +217,7 @@ def _counted(e: Elements, counts: RateCounts | None) -> RateCounts | None:
     return counts
 
 
-_SQUARES = ("direction_square", "moved_square", "param_square", "grad_square")
+_SQUARES = ("rate_square", "direction_square", "moved_square", "param_square", "grad_square")
 
 
 def _is_sound(table: Sequence[Figure], found: Tensor) -> bool:
@@ -209,7 +236,7 @@ def _empty(
         s = slice_of(entry, group, slice(0, 0), torch.float64)
         e = Elements(s, rule)
     for figure in table:
-        value = None if e is None else figure.of(e)
+        value = None if e is None else figure.value(e)
         start = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[figure.merge]
         if e is not None and value is None:
             start = torch.nan

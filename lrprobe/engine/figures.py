@@ -7,6 +7,7 @@ blocks, pieces, parameters, modules and ranks all merge the same way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,12 +33,22 @@ class Figure:
             is none.
         merge: the reduction over elements, pieces, parameters and ranks.
         moving: whether only elements that move count.
+        squared: whether the squares of the values are reduced.
     """
 
     name: str
     of: Callable[[Elements], Any]
     merge: Literal["sum", "min", "max"] = "sum"
     moving: bool = False
+    squared: bool = False
+
+    def value(self, e: Elements) -> Any:
+        """What is reduced."""
+        value = self.of(e)
+        if not self.squared or value is None:
+            return value
+        value = value.double() if isinstance(value, Tensor) else value  # a scalar, maybe float32
+        return value * value
 
 
 class Elements:
@@ -81,12 +92,6 @@ class Elements:
         return wide(self.rate)
 
     @cached_property
-    def exact_rate(self) -> Any:
-        """The rate in float64, because the variance is a difference of nearly equal squares."""
-        rate = self.wide_rate
-        return rate.double() if isinstance(rate, Tensor) else rate
-
-    @cached_property
     def direction(self) -> Any:
         """What the rate multiplies."""
         return None if self._update is None else wide(self._update.direction)
@@ -94,7 +99,17 @@ class Elements:
     @cached_property
     def moves(self) -> Any:
         """Whether an element moves: its direction is not exactly 0."""
-        return None if self._update is None else self._update.direction != 0
+        if self._update is None:
+            return None
+        direction = self._update.direction
+        return True if _has_no_zero(direction) else direction != 0
+
+    @cached_property
+    def extremes(self) -> tuple[Any, Any]:
+        """The smallest and the largest rate, if all elements move and can be looked at."""
+        if self.moves is True and _on_host(self.rate):
+            return torch.aminmax(self.rate)
+        return self.rate, self.rate
 
     @cached_property
     def moved(self) -> Any:
@@ -133,13 +148,23 @@ class Elements:
         if self._update is None or self._update.eps is None:
             return None
         statistic, eps = self._update.eps
+        if _on_host(statistic) and (statistic.amin() > eps).numpy():
+            return False
         return statistic <= eps
+
+    @property
+    def zeros(self) -> Any:
+        """Whether the gradient is 0."""
+        return False if _has_no_zero(self.raw_grad) else self.raw_grad == 0
 
     @cached_property
     def nonfinite(self) -> Any:
         """Whether parameter, gradient or a state entry is NaN or infinite."""
         found: Any = None
-        for tensor in (self._s.param, self._s.grad, *map(self._s.__getitem__, self._s.states)):
+        tensors = self._s.param, self._s.grad, *map(self._s.__getitem__, self._s.states)
+        if _on_host(tensors[0]) and all(math.isfinite(t.sum().numpy()) for t in tensors):
+            return False
+        for tensor in tensors:
             real = isinstance(tensor, Symbol) or tensor.dtype != torch.float64
             largest = torch.finfo(torch.float32 if real else torch.float64).max
             bad = (tensor.abs() <= largest).logical_not()
@@ -245,15 +270,17 @@ def ulp(values: Any, dtype: torch.dtype) -> Tensor:
     return power.mul_(info.eps).clamp_(min=smallest)
 
 
+def _on_host(value: Any) -> bool:
+    """Whether elements can be looked at: a device is not waited for, and a symbol has none."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() > 1
+
+
+def _has_no_zero(values: Any) -> bool:
+    """Whether it is seen at once that no element is 0, nor NaN."""
+    return _on_host(values) and bool(values.abs().amin().numpy() > 0)
+
+
 _EXPONENT = 0x7FF << 52  # exponent bits of a float64
-
-
-def _square(name: str) -> Callable[[Elements], Any]:
-    def of(e: Elements) -> Any:
-        value = getattr(e, name)
-        return None if value is None else value * value
-
-    return of
 
 
 def _product(left: str, right: str) -> Callable[[Elements], Any]:
@@ -275,35 +302,36 @@ def _wide(name: str) -> Callable[[Elements], Any]:
 def _log_rate(e: Elements) -> Any:
     if e.rate is None:
         return None
+    low, high = e.extremes
+    if low is not high and low.numpy() > 1e-15 and high.numpy() < 1e15 and len(e.rate) % 4 == 0:
+        left, right = e.rate.chunk(2)
+        return (left * right).log2()  # half as many logarithms, with the same sum
     size: Any = as_tensor(e.rate).abs()
     return size.program.emit("fast_log2", (size,)) if isinstance(size, Symbol) else size.log2()
 
 
 def _state(at: int, which: int) -> Callable[[Elements], Any]:
     def of(e: Elements) -> Any:
-        if at >= len(e.states):
-            return None
-        value = e.states[at][which]
-        return value * value
+        return e.states[at][which] if at < len(e.states) else None
 
     return of
 
 
 FIGURES: tuple[Figure, ...] = (
     Figure("moving", _plain("moves")),
-    Figure("rate", _plain("exact_rate"), moving=True),
-    Figure("rate_square", _square("exact_rate"), moving=True),
+    Figure("rate", _plain("wide_rate"), moving=True),
+    Figure("rate_square", _plain("wide_rate"), moving=True, squared=True),
     Figure("rate_log2", _log_rate, moving=True),
-    Figure("rate_min", _plain("rate"), "min", moving=True),
-    Figure("rate_max", _plain("rate"), "max", moving=True),
+    Figure("rate_min", lambda e: e.extremes[0], "min", moving=True),
+    Figure("rate_max", lambda e: e.extremes[1], "max", moving=True),
     Figure("below_eps", _plain("below_eps"), moving=True),
-    Figure("direction_square", _square("direction")),
-    Figure("moved_square", _square("moved")),
-    Figure("update_square", _square("descent")),
+    Figure("direction_square", _plain("direction"), squared=True),
+    Figure("moved_square", _plain("moved"), squared=True),
+    Figure("update_square", _plain("descent"), squared=True),
     Figure("update_grad", _product("descent", "grad")),
-    Figure("param_square", _square("param")),
-    Figure("grad_square", _square("grad")),
-    Figure("zeros", lambda e: e.raw_grad == 0),
+    Figure("param_square", _plain("param"), squared=True),
+    Figure("grad_square", _plain("grad"), squared=True),
+    Figure("zeros", _plain("zeros")),
     Figure("rms_grad", _wide("rms_grad")),
     Figure("rms_update", _wide("rms_update")),
     Figure("nonfinite", _plain("nonfinite")),
@@ -314,16 +342,16 @@ FIGURES: tuple[Figure, ...] = (
 CHECKS: tuple[Figure, ...] = (
     Figure("checked", lambda _: 1.0),
     Figure("lost", _plain("lost")),
-    Figure("residual", _square("residual")),
-    Figure("intended", _square("change")),
-    Figure("observed", _square("observed")),
+    Figure("residual", _plain("residual"), squared=True),
+    Figure("intended", _plain("change"), squared=True),
+    Figure("observed", _plain("observed"), squared=True),
     Figure("changed", lambda e: e.observed != 0),
-    Figure("sample_grad_square", _square("grad")),
+    Figure("sample_grad_square", _plain("grad"), squared=True),
     Figure("observed_grad", _product("observed", "grad")),
     Figure("persistence", _product("grad", "previous_grad")),
-    Figure("previous_square", _square("previous_grad")),
-    *(Figure(f"state{i}_residual", _state(i, 0)) for i in range(STATES)),
-    *(Figure(f"state{i}_change", _state(i, 1)) for i in range(STATES)),
+    Figure("previous_square", _plain("previous_grad"), squared=True),
+    *(Figure(f"state{i}_residual", _state(i, 0), squared=True) for i in range(STATES)),
+    *(Figure(f"state{i}_change", _state(i, 1), squared=True) for i in range(STATES)),
 )
 """Figures of the check sample, in float64; sums are scaled to all elements."""
 

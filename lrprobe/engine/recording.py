@@ -98,7 +98,7 @@ def _record_into(
     fetch: Any = program.leaf  # symbols stand for the tensors that a rule reads
     s = Slice(entries, group, fetch, memo, kept=names, had=had)
     e = Elements(s, rule)
-    values = [figure.of(e) for figure in table]
+    values = [figure.value(e) for figure in table]
     counted: Any = None
     moves: Any = None
     if rates:
