@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.buffers import SUMS, Arrived
-from lrprobe.engine.distribution import Bins, Floats, constant_bins, histograms, quantiles
+from lrprobe.engine.distribution import Bins, Floats, Ints, constant_bins, histograms, quantiles
 from lrprobe.engine.figures import STATES
 from lrprobe.engine.levels import Bools, Parameter, levels_of, strings
 from lrprobe.record import (
@@ -119,39 +119,83 @@ def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
     return dict(sorted(failed.items()))
 
 
-def record_of(
-    rows: Sequence[Row], rules: Sequence[str], arrived: Arrived, info: StepInfo
-) -> Record:
-    """Create the record of one step.
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a record says about the parameters in one step.
+
+    Attributes:
+        tables: per level, the columns that the figures of the step determine.
+        edges, counts: as in the record.
+        elements: columns of the tracked elements, except those that ``StepInfo`` determines.
+    """
+
+    tables: Mapping[Level, Columns]
+    edges: Sequence[Floats]
+    counts: Sequence[Ints]
+    elements: Columns
+
+
+def summaries_of(
+    rows: Sequence[Row], rules: Sequence[str], arrived: Arrived, steps: int = 1
+) -> list[Summary]:
+    """Summarize some steps of an optimizer.
 
     Args:
         rows: the parameters of the frame.
-        rules: names of their rules during that step.
-        arrived: their figures.
-        info: what the hooks know about the step.
+        rules: names of their rules during these steps.
+        arrived: their figures, step by step: ``steps`` times as many rows.
+        steps: number of steps.
     """
-    summary = _Summary(rows, rules, arrived)
-    values = _columns(summary, info)
-    tables: dict[Level, Columns] = {
-        level: {name: values[name][span] for name in _NAMES[level]}
-        for level, span in summary.levels.spans.items()
-    }
-    known = np.where(summary.stepped, np.arange(len(rows)), -1)
-    edges, counts = histograms(summary.bins.merged(known), len(rows))
+    found = _Figures(rows, rules, arrived, steps)
+    values = _columns(found)
+    known = np.where(found.stepped, np.arange(steps * len(rows)), -1)
+    edges, counts = histograms(found.bins.merged(known), steps * len(rows))
+    elements = _elements(found)  # of the only step, if there are any
+    result = []
+    for k, spans in enumerate(found.levels.spans):
+        tables: dict[Level, Columns] = {
+            level: {name: values[name][span] for name in _FOUND[level]}
+            for level, span in spans.items()
+        }
+        own = slice(k * len(rows), (k + 1) * len(rows))
+        result.append(Summary(tables, edges[own], counts[own], elements))
+    return result
+
+
+def record_of(summary: Summary, info: StepInfo) -> Record:
+    """Create the record of a step."""
     return Record(
         step=info.step,
         time=info.time,
         attempt=info.attempt,
         optimizer=info.optimizer,
-        tables=tables,
-        edges=edges,
-        counts=counts,
-        elements=_elements(summary, info),
+        tables={level: _completed(summary.tables[level], _NAMES[level], info) for level in LEVELS},
+        edges=summary.edges,
+        counts=summary.counts,
+        elements=_completed(summary.elements, ELEMENT_COLUMNS, info),
         run=info.run,
     )
 
 
-_NAMES = {level: tuple(frame_columns(level)) for level in LEVELS}
+def _completed(table: Columns, columns: Mapping[str, str], info: StepInfo) -> Columns:
+    """Add the columns that ``StepInfo`` determines."""
+    count = len(table["parameter"] if "parameter" in columns else table["numel"])
+    known: dict[str, NDArray[Any]] = {
+        "step": np.full(count, info.step, np.int64),
+        "time": np.full(count, info.time),
+        "attempt": np.full(count, info.attempt, np.int64),
+        "optimizer": strings([info.optimizer] * count),
+    }
+    if "stepped" in table:
+        known["samples"] = np.where(table["stepped"], info.samples, np.nan)
+        known["lr_per_sample"] = table["lr"] / known["samples"]
+    return {name: known[name] if name in known else table[name] for name in columns}
+
+
+_OF_INFO = ("step", "time", "attempt", "optimizer", "samples", "lr_per_sample")
+"""Columns that ``StepInfo`` determines."""
+_NAMES = {level: frame_columns(level) for level in LEVELS}
+_FOUND = {level: [name for name in _NAMES[level] if name not in _OF_INFO] for level in LEVELS}
 _AT = {name: at for at, name in enumerate(SUMS)}
 
 _MEASURED = {
@@ -169,17 +213,21 @@ _RULED, _STAND_INS = (
 _SIGNS = np.array([-1.0 if name == "update_grad" else 1.0 for name in _MEASURED])
 
 
-class _Summary:
-    """Figures of the parameters in one step."""
+class _Figures:
+    """Figures of the parameters in some steps; parameter i in step k is k · len(rows) + i."""
 
-    def __init__(self, rows: Sequence[Row], rules: Sequence[str], arrived: Arrived) -> None:
+    def __init__(
+        self, rows: Sequence[Row], rules: Sequence[str], arrived: Arrived, steps: int
+    ) -> None:
         self.rows = rows
         self.arrived = arrived
         failed = (arrived.maximum("failed") > 0).tolist()
-        self.rules = ["measured" if bad else rule for rule, bad in zip(rules, failed, strict=True)]
+        named = zip([*rules] * steps, failed, strict=True)
+        self.rules = ["measured" if bad else rule for rule, bad in named]
         self.measured = np.array([rule == "measured" for rule in self.rules], dtype=np.bool_)
         self.levels = levels_of(
-            tuple([Parameter(row.name, row.group, row.group_name, row.numel) for row in rows])
+            tuple([Parameter(row.name, row.group, row.group_name, row.numel) for row in rows]),
+            steps,
         )
         self.with_grad = arrived.sum("with_grad") > 0
         self.stepped = arrived.sum("pieces") > 0
@@ -194,38 +242,31 @@ class _Summary:
         constant = np.flatnonzero((self.low == self.high) & self.stepped & ~self.measured)
         if not len(constant):
             return self.arrived.bins.scaled(total)
-        others = np.arange(len(self.rows))
+        others = np.arange(len(self.low))
         others[constant] = -1
         shared = constant_bins(constant, self.low[constant], total[constant])
         return Bins.joined([self.arrived.bins.merged(others).scaled(total), shared])
 
 
-def _columns(summary: _Summary, info: StepInfo) -> dict[str, NDArray[Any]]:
-    """All columns, for the rows of all levels."""
+def _columns(summary: _Figures) -> dict[str, NDArray[Any]]:
+    """The columns that figures determine, for the rows of all levels."""
     arrived, levels = summary.arrived, summary.levels
-    count = levels.count
     stepped = levels.reduced(np.logical_or, summary.stepped)
     values: dict[str, NDArray[Any]] = {**levels.keys, **_finished(summary)}
     values["lr"] = levels.same(arrived.maximum("lr"))
     values["initial_lr"] = levels.same(arrived.maximum("initial_lr"))
     values["decay"] = levels.same(np.where(summary.stepped, arrived.maximum("decay"), np.nan))
-    values["samples"] = np.full(count, info.samples)
-    values["lr_per_sample"] = values["lr"] / info.samples
     if not stepped.all():
         for name in FIGURES:
-            if name not in ("lr", "param_norm"):
+            if name not in (*_OF_INFO, "lr", "param_norm"):
                 values[name] = np.where(stepped, values[name], np.nan)
         _add_unused_gradients(summary, values, stepped)
     values["stepped"] = stepped
     values["rule"] = _rules(summary)
-    values["step"] = np.full(count, info.step, np.int64)
-    values["time"] = np.full(count, info.time)
-    values["attempt"] = np.full(count, info.attempt, np.int64)
-    values["optimizer"] = strings([info.optimizer] * count)
     return values
 
 
-def _finished(summary: _Summary) -> dict[str, Floats]:
+def _finished(summary: _Figures) -> dict[str, Floats]:
     """The figures of each row, merged from its parameters."""
     arrived, measured, levels = summary.arrived, summary.measured, summary.levels
     sums = np.where(summary.stepped[:, None], arrived.sums, 0.0)
@@ -298,7 +339,7 @@ def _state_error(summed: Callable[[str], Floats]) -> Floats:
 
 
 def _add_unused_gradients(
-    summary: _Summary, values: dict[str, NDArray[Any]], stepped: Bools
+    summary: _Figures, values: dict[str, NDArray[Any]], stepped: Bools
 ) -> None:
     """Add norm and nonfinite count of unused gradients to rows without a step."""
     if not summary.unused.any():
@@ -311,7 +352,7 @@ def _add_unused_gradients(
     values["nonfinite"] = np.where(some, bad, values["nonfinite"])
 
 
-def _rules(summary: _Summary) -> NDArray[Any]:
+def _rules(summary: _Figures) -> NDArray[Any]:
     """The rule that all parameters of a row share, else ``mixed``."""
     numbers: dict[str, int] = {}
     number = np.array([numbers.setdefault(rule, len(numbers)) for rule in summary.rules], np.int64)
@@ -322,8 +363,10 @@ def _rules(summary: _Summary) -> NDArray[Any]:
     return found
 
 
-def _elements(summary: _Summary, info: StepInfo) -> Columns:
-    pieces: dict[str, list[Any]] = {name: [] for name in ELEMENT_COLUMNS}
+def _elements(summary: _Figures) -> Columns:
+    """The tracked elements of the step; several steps are summarized together only without any."""
+    columns = {name: kind for name, kind in ELEMENT_COLUMNS.items() if name not in _OF_INFO}
+    pieces: dict[str, list[Any]] = {name: [] for name in columns}
     start = 0
     for at, row in enumerate(summary.rows):
         if row.tracked is None:
@@ -336,9 +379,7 @@ def _elements(summary: _Summary, info: StepInfo) -> Columns:
         rate, update, grad, param = values
         if not summary.stepped[at]:
             rate = update = np.full(n, np.nan)
-        constants = (info.step, info.time, info.attempt, info.optimizer)
-        keys = (*constants, row.group, row.group_name, row.name)
-        for name, key in zip(ELEMENT_COLUMNS, keys, strict=False):
+        for name, key in zip(columns, (row.group, row.group_name, row.name), strict=False):
             pieces[name] += [key] * n
         pieces["element"] += row.tracked.tolist()
         for name, column in (
@@ -347,5 +388,5 @@ def _elements(summary: _Summary, info: StepInfo) -> Columns:
             pieces[name] += column.tolist()
     return {
         name: strings(pieces[name]) if kind == "str" else np.array(pieces[name], dtype=kind)
-        for name, kind in ELEMENT_COLUMNS.items()
+        for name, kind in columns.items()
     }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.buffers import MAXIMA, Arrived, Buffers
-from lrprobe.engine.columns import Row, StepInfo, record_of
+from lrprobe.engine.columns import Row, StepInfo, record_of, summaries_of
 from lrprobe.engine.distribution import Bins, unfold
 from lrprobe.record import Record
 
@@ -125,7 +125,8 @@ class StepInFlight:
 
     def record(self) -> Record:
         """Create the record."""
-        return record_of(self.rows, self._rules, self.arrived(), self.info)
+        (summary,) = summaries_of(self.rows, self._rules, self.arrived())
+        return record_of(summary, self.info)
 
     def _cross(self) -> None:
         buffers = self._buffers

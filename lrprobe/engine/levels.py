@@ -26,15 +26,15 @@ class Parameter(NamedTuple):
 
 
 class Levels:
-    """The rows of all levels, concatenated; each row merges one or more parameters.
+    """The rows of all levels, step by step; each row merges one or more parameters of one step.
 
     Attributes:
         count: number of rows.
-        spans: the range of rows of each level.
+        spans: per step, the range of rows of each level.
         keys: columns that do not change from step to step: (count,).
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], steps: int = 1) -> None:
         keys: Mapping[Level, Sequence[Any]] = {  # equal for parameters in one row
             "parameter": range(len(parameters)),
             "module": [module_of(each.name) for each in parameters],
@@ -42,29 +42,37 @@ class Levels:
             "model": [0] * len(parameters),
         }
         labels: list[int] = []
-        self.count = 0
-        self.spans: dict[Level, slice] = {}
+        count = 0
+        spans: dict[Level, tuple[int, int]] = {}
         for level in LEVELS:
             rows: dict[Any, int] = {}
-            labels += [self.count + rows.setdefault(key, len(rows)) for key in keys[level]]
-            self.spans[level] = slice(self.count, self.count + len(rows))
-            self.count += len(rows)
+            labels += [count + rows.setdefault(key, len(rows)) for key in keys[level]]
+            spans[level] = count, count + len(rows)
+            count += len(rows)
         label = np.array(labels, np.int64)
         sorted_ = np.argsort(label, kind="stable")
-        self._label = label[sorted_]
-        self._member = sorted_ % max(len(parameters), 1)
+        member = sorted_ % max(len(parameters), 1)
+        of_step = np.arange(steps)[:, None]
+        self.count = steps * count
+        self.spans: Sequence[Mapping[Level, slice]] = [
+            {level: slice(k * count + a, k * count + b) for level, (a, b) in spans.items()}
+            for k in range(steps)
+        ]
+        self._label = (of_step * count + label[sorted_]).reshape(-1)
+        self._member = (of_step * len(parameters) + member).reshape(-1)
         self._starts = np.searchsorted(self._label, np.arange(self.count))
-        first = [parameters[at] for at in self._member[self._starts]]
+        first = [parameters[at] for at in member[self._starts[:count]]]
+        numel = np.tile(np.array([each.numel for each in parameters], np.int64), steps)
         self.keys: Mapping[str, NDArray[Any]] = {
-            "group": np.array([each.group for each in first], np.int64),
-            "group_name": strings([each.group_name for each in first]),
-            "parameter": strings([each.name for each in first]),
-            "module": strings([module_of(each.name) for each in first]),
-            "numel": self.reduced(np.add, np.array([each.numel for each in parameters], np.int64)),
+            "group": np.tile(np.array([each.group for each in first], np.int64), steps),
+            "group_name": np.tile(strings([each.group_name for each in first]), steps),
+            "parameter": np.tile(strings([each.name for each in first]), steps),
+            "module": np.tile(strings([module_of(each.name) for each in first]), steps),
+            "numel": self.reduced(np.add, numel),
         }
 
     def reduced(self, merge: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
-        """Reduce values of parameters to values of rows: (parameters, ...) to (count, ...)."""
+        """Reduce values to values of rows: (steps · parameters, ...) to (count, ...)."""
         if not self.count:
             return values[:0]
         merged: NDArray[Any] = merge.reduceat(values[self._member], self._starts, axis=0)
@@ -74,7 +82,7 @@ class Levels:
         """The value that the parameters of a row share, ignoring NaN; NaN if they differ.
 
         Args:
-            values: one per parameter.
+            values: one per step and parameter.
         """
         low, high = self.reduced(np.fmin, values), self.reduced(np.fmax, values)
         return np.where(low == high, low, np.nan)
@@ -86,9 +94,9 @@ class Levels:
 
 
 @lru_cache(maxsize=64)
-def levels_of(parameters: tuple[Parameter, ...]) -> Levels:
-    """The rows of these parameters, cached."""
-    return Levels(parameters)
+def levels_of(parameters: tuple[Parameter, ...], steps: int) -> Levels:
+    """The rows of these parameters in so many steps, cached."""
+    return Levels(parameters, steps)
 
 
 def strings(values: Sequence[str]) -> NDArray[Any]:
