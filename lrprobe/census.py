@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lrprobe.engine.pieces import host_value
+
 if TYPE_CHECKING:
     from lrprobe.hooks import Hooks
     from lrprobe.watching import Watching
 
-_COUNTED = 64
+_COUNTED = 16
 """Parameters whose step count is read per recorded step; the next recorded step reads others."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg", "sum", "exp_inf", "ax", "prev", "row_var")
@@ -151,7 +153,7 @@ class StepCount:
             return
         params = [p for group in optimizer.param_groups for p in group["params"] if id(p) in before]
         found = getattr(optimizer, "found_inf", None)  # a fused step that a scaler may skip
-        may_skip = found is not None and (found.device.type != "cpu" or _value(found) != 0)
+        may_skip = found is not None and (found.device.type != "cpu" or host_value(found) != 0)
         with_grad = {id(param) for param in params if param.grad is not None}
         for at, count, state in _counts(optimizer, params):
             self._after[at] = count, self.taken, _moment(state)
@@ -200,16 +202,9 @@ def _counts(
         if isinstance(count, Tensor):
             if count.device.type != "cpu" or count.numel() != 1:
                 continue
-            count = _value(count)
+            count = host_value(count)
         if isinstance(count, int | float) and math.isfinite(count):
             yield id(param), float(count), state
-
-
-def _value(number: Tensor) -> float:
-    """A number on the host; NumPy reads it without dispatching a torch operation."""
-    if number.dtype in (torch.float32, torch.float64, torch.int64, torch.int32):
-        return float(number.detach().numpy().reshape(())[()])
-    return float(number)
 
 
 def _moment(state: Mapping[str, Any]) -> int:

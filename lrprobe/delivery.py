@@ -84,6 +84,20 @@ class Delivery:
         outbox.worker.send(partial(outbox.worker.deliver, outbox, make, nbytes, others))
         return True
 
+    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Call a function in the background thread after some time, unless closed by then."""
+        outbox = self._outbox
+        if not outbox.closed and outbox.pid == os.getpid():
+            outbox.worker.send_later(seconds, function)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether ``put`` would not have to wait for a sink."""
+        return not any(outbox.full(nbytes) for outbox in self._outbox.all)
+
+    def report(self, message: str) -> None:
+        """Keep a message of the background thread, for ``problems``."""
+        self._outbox.report(message)
+
     def drain(self, timeout: float | None = None, *, near: bool = False) -> bool:
         """Wait until all records have been written or have failed.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
 
 from lrprobe.dummy_steps import device_of, step_moved
-from lrprobe.engine import PreStep, empty_pre_step
+from lrprobe.engine import Engine, PreStep, empty_pre_step
 from lrprobe.engine.buffers import Buffers, blank, fill
 from lrprobe.engine.columns import StepInfo, slots_of
+from lrprobe.engine.deferred import AT_ONCE, CopiedStep, Deferred
 from lrprobe.engine.flight import MOVED, StepInFlight
+from lrprobe.engine.plan import Copy
+from lrprobe.engine.planned import Planned, PlannedPreStep, figures_of
 
 if TYPE_CHECKING:
     from lrprobe.hooks import Hooks
+
+Step: TypeAlias = StepInFlight | CopiedStep
 
 
 class LocalGatherer:
@@ -24,28 +31,55 @@ class LocalGatherer:
         self._hooks = hooks
         self._buffers: Buffers | None = None
         self._broken = False
+        self._copy: Copy | None = None
+        self._moved: Any = 1.0
+        self.planned = Planned(hooks.engine)
+        self.deferred = Deferred(Engine(hooks.options.engine), hooks.reasons)
+        self._rows: Any = None
+        self._at_once = 0
 
     @property
     def under_way(self) -> bool:
         """Whether a step has begun and has not been sent."""
-        return self._buffers is not None or self._broken
+        return self._buffers is not None or self._copy is not None or self._broken
+
+    def clear(self) -> None:
+        """Forget a step that was not finished."""
+        self._buffers, self._copy, self._broken = None, None, False
 
     def catch_up(self) -> None:
         """Do nothing: there are no other ranks to agree with."""
 
     def before(self, optimizer: Any, *, closure: bool) -> PreStep:
         """Keep what the step will overwrite; called in the pre-hook."""
-        return self._hooks.engine.before(self._hooks.watched, optimizer, closure=closure)
+        hooks = self._hooks
+        if hooks.parts is None:
+            planned = self.planned.before(hooks.watched, optimizer, closure=closure)
+            if planned is not None:
+                return planned
+        return hooks.engine.before(hooks.watched, optimizer, closure=closure)
 
     def add(self, optimizer: Any, kept: PreStep) -> None:
         """Add the figures of one call of ``step``; called in the post-hook."""
         hooks, buffers = self._hooks, self._buffers
         first = not self.under_way
         self._broken = True  # stays so if an error interrupts this method
-        figures = hooks.engine.after(hooks.watched, optimizer, kept)
+        copy = None
+        if isinstance(kept, PlannedPreStep):
+            copy = self.planned.after(optimizer, kept)
+            kept = kept if copy is not None else self.planned.restored(kept)
+        if copy is not None and self._waits(copy):
+            self._copy, self._moved = copy, step_moved(optimizer, torch.device("cpu"))
+            self._broken = False
+            return
+        hooks.catch_up()
+        if copy is not None:
+            figures = figures_of(hooks.engine, [copy])
+        else:
+            figures = hooks.engine.after(hooks.watched, optimizer, kept)
         slots, end = slots_of(hooks.rows)
         if first:
-            hooks.reasons = {}
+            hooks.reasons.clear()
             buffers = blank(len(hooks.rows), end, device_of(optimizer))
         if buffers is None:
             return
@@ -57,14 +91,24 @@ class LocalGatherer:
             buffers.set_flag(MOVED, 1.0)
         self._buffers, self._broken = buffers, False
 
-    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> StepInFlight | None:  # noqa: ARG002 - as in Exchange
+    def _waits(self, copy: Copy) -> bool:
+        """Whether the figures of a step may be computed later."""
+        if self._rows is not self._hooks.rows:  # the parameters are others
+            self._rows, self._at_once = self._hooks.rows, AT_ONCE
+        self._at_once = max(0, self._at_once - 1)
+        return copy.plan.small and not self._at_once
+
+    def skipped(self, optimizer: Any, info: StepInfo, since: int) -> Step | None:  # noqa: ARG002 - as in Exchange
         """Gather a step that was skipped after the last one; the parameters are unchanged."""
         self.add(optimizer, empty_pre_step())
         return self.send(info)
 
-    def send(self, info: StepInfo, *, dummy: bool = False) -> StepInFlight | None:  # noqa: ARG002 - as in Exchange
-        """Finish the step: start the copy of its figures to the host."""
+    def send(self, info: StepInfo, *, dummy: bool = False) -> Step | None:  # noqa: ARG002 - as in Exchange
+        """Finish the step: start the copy of its figures to the host, or let it wait."""
         buffers, self._buffers, self._broken = self._buffers, None, False
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            return self.deferred.add(copy, self._hooks.rows, info, moved=bool(self._moved))
         return None if buffers is None else StepInFlight(self._hooks.rows, buffers, info)
 
 

@@ -20,11 +20,10 @@ from lrprobe.arguments import Options
 from lrprobe.census import StepCount
 from lrprobe.distributed.parts import Parts
 from lrprobe.dummy_steps import all_rates_zero, any_gradient
-from lrprobe.engine import Engine, PreStep, empty_pre_step
+from lrprobe.engine import Engine, PreStep, empty_pre_step, undisturbed
 from lrprobe.engine.columns import Row, StepInfo, judge_rules
-from lrprobe.engine.flight import StepInFlight
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.gathering import LocalGatherer, unrecorded_step
+from lrprobe.gathering import LocalGatherer, Step, unrecorded_step
 from lrprobe.hyperparameters import hyperparameters
 from lrprobe.passes import Passes
 from lrprobe.rules import find_rule
@@ -47,11 +46,11 @@ class Owner(Protocol):
     def waiting(self) -> bool:
         """Whether figures are still on their way to the host."""
 
-    def add(self, hooks: Hooks, step: StepInFlight) -> None:
+    def add(self, hooks: Hooks, step: Step) -> None:
         """Take the figures of a step."""
 
-    def collect(self) -> None:
-        """Pass on what has arrived on the host."""
+    def collect(self, wait: bool = False) -> None:
+        """Pass on what has arrived on the host; or wait for all of it."""
 
     def describe(self) -> None:
         """Update the description of the run."""
@@ -80,9 +79,9 @@ class Hooks:
         """Steps that could not be recorded."""
         self.exchange: Exchange | None = None
         """Merges figures over ranks; None if this process holds everything."""
-        self._local = LocalGatherer(self)
         self.reasons: dict[str, str] = {}
         """Name of a parameter to the error of its rule in the last recorded step."""
+        self._local = LocalGatherer(self)
         self._silent = False
         self._depth = 0
         self._number = self.schedule.step
@@ -219,14 +218,16 @@ class Hooks:
         self._cuda = torch.cuda.is_available()  # only here, because it takes a microsecond
         if self._cuda and self._in_capture():
             return
-        with self._harmless(), _undisturbed():
+        with self._harmless(), undisturbed():
             self._keep(optimizer, begins, args, kwargs)
 
     def _begin_step(self) -> None:
         """Determine the number of the step, and whether it is recorded."""
         self._due = False
         self.settle()
-        if self.parts is not None:
+        if self.parts is None:
+            self._local.clear()  # an interrupt may have left something of an earlier step
+        else:
             self._finish()  # the previous step, if its last call never came
             self._record_skipped(self.parts)
         self._number = self.schedule.next()
@@ -270,7 +271,7 @@ class Hooks:
         if not self._is_last(optimizer):  # run after pre-hooks that clip gradients
             _pre_hooks(optimizer).move_to_end(self._handles[0].id)
         if kept is not None:
-            with self._harmless(), _undisturbed():
+            with self._harmless(), undisturbed():
                 self._gatherer.add(self.watching.all_of(optimizer), kept)
         del kept  # freeing tensors lets other threads run, so do it before the record is sent
         if self.parts is not None:
@@ -298,7 +299,7 @@ class Hooks:
             if recorded:
                 self._finish(dummy=dummy)
             elif self.exchange is None:
-                with _undisturbed():  # only to find out whether it was a dummy step
+                with undisturbed():  # only to find out whether it was a dummy step
                     step = unrecorded_step(optimizer, self._info(recorded=False))
                 self._owner.add(self, step)
             elif dummy:  # unrecorded, so no message will say so
@@ -323,7 +324,7 @@ class Hooks:
         """Send the figures of the step, if it was recorded."""
         if not self._gatherer.under_way:
             return
-        with _undisturbed():
+        with undisturbed():
             step = self._gatherer.send(self._info(), dummy=dummy)
         if step is not None:  # last, because it wakes a thread that competes for the GIL
             self._owner.add(self, step)
@@ -338,7 +339,7 @@ class Hooks:
             if not self.schedule.due(number) or self._silent:
                 continue
             self._number, self._samples = number, math.nan
-            with _undisturbed():
+            with undisturbed():
                 self._gatherer.catch_up()
                 self._gatherer.add(parts, empty_pre_step())
             self._finish()
@@ -347,7 +348,7 @@ class Hooks:
         """Record the skipped steps after the last step, before the probe closes."""
         if self.parts is None or self._silent:
             return
-        with self._harmless(), _undisturbed():
+        with self._harmless(), undisturbed():
             since = self._number
             for number in self.schedule.skipped(self.parts.skips()):
                 if self.schedule.due(number):
@@ -412,7 +413,7 @@ class Hooks:
     def _refresh(self, optimizer: Optimizer) -> None:
         """Follow added groups, replaced parameters and changed hyperparameters."""
         self._refresh_hyperparameters(self.watching.all_of(optimizer))
-        found = self.watching.refresh(optimizer)
+        found = self.watching.refresh(optimizer, self.catch_up)
         if self._passes is not None and self.parts is None and found is not None:
             self._passes.watch(found)
 
@@ -431,7 +432,16 @@ class Hooks:
         if before:
             self._owner.describe()
 
-    def judge(self, step: StepInFlight) -> None:
+    def catch_up(self) -> None:
+        """Judge the steps that wait, before others are judged that do not."""
+        if self._local.deferred.waiting:
+            self._owner.collect(wait=True)
+
+    def forked(self) -> None:
+        """In a forked child, forget the steps that wait: they are the parent's."""
+        self._local.deferred.forget()
+
+    def judge(self, step: Step) -> None:
         """Turn parameters whose rule does not explain their steps to ``measured``."""
         if self.exchange is not None:
             return  # all ranks do this together, at the next recorded step
@@ -481,17 +491,6 @@ def _is_nested(optimizer: Optimizer) -> bool:
             found += 1
         frame = frame.f_back
     return found > 1  # one of them is the current step
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Shield the figures from the user's autograd and autocast settings."""
-    with (
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
 
 
 _SCHEDULED = ("lr", "initial_lr", "momentum", "betas")

@@ -11,6 +11,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +22,14 @@ from lrprobe.census import Membership
 from lrprobe.delivery import Delivery
 from lrprobe.diagnosis.live import LiveDiagnosis
 from lrprobe.distributed import finish
-from lrprobe.engine.flight import StepInFlight
+from lrprobe.engine.deferred import MAX_SECONDS, CopiedStep
+from lrprobe.gathering import Step
 from lrprobe.hooks import Hooks
 from lrprobe.optional import version_of
 from lrprobe.record import SCHEMA_VERSION
 from lrprobe.sinks.memory import Memory
 from lrprobe.sinks.parquet import Parquet
-from lrprobe.text import warn
+from lrprobe.text import redirected, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,15 +72,17 @@ class Recorder:
         self._attached = time.time()
         self._membership = Membership()
         self._delivery = delivery
-        self._waiting: deque[tuple[Hooks, StepInFlight]] = deque()
+        self._waiting: deque[tuple[Hooks, Step]] = deque()
         self._lock = threading.RLock()  # another thread may ask for a frame during the training
+        self._will_look = False
         open_recorders.add(self)
 
     def __del__(self) -> None:
         """Deliver pending figures if the probe was garbage-collected."""
         if getattr(self, "_waiting", None) and not sys.is_finalizing():
             alone = all(hooks.exchange is None for hooks in self.hooks)
-            self.collect(wait=alone, last=True)
+            with suppress(Warning):  # nobody could catch it
+                self.collect(wait=alone, last=True)
 
     @property
     def step(self) -> int:
@@ -165,22 +170,52 @@ class Recorder:
             hooks.count.changed = False
             self.describe()
 
-    def add(self, hooks: Hooks, pending: StepInFlight) -> None:
+    def add(self, hooks: Hooks, pending: Step) -> None:
         """Add the figures of a step, which may still be on the device."""
         with self._lock:
-            self._waiting.append((hooks, pending))
+            if not self._is_dummy(hooks, pending):
+                self._waiting.append((hooks, pending))
         self.collect()
+        if isinstance(pending, CopiedStep):
+            self._look_later()
 
-    def collect(self, wait: bool = False, last: bool = False) -> None:
+    def _is_dummy(self, hooks: Hooks, pending: Step) -> bool:
+        """Whether the newest step is known to be a dummy step, although others wait before it."""
+        dummy = hooks.exchange is None and pending.settled() and pending.is_dummy
+        if dummy:
+            hooks.take_back()
+        return dummy
+
+    def _look_later(self) -> None:
+        """See to it that copied steps do not wait for another step, which may never come."""
+        if self._waiting and not self._will_look:
+            self._will_look = True
+            self._delivery.call_later(MAX_SECONDS, partial(_collect_late, weakref.ref(self)))
+
+    def collect_late(self) -> None:
+        """Do what ``collect`` does, in the background thread."""
+        self._will_look = False
+        if self._lock.acquire(blocking=False):  # whoever has it may wait for this thread
+            try:
+                with redirected(self._delivery.report):
+                    self.collect(background=True)
+            finally:
+                self._lock.release()
+        self._look_later()
+
+    def collect(self, wait: bool = False, last: bool = False, background: bool = False) -> None:
         """Pass on figures that have arrived on the host; others are polled at a later hook.
 
         Args:
             wait: wait for pending figures; for those of other ranks only up to a timeout.
             last: give up figures that are still pending afterwards.
+            background: leave steps where a sink has no room, because its thread must not wait.
         """
         with self._lock:
             while self._waiting:
                 hooks, pending = self._waiting[0]
+                if background and not self._delivery.has_room(pending.nbytes):
+                    break
                 try:
                     if not (pending.ready() or (wait and (pending.wait() or last))):
                         break
@@ -200,7 +235,7 @@ class Recorder:
                     hooks.settle()
         self._warn_problems()
 
-    def _pass_on(self, hooks: Hooks, pending: StepInFlight) -> None:
+    def _pass_on(self, hooks: Hooks, pending: Step) -> None:
         if pending.is_dummy:
             less = hooks.take_back()
             for others, later in self._waiting:
@@ -224,11 +259,20 @@ class Recorder:
     def forked(self) -> None:
         """In a forked child, drop pending figures: they are the parent's."""
         self._lock = threading.RLock()
+        self._will_look = False
         self._waiting.clear()
+        for hooks in self.hooks:
+            hooks.forked()
 
     def _warn_problems(self) -> None:
         for message in self._delivery.problems():
             warn(message)
+
+
+def _collect_late(recorder: weakref.ref[Recorder]) -> None:
+    found = recorder()
+    if found is not None and not found.closed:
+        found.collect_late()
 
 
 open_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
@@ -249,3 +293,7 @@ def _at_exit() -> None:
     """Pass on pending figures before the delivery ends."""
     for recorder in list(open_recorders):
         recorder.collect(wait=True, last=True)
+
+
+# As in delivery.py, for a forked multiprocessing.Process; what is registered last runs first.
+getattr(threading, "_register_atexit", lambda _: None)(_at_exit)

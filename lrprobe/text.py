@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
@@ -26,8 +28,25 @@ def shown(name: str, limit: int = 120) -> str:
     return "".join(c if c.isprintable() else "?" for c in name)
 
 
+_redirected = threading.local()
+
+
+@contextmanager
+def redirected(report: Callable[[str], None]) -> Iterator[None]:
+    """Pass the warnings of this thread to ``report``, because it is not the user's."""
+    _redirected.report = report
+    try:
+        yield
+    finally:
+        del _redirected.report
+
+
 def warn(message: str) -> None:
     """Warn, at the first stack frame that belongs to neither lrprobe nor torch."""
+    report = getattr(_redirected, "report", None)
+    if report is not None:
+        report(message)
+        return
     level, frame = 2, inspect.currentframe()
     frame = frame and frame.f_back
     while frame is not None and frame.f_globals.get("__name__", "").startswith(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,13 +67,20 @@ class Watching:
         self._seen = []
         self.refresh(optimizer)
 
-    def refresh(self, optimizer: Optimizer) -> list[Any] | None:
-        """Follow added groups and replaced parameters; return their places if any changed."""
+    def refresh(
+        self, optimizer: Optimizer, at_change: Callable[[], None] | None = None
+    ) -> list[Any] | None:
+        """Follow added groups and replaced parameters; return their places if any changed.
+
+        If so, ``at_change`` is called first.
+        """
         whole = self.all_of(optimizer)
         groups = [group["params"] for group in whole.param_groups]
         seen = [[(id(param), numel_of(param)) for param in params] for params in groups]
         if seen == self._seen:
             return None
+        if at_change is not None:
+            at_change()
         self._seen = seen
         counts = Counter(at for params in seen for at, _ in params)
         before = self.repeated

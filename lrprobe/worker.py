@@ -166,6 +166,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._outboxes: set[Outbox] = set()
         self._buffered: dict[int, BufferedSink] = {}
+        self._later: list[tuple[float, Callable[[], None]]] = []
 
     # Any thread may call these.
 
@@ -182,6 +183,10 @@ class Worker:
     def send(self, command: Callable[[], None]) -> None:
         """Queue a command for the thread."""
         self._commands.put(command)
+
+    def send_later(self, seconds: float, command: Callable[[], None]) -> None:
+        """Queue a command for the thread, to be run after some time."""
+        self.send(partial(self._later.append, (time.monotonic() + seconds, command)))
 
     def wait(self, done: threading.Event, timeout: float | None) -> bool:
         """Wait for an event that the thread sets; return whether it is set."""
@@ -280,25 +285,33 @@ class Worker:
     def _run(self) -> None:
         while True:
             due = [buffered.due for buffered in self._buffered.values() if buffered.due is not None]
+            due += [at for at, _ in self._later]
             wait = max(0.0, min(due) - time.monotonic()) if due else None
             try:
                 command = self._commands.get(timeout=wait)
             except queue.Empty:
                 pass
             else:
-                try:
-                    command()
-                except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
-                    unreported.append(f"the delivery of records failed: {_cause(error)}")
+                self._execute(command)
                 # Otherwise the frame of the waiting thread would keep the last record alive.
                 del command
             now = time.monotonic()
+            late = [command for at, command in self._later if at <= now]
+            self._later[:] = [(at, command) for at, command in self._later if at > now]
+            while late:
+                self._execute(late.pop(0))
             for buffered in self._buffered.values():
                 buffered.run_due(now)
             with self._lock:
                 if not self._outboxes and self._commands.empty():
                     self._thread = None
                     return
+
+    def _execute(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
+            unreported.append(f"the delivery of records failed: {_cause(error)}")
 
 
 def name_of(sink: Sink) -> str:

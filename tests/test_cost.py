@@ -20,6 +20,7 @@ import lrprobe
 from lrprobe.delivery import Delivery
 from lrprobe.engine import Engine
 from lrprobe.engine.eager import BLOCK
+from lrprobe.engine.planned import Planned
 from lrprobe.hooks import Hooks
 
 MIB = 2**20
@@ -220,24 +221,28 @@ def test_memory_is_used_again_by_the_next_step() -> None:
     assert statistics.median(settled) < 2500, faults  # without, some 5,000
 
 
-def test_what_was_kept_is_gone_when_the_record_is_handed_over(monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("reader", "kind"), [(Engine, "Adafactor"), (Planned, "AdamW")])
+def test_what_was_kept_is_gone_when_the_record_is_handed_over(
+    reader: Any, kind: str, monkeypatch: Any
+) -> None:
     """The thread that makes it would hold up the training, as freeing memory lets others go on."""
     kept: list[StorageWeakRef] = []
     gone: list[bool] = []
-    before, put = Engine.before, Delivery.put
+    before, put = reader.before, Delivery.put
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         result = before(*args, **kwargs)
-        kept.extend(StorageWeakRef(each.untyped_storage()) for each in result.samples._buffers)
+        if result is not None:
+            kept.extend(StorageWeakRef(b.untyped_storage()) for b in result.samples._buffers)
         return result
 
     def hand_over(self: Delivery, *args: Any) -> bool:
         gone.extend(reference.expired() for reference in kept)
         return put(self, *args)
 
-    monkeypatch.setattr(Engine, "before", keep)
+    monkeypatch.setattr(reader, "before", keep)
     monkeypatch.setattr(Delivery, "put", hand_over)
-    optimizer = torch.optim.AdamW(parameters((90, 90), (5,)))
+    optimizer = getattr(torch.optim, kind)(parameters((90, 90), (5,)))
     with lrprobe.attach(optimizer):
         optimizer.step()
     assert gone

@@ -145,6 +145,7 @@ def test_what_is_lost_is_said_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, probe = training(10, to=sink)
+        probe._recorder.collect(wait=True)
         probe._recorder._delivery.drain()
         (buffered,) = delivery._worker_of(sink)._buffered.values()
         assert len(buffered.backlog) == 4

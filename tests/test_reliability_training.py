@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrprobe
 from lrprobe.engine import Engine, flight
+from lrprobe.engine.planned import Planned
 
 Flow = Callable[[nn.Module, Optimizer, int], None]
 
@@ -644,6 +645,7 @@ def test_no_error_of_ours_reaches_the_training(
     bad = True
     if broken in ("before", "after"):
         monkeypatch.setattr(Engine, broken, fail)
+        monkeypatch.setattr(Planned, broken, fail)
     elif broken == "collect":
         monkeypatch.setattr(flight.StepInFlight, "is_dummy", property(fail))
     fails = broken in ("every", "step") or every == 1

@@ -8,7 +8,8 @@ Nothing here reads device values on the host, so no hook synchronizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,8 +111,8 @@ class Engine:
             if param.grad is not None and not closure:
                 pre.grads[i] = param.grad
                 self._keep_gradient(i, w, param, group, pre)
-            if w.previous is not None and w.previous[0].length(w.previous[1], "previous") == (
-                _checked(flat.numel())
+            if w.previous is not None and w.previous[0].has(
+                w.previous[1], "previous", flat.dtype, _checked(flat.numel())
             ):
                 pre.samples.borrow(i, "previous", *w.previous)
         pre.samples.take()
@@ -138,7 +139,7 @@ class Engine:
         if w.tracked is not None:
             at = to_device(w.tracked, flat.device)
             pre.tracked[i]["grad"] = _read_flat(flat, at)
-        pre.gradient[i] = self._tensor_figures(GRADIENT, flat)
+        pre.gradient[i] = self.tensor_figures(GRADIENT, flat)
 
     def after(
         self,
@@ -179,7 +180,7 @@ class Engine:
             else:
                 resting.append((i, param))
         for batch in batches.values():
-            found.vectors += self._batch_figures(batch, pre, found)
+            found.vectors += self.batch_figures(batch, pre, found)
             self._track(batch, watched, pre, found)
             self._remember_gradients(batch, watched, pre, latest)
         latest.take()
@@ -208,13 +209,13 @@ class Engine:
             batches[key] = Batch([], [], group, rule, whole=contiguous)
         batches[key].add(i, entry, addresses)
 
-    def _batch_figures(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
+    def batch_figures(self, batch: Batch, pre: PreStep, found: StepFigures) -> list[Vectors]:
         """Figures of a batch by its rule; measured figures for pieces on which the rule fails."""
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
                     add_batch_statistics(self.backends, batch)
-                return [self._checked_figures(batch, pre)]
+                return [self.checked_figures(batch, pre)]
             except torch.OutOfMemoryError:  # not the rule's fault
                 raise
             except Exception as error:  # noqa: BLE001 - a rule must never stop a training
@@ -222,19 +223,19 @@ class Engine:
                     return [
                         vectors
                         for i, entry in zip(batch.at, batch.entries, strict=True)
-                        for vectors in self._batch_figures(
+                        for vectors in self.batch_figures(
                             batch_of(self.backends, i, entry, batch.group, batch.rule), pre, found
                         )
                     ]
                 found.failed[batch.at[0]] = cause(error)
                 batch.rule = None
-        return [self._checked_figures(batch, pre)]
+        return [self.checked_figures(batch, pre)]
 
-    def _checked_figures(self, batch: Batch, pre: PreStep) -> Vectors:
+    def checked_figures(self, batch: Batch, pre: PreStep) -> Vectors:
         """``FIGURES`` and ``CHECKS`` of a batch."""
         ruled = batch.rule is not None
-        whole = self._figures(FIGURES, batch, rates=ruled)
-        checks = self._figures(CHECKS, batch, rates=not ruled, samples=pre.samples)
+        whole = self.figures(FIGURES, batch, rates=ruled)
+        checks = self.figures(CHECKS, batch, rates=not ruled, samples=pre.samples)
         for row, i in enumerate(batch.at):
             if i in pre.gradient:
                 for at, figure in enumerate(GRADIENT):
@@ -245,7 +246,7 @@ class Engine:
         rates = whole if ruled else checks
         return Vectors(batch.at, table, whole.numel, rates.bins, rates.folded)
 
-    def _figures(
+    def figures(
         self,
         table: Sequence[Figure],
         batch: Batch,
@@ -256,16 +257,27 @@ class Engine:
         """Figures of a batch: of all elements, or of the check sample if ``samples`` is given.
 
         Generated code reads tensors that are dense in memory; eager code handles all others.
+
+        Raises:
+            UnknownOperationError: if no code can be generated for a batch that is not live.
         """
+        found = self._generated(table, batch, rates=rates, samples=samples)
+        if found is not None:
+            return found
+        if not batch.live:
+            raise UnknownOperationError
+        return _eager(table, batch, rates=rates, samples=samples)
+
+    def _generated(
+        self, table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
+    ) -> Vectors | None:
         backend = self.backends.get(batch.entries[0].param.device.type)
-        recorded = None
-        if backend is not None and batch.columns:
-            recorded = self._recorded(table, batch, rates=rates, samples=samples)
-        if backend is None or recorded is None:
-            return _eager(table, batch, rates=rates, samples=samples)
-        found = addresses_of(recorded, batch, samples, backend)
-        if found is None:
-            return _eager(table, batch, rates=rates, samples=samples)
+        if backend is None or not batch.columns:
+            return None
+        recorded = self._recorded(table, batch, rates=rates, samples=samples)
+        found = None if recorded is None else addresses_of(recorded, batch, samples, backend)
+        if recorded is None or found is None:
+            return None
         addresses, dtypes, _alive = found
         numel = [entry.param.numel() for entry in batch.entries]
         taken = numel if samples is None else [_checked(n) for n in numel]
@@ -347,14 +359,14 @@ class Engine:
         if param.device.type == "meta":  # it has no values
             return unknown
         try:
-            return self._tensor_figures(PARAM, local_real(param, span))[0]
+            return self.tensor_figures(PARAM, local_real(param, span))[0]
         except (RuntimeError, NotImplementedError, TypeError):
             return unknown  # a tensor subclass with its own storage format
 
-    def _tensor_figures(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
+    def tensor_figures(self, table: Sequence[Figure], tensor: Tensor) -> Tensor:
         """Figures of one tensor that need no rule."""
         batch = batch_of(self.backends, 0, Entry(tensor, tensor), {}, None)
-        return self._figures(table, batch, rates=False).table[0]
+        return self.figures(table, batch, rates=False).table[0]
 
 
 def _eager(
@@ -434,6 +446,17 @@ def _checked(numel: int) -> int:
 def _rate_of(group: Mapping[str, Any]) -> Scalar:
     rate: Scalar = copied(torch.nan if group.get("lr") is None else group["lr"])
     return rate
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Shield the figures from the user's autograd and autocast settings."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def copied(value: Any) -> Any:

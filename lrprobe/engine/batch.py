@@ -34,6 +34,8 @@ class Batch:
             such tensor can be read by address.
         whole: whether all of these tensors are contiguous.
         memo: scalars that the programs of the batch share.
+        sampled: like ``columns``, of copies that have the check samples; empty if there are none.
+        live: whether the entries hold the elements; otherwise only ``columns`` lead to them.
     """
 
     at: list[int]
@@ -43,6 +45,8 @@ class Batch:
     columns: dict[str, list[int]] = field(default_factory=dict)
     whole: bool = True
     memo: dict[Any, Any] = field(default_factory=dict)
+    sampled: dict[str, list[int]] = field(default_factory=dict)
+    live: bool = True
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self.at)))
@@ -122,9 +126,10 @@ def addresses_of(
 
     None if a tensor that the program reads has no address.
     """
-    columns, dtypes, alive = [], [], []
+    columns: list[list[int]] = []
+    dtypes: list[torch.dtype] = []
+    alive: list[Tensor] = []
     wanted: list[tuple[list[int], int, Tensor]] = []
-    large = [n for n, entry in enumerate(batch.entries) if entry.param.numel() > SAMPLE]
     for leaf in recorded.program.leaves:
         name = leaf.removeprefix("old ")
         source = "grad" if name == "previous" else name
@@ -132,21 +137,15 @@ def addresses_of(
             return None
         dtypes.append(leaf_of(batch.entries[0], source).dtype)
         if samples is None:
-            columns.append(batch.columns[name])
-            continue
-        if leaf != name:
+            column = batch.columns[name]
+        elif leaf != name:
             device = batch.entries[0].param.device
-            columns.append([samples.address(i, name, device) for i in batch.at])
-            continue
-        column = list(batch.columns[name])
-        tensors = {n: leaf_of(batch.entries[n], name) for n in (large if batch.whole else batch)}
-        for n, tensor in tensors.items():
-            if tensor.is_contiguous():
-                if n in large:
-                    wanted.append((column, n, tensor))
-            else:
-                alive.append(sample(tensor, tensor.shape))
-                column[n] = alive[-1].data_ptr()
+            column = [samples.address(i, name, device) for i in batch.at]
+        elif batch.sampled:
+            column = batch.sampled[name]
+        else:
+            column = list(batch.columns[name])
+            wanted += [(column, n, tensor) for n, tensor in _uncopied(batch, name, column, alive)]
         columns.append(column)
     if wanted:
         buffer, starts = backend.gather([tensor for _, _, tensor in wanted])
@@ -155,6 +154,22 @@ def addresses_of(
             column[n] = buffer.data_ptr() + start
     table = np.array(columns, np.int64).reshape(len(columns), len(batch.at)).T
     return np.ascontiguousarray(table), dtypes, alive
+
+
+def _uncopied(
+    batch: Batch, name: str, column: list[int], alive: list[Tensor]
+) -> list[tuple[int, Tensor]]:
+    """The tensors of which a check sample has to be gathered; puts others into the column."""
+    large = [n for n, entry in enumerate(batch.entries) if entry.param.numel() > SAMPLE]
+    wanted = []
+    for n in large if batch.whole else batch:
+        tensor = leaf_of(batch.entries[n], name)
+        if not tensor.is_contiguous():
+            alive.append(sample(tensor, tensor.shape))
+            column[n] = alive[-1].data_ptr()
+        elif n in large:
+            wanted.append((n, tensor))
+    return wanted
 
 
 def leaf_of(entry: Entry, name: str) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lrprobe.engine.pieces import SAMPLE, sample, sample_runs
+
+Place: TypeAlias = tuple[int, int, torch.dtype, int]
+"""Where a sample is: (index of the buffer, byte offset, dtype, elements)."""
 
 
 @cache
@@ -23,11 +27,23 @@ class Samples:
     def __init__(self, backends: dict[str, ModuleType]) -> None:
         self._backends = backends
         self._buffers: list[Tensor] = []
-        self._places: dict[int, dict[str, tuple[int, int, torch.dtype, int]]] = {}
-        """Parameter index and tensor name to (buffer, byte offset, dtype, elements)."""
+        self._places: dict[int, dict[str, Place]] = {}
+        """By parameter index and tensor name."""
         self._requested: dict[torch.device, list[tuple[int, str, Tensor]]] = {}
         self._borrowed: Tensor | None = None
         self._borrowed_number = 0
+
+    @classmethod
+    def over(
+        cls,
+        backends: dict[str, ModuleType],
+        buffers: list[Tensor],
+        places: dict[int, dict[str, Place]],
+    ) -> Samples:
+        """Samples that lie in existing buffers of bytes."""
+        samples = cls(backends)
+        samples._buffers, samples._places = buffers, places
+        return samples
 
     def request(self, at: int, name: str, tensor: Tensor) -> None:
         """Sample a tensor now, or together with others when ``take`` is called."""
@@ -63,7 +79,7 @@ class Samples:
             self._buffers.append(buffer)
         self._requested = {}
 
-    def names(self, at: int) -> dict[str, tuple[int, int, torch.dtype, int]]:
+    def names(self, at: int) -> dict[str, Place]:
         """The samples of a parameter, by tensor name."""
         return self._places.get(at, {})
 
@@ -78,13 +94,13 @@ class Samples:
         """A sample as a flat tensor."""
         number, start, dtype, numel = self._places[at][name]
         buffer = self._buffers[number]
-        if buffer.dtype == dtype:
+        if buffer.dtype == dtype != torch.uint8:
             return buffer[:numel]
         return buffer[start : start + numel * dtype.itemsize].view(dtype)
 
-    def length(self, at: int, name: str) -> int:
-        """Elements of a sample; 0 if nothing was kept."""
-        return self._places.get(at, {}).get(name, (0, 0, None, 0))[3]
+    def has(self, at: int, name: str, dtype: torch.dtype, numel: int) -> bool:
+        """Whether there is a sample of this dtype and number of elements."""
+        return self._places.get(at, {}).get(name, ())[2:] == (dtype, numel)
 
     def old(self, at: int) -> dict[str, Tensor]:
         """All samples of a parameter, as flat tensors by name."""

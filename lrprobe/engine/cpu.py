@@ -128,16 +128,35 @@ def _table(
 
 def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Copy the check samples of several tensors to one byte buffer; also return their offsets."""
-    from lrprobe.engine.intrinsics import gather as copy
-
     runs = np.array([sample_runs(t.numel()) for t in tensors], np.int64).reshape(-1, 3)
     size = np.array([t.element_size() for t in tensors], np.int64)
     room = -(-(runs[:, 0] * runs[:, 1] * size) // _ALIGNED) * _ALIGNED
     starts = np.cumsum(room) - room
-    buffer = torch.empty(int(room.sum()), dtype=torch.uint8, device="cpu")
     addresses = np.array([t.data_ptr() for t in tensors], np.int64)
+    return copied(addresses, runs, size, starts, int(room.sum())), starts.tolist()
+
+
+def copied(
+    addresses: NDArray[np.int64],
+    runs: NDArray[np.int64],
+    size: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    total: int,
+) -> Tensor:
+    """Copy elements to a new buffer of ``total`` bytes.
+
+    Args:
+        addresses: of the first element of each tensor.
+        runs: what is copied of each: number of runs, run length, and stride between runs.
+        size: bytes of an element of each.
+        starts: offset of each in the buffer.
+        total: bytes of the buffer.
+    """
+    from lrprobe.engine.intrinsics import gather as copy
+
+    buffer = torch.empty(total, dtype=torch.uint8, device="cpu")
     _call(copy, addresses, runs, size, buffer.data_ptr() + starts)
-    return buffer, starts.tolist()
+    return buffer
 
 
 class _Layout(NamedTuple):

@@ -41,6 +41,8 @@ Few parameters have rates 64 octaves apart; their folded counts are split in pro
 counts of the octaves.
 """
 _INFINITE = int(np.float32(np.inf).view(np.int32)) >> SHIFT
+_DENSE = 16
+"""Size of a table per entry up to which counts are added up in the table, without sorting."""
 _COARSE = 3
 """log₂ of the bins in one bin of a recorded histogram, which has 8 bins per octave."""
 _SHARES = np.array(list(QUANTILES.values()))
@@ -145,16 +147,25 @@ class Bins:
 
     def merged(self, label: Ints) -> Bins:
         """Merge owners that have the same label; a negative label leaves an owner out."""
-        row = label[self.owner]
-        key = row * BINS + (self.bins + ZERO)
-        order = np.argsort(key, kind="stable")
-        order = order[np.searchsorted(row[order], 0) :]
-        key = key[order]
-        if not len(key):
-            return Bins.empty()
-        starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
-        counts = np.add.reduceat(self.counts[order], starts)
-        return Bins(key[starts] // BINS, key[starts] % BINS - ZERO, counts)
+        if not len(self.owner):
+            return self
+        low = int(self.bins.min())
+        width = int(self.bins.max()) - low + 1
+        key: Ints = label[self.owner] * width + (self.bins - low)
+        counts = self.counts
+        if key.min() < 0:
+            kept = key >= 0
+            key, counts = key[kept], counts[kept]
+        if (key[1:] > key[:-1]).all():
+            pass  # every owner has a row of its own, in order
+        elif int(key.max(initial=0)) < _DENSE * len(key):
+            table: Any = np.bincount(key, counts)
+            key = np.flatnonzero(table)
+            counts = table[key]
+        else:
+            key, at = np.unique(key, return_inverse=True)
+            counts = np.asarray(np.bincount(at, counts), np.float64)
+        return Bins(key // width, key % width + low, counts)
 
     def spread(self, owner: Ints, row: Ints) -> Bins:
         """Merge owners into rows; ``owner`` and ``row`` are (pairs,): each row an owner is in."""

@@ -79,6 +79,10 @@ class StepInFlight:
         """Whether the parameters of a rank have changed since it described them."""
         return bool(self.arrived().maxima[-1, CHANGED] > 0)
 
+    def settled(self) -> bool:
+        """Whether it is known if it was a dummy step."""
+        return self.ready()
+
     def ready(self) -> bool:
         """Whether the figures have arrived."""
         crossing = self._begun()

@@ -25,7 +25,7 @@ SAMPLE = 4096
 RUN = 128
 """Length of a run of adjacent elements in the check sample of a larger piece."""
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 At: TypeAlias = slice | Tensor
 """Elements in row-major order: a range, or flat positions."""
@@ -65,7 +65,7 @@ class WatchedParameter:
 
 def local(tensor: Tensor) -> Tensor:
     """The local shard of a ``DTensor``; any other tensor unchanged."""
-    if type(tensor) in _PLAIN:  # the usual case, which must be fast
+    if type(tensor) in PLAIN:  # the usual case, which must be fast
         return tensor
     # Not imported here: if the module is not loaded, the class has no instances.
     module = sys.modules.get("torch.distributed.tensor")
@@ -95,7 +95,7 @@ def entry_of(
         gradient: Tensor | SparseRows = SparseRows.of(grad.detach())
     else:
         gradient = local_real(grad.to_dense() if grad.is_sparse else grad, span)
-    if type(param) in _PLAIN and span is None and not extra and not param.dtype.is_complex:
+    if type(param) in PLAIN and span is None and not extra and not param.dtype.is_complex:
         return Entry(param, gradient, state)  # no copy of the state: rules do not write to it
     wide = None if span is None else param.shape
     entries = {}
@@ -151,6 +151,17 @@ def sampled(entry: Entry) -> Entry:
 def is_strided(value: Any) -> TypeGuard[Tensor]:
     """Whether a state entry is a tensor that can be indexed; a sparse one has no strides."""
     return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def host_value(number: Tensor) -> float:
+    """The number in a tensor on the host; NumPy reads it without dispatching a torch operation."""
+    if number.dtype in _NUMPY:
+        found = number.detach() if number.requires_grad else number
+        return float(found.numpy().reshape(())[()])
+    return float(number)
+
+
+_NUMPY = (torch.float32, torch.float64, torch.int64, torch.int32)
 
 
 def is_per_element(value: Any, shape: torch.Size) -> bool:

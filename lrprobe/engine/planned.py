@@ -1,0 +1,220 @@
+"""Reads steps as planned: before and after each, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrprobe.engine import Engine, PreStep
+from lrprobe.engine.batch import Batch, batch_of
+from lrprobe.engine.buffers import StepFigures, Vectors
+from lrprobe.engine.check import Place, Samples
+from lrprobe.engine.figures import GRADIENT
+from lrprobe.engine.pieces import WatchedParameter
+from lrprobe.engine.plan import Copy, Piece, Plan, UnusualError
+from lrprobe.rules.base import Entry, Rule, column
+
+_MAX_MISSES = 40
+_CPU = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class PlannedPreStep(PreStep):
+    """What is kept from before a step, all of it in one buffer."""
+
+    plan: Plan | None = None
+    buffer: Tensor | None = None
+
+
+class Planned:
+    """Reads the steps of one optimizer by a plan, as long as that pays off."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._plan: Plan | None = None
+        self._watched: list[WatchedParameter] = []
+        self._misses = 0
+
+    def before(
+        self, watched: list[WatchedParameter], optimizer: Any, *, closure: bool
+    ) -> PlannedPreStep | None:
+        """Copy what the step will overwrite; None if the step is unusual."""
+        if watched is not self._watched:
+            self._watched, self._misses = watched, 0
+        if self._misses > _MAX_MISSES or getattr(optimizer, "found_inf", None) is not None:
+            return None
+        try:
+            plan, entries = self._fitting(watched, optimizer)
+        except UnusualError:
+            self._plan = None
+            self._misses = _MAX_MISSES + 1
+            return None
+        if closure:  # the gradients do not exist yet
+            entries = [Entry(entry.param, None, entry.state) for entry in entries]  # type: ignore[arg-type]
+        buffer = plan.copy_before(entries)
+        if buffer is None:
+            self._misses += 2
+            return None
+        grads = {i: entry.grad for i, entry in enumerate(entries) if isinstance(entry.grad, Tensor)}
+        for w in watched:
+            w.initial_lr = optimizer.param_groups[w.group].get("initial_lr", w.initial_lr)
+        samples = Samples.over(self._engine.backends, [buffer], plan.before.places)
+        return PlannedPreStep(samples, grads=grads, plan=plan, buffer=buffer)
+
+    def _fitting(self, watched: list[WatchedParameter], optimizer: Any) -> tuple[Plan, list[Entry]]:
+        plan = self._plan
+        entries = None if plan is None else plan.find(watched, optimizer)
+        if plan is None or entries is None or not plan.fits(optimizer):
+            self._misses += 4
+            plan = self._plan = Plan(self._engine.backends, watched, optimizer)
+            entries = plan.find(watched, optimizer)
+        if entries is None:
+            raise UnusualError
+        return plan, entries
+
+    def after(self, optimizer: Any, pre: PlannedPreStep) -> Copy | None:
+        """Copy the step that was taken; None if its tensors are not those that were planned."""
+        plan, buffer = pre.plan, pre.buffer
+        if plan is None or buffer is None:
+            return None
+        entries = plan.find(plan.watched, optimizer)
+        if entries is None or not plan.fits(optimizer):
+            return None
+        for i, grad in pre.grads.items():
+            if entries[i].grad is None:  # the step dropped it
+                entries[i].grad = grad
+        after = plan.copy_after(entries)
+        if after is None:
+            return None
+        self._misses = max(0, self._misses - 1)
+        latest = Samples.over(self._engine.backends, [buffer, after], plan.previous)
+        rates = [optimizer.param_groups[w.group].get("lr") for w in plan.watched]
+        initial = [w.initial_lr for w in plan.watched]
+        previous = [w.previous for w in plan.watched]
+        for i, w in enumerate(plan.watched):
+            w.previous = latest, i
+        numbers = plan.numbers(entries)
+        entries = [] if plan.small else entries
+        return Copy(plan, [buffer, after], numbers, rates, initial, previous, entries)
+
+    def restored(self, pre: PlannedPreStep) -> PreStep:
+        """What was kept, for a step that turned out to be unusual."""
+        plan = pre.plan
+        if plan is None or pre.buffer is None:
+            return pre
+        self._misses += 2
+        places = {at: dict(names) for at, names in plan.before.places.items()}
+        pre.samples = Samples.over(self._engine.backends, [pre.buffer], places)
+        for at, w in enumerate(plan.watched):
+            if "grad" in places[at]:
+                grad = pre.samples.tensor(at, "grad")
+                pre.gradient[at] = self._engine.tensor_figures(GRADIENT, grad)
+            _borrow(pre.samples, at, w.previous, plan.after.places[at]["grad"])
+        return pre
+
+
+def figures_of(engine: Engine, copies: Sequence[Copy]) -> StepFigures:
+    """Figures of some steps of one plan; parameter i of step k is k · parameters + i.
+
+    Steps that are not small come one at a time, at once: the figures read the optimizer's tensors.
+    """
+    plan, count = copies[0].plan, len(copies[0].plan.watched)
+    found = StepFigures()
+    pre = PreStep(_kept(engine, copies))
+    for k, copy in enumerate(copies):
+        for i, (rate, initial) in enumerate(zip(copy.rates, copy.initial, strict=True)):
+            found.lr[k * count + i] = math.nan if rate is None else rate
+            found.initial_lr[k * count + i] = math.nan if initial is None else initial
+    for rule, pieces in plan.kinds():
+        batch = _batch(copies, rule, pieces)
+        try:
+            if "grad" in plan.before.places[pieces[0].at]:
+                _add_gradients(engine, batch, pre)
+            found.vectors.append(engine.checked_figures(batch, pre))
+        except torch.OutOfMemoryError:  # not the rule's fault
+            raise
+        except Exception:  # noqa: BLE001 - no code can be generated, or the rule fails
+            for row, (copy, piece) in enumerate((c, p) for c in copies for p in pieces):
+                found.vectors += _alone(engine, batch, row, copy, piece, pre, found)
+    return found
+
+
+def _kept(engine: Engine, copies: Sequence[Copy]) -> Samples:
+    """What was kept from before each of the steps."""
+    places: dict[int, dict[str, Place]] = {}
+    count = len(copies[0].plan.watched)
+    for k, copy in enumerate(copies):
+        for at, names in copy.plan.before.places.items():
+            places[k * count + at] = {name: (k, *place[1:]) for name, place in names.items()}
+    samples = Samples.over(engine.backends, [copy.buffers[0] for copy in copies], places)
+    for k, copy in enumerate(copies):
+        for at, previous in enumerate(copy.previous):
+            _borrow(samples, k * count + at, previous, copy.plan.after.places[at]["grad"])
+    return samples
+
+
+def _borrow(samples: Samples, at: int, previous: tuple[Samples, int] | None, grad: Place) -> None:
+    """Refer to the gradient of the last recorded step, if it had the same dtype and size."""
+    if previous is not None and previous[0].has(previous[1], "previous", *grad[2:]):
+        samples.borrow(at, "previous", *previous)
+
+
+def _batch(copies: Sequence[Copy], rule: Rule | None, pieces: Sequence[Piece]) -> Batch:
+    """The batch of some pieces of all steps."""
+    plan, group, count = copies[0].plan, pieces[0].group, len(copies[0].plan.watched)
+    rates = [copy.rates[pieces[0].at] for copy in copies for _ in pieces]
+    params = [piece.like.param for piece in plan.pieces if piece.group == group]
+    known = {**plan.groups[group], "params": params, "lr": rates[0]}
+    batch = Batch([], [], known, rule, live=not plan.small)
+    if any(rate != rates[0] for rate in rates):
+        batch.memo["lr"] = known["lr"] = column(rates, _CPU)
+    for k, copy in enumerate(copies):
+        for piece in pieces:
+            at = piece.at
+            numbers = copy.numbers_of(at, as_tensors=len(rates) == 1)
+            copied = copy.addresses(at)
+            if plan.small:
+                like = piece.like
+                entry = Entry(like.param, like.grad, {**like.state, **numbers})
+                batch.add(k * count + at, entry, copied)
+            else:
+                entry = copy.entry(at)
+                grad: Any = entry.grad
+                addresses = {**piece.tensors, "grad": grad.data_ptr()}
+                batch.add(at, entry, addresses)
+                for name, address in addresses.items():
+                    batch.sampled.setdefault(name, []).append(copied.get(name, address))
+    return batch
+
+
+def _add_gradients(engine: Engine, batch: Batch, pre: PreStep) -> None:
+    """Figures of gradients that the step may have overwritten."""
+    addresses = [pre.samples.address(at, "grad", _CPU) for at in batch.at]
+    columns = {"param": addresses, "grad": addresses}
+    grads = Batch(batch.at, batch.entries, {}, None, columns, live=False)
+    table = engine.figures(GRADIENT, grads, rates=False).table
+    pre.gradient |= dict(zip(batch.at, table, strict=True))
+
+
+def _alone(
+    engine: Engine,
+    batch: Batch,
+    row: int,
+    copy: Copy,
+    piece: Piece,
+    pre: PreStep,
+    found: StepFigures,
+) -> list[Vectors]:
+    """Figures of one piece of a batch, from tensors of its own."""
+    at, entry = batch.at[row], copy.entry(piece.at)
+    if "grad" in pre.samples.names(at):
+        grad = pre.samples.tensor(at, "grad")
+        pre.gradient[at] = engine.tensor_figures(GRADIENT, grad)
+    group = {**batch.group, "lr": copy.rates[piece.at]}
+    one = batch_of(engine.backends, at, entry, group, batch.rule)
+    return engine.batch_figures(one, pre, found)
