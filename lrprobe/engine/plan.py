@@ -107,6 +107,7 @@ class Plan:
 
     Attributes:
         watched: the parameters.
+        closure: whether steps have a closure.
         groups: per group, its hyperparameters except the rate.
         pieces: one per parameter, in their order.
         small: whether the copies have all elements, and may wait.
@@ -114,8 +115,15 @@ class Plan:
         previous: places of the gradients in these two buffers.
     """
 
-    def __init__(self, backends: Backends, watched: list[WatchedParameter], optimizer: Any) -> None:
-        """Plan the copies.
+    def __init__(
+        self,
+        backends: Backends,
+        watched: list[WatchedParameter],
+        optimizer: Any,
+        *,
+        closure: bool,
+    ) -> None:
+        """Plan the copies; with a closure, gradients do not exist before the step.
 
         Raises:
             UnusualError: if steps need more than dense tensors in host memory.
@@ -124,6 +132,7 @@ class Plan:
             raise UnusualError
         self._backend = backends["cpu"]
         self.watched = watched
+        self.closure = closure
         self.groups = [_fixed(group) for group in optimizer.param_groups]
         self.pieces: list[Piece] = []
         self.before, self.after = _Layout(), _Layout()
@@ -180,7 +189,8 @@ class Plan:
                 self.after.add(at, name, tensor, address)
         self.after.add(at, "grad", param)
         number, layout = 1, self.after
-        if rule is None or (rule.overwrites is not None and rule.overwrites(group)):
+        overwrites = rule is None or (rule.overwrites is not None and rule.overwrites(group))
+        if overwrites and not self.closure:
             self.before.add(at, "grad", param)
             self._overwritten.append(at)
             number, layout = 0, self.before

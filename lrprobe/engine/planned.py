@@ -49,7 +49,7 @@ class Planned:
         if self._misses > _MAX_MISSES or getattr(optimizer, "found_inf", None) is not None:
             return None
         try:
-            plan, entries = self._fitting(watched, optimizer)
+            plan, entries = self._fitting(watched, optimizer, closure)
         except UnusualError:
             self._plan = None
             self._misses = _MAX_MISSES + 1
@@ -66,12 +66,15 @@ class Planned:
         samples = Samples.over(self._engine.backends, [buffer], plan.before.places)
         return PlannedPreStep(samples, grads=grads, plan=plan, buffer=buffer)
 
-    def _fitting(self, watched: list[WatchedParameter], optimizer: Any) -> tuple[Plan, list[Entry]]:
+    def _fitting(
+        self, watched: list[WatchedParameter], optimizer: Any, closure: bool
+    ) -> tuple[Plan, list[Entry]]:
         plan = self._plan
         entries = None if plan is None else plan.find(watched, optimizer)
-        if plan is None or entries is None or not plan.fits(optimizer):
+        fits = plan is not None and plan.closure == closure and plan.fits(optimizer)
+        if plan is None or entries is None or not fits:
             self._misses += 4
-            plan = self._plan = Plan(self._engine.backends, watched, optimizer)
+            plan = self._plan = Plan(self._engine.backends, watched, optimizer, closure=closure)
             entries = plan.find(watched, optimizer)
         if entries is None:
             raise UnusualError

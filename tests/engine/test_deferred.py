@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -511,3 +512,35 @@ def test_a_forked_process_that_ends_without_close_loses_no_step(tmp_path: Path) 
     path = tmp_path / "run.parquet"
     subprocess.run([sys.executable, script, path], check=True)
     assert lrprobe.read(path)["step"].unique().tolist() == list(range(1, 31))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Wayward])
+def test_steps_with_a_closure_wait_too(
+    kind: type[Optimizer], waited: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a rule or measured, their rows are those of one step at a time."""
+
+    def frame() -> pd.DataFrame:
+        model = net()
+        optimizer = kind(model.parameters(), lr=0.01)
+        generator = torch.Generator().manual_seed(5)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.randn(8, 4, generator=generator)).square().mean()
+            loss.backward()
+            return loss
+
+        with lrprobe.attach(optimizer, model, every=1) as probe:
+            for _ in range(10):
+                optimizer.step(closure)
+            return probe.frame().drop(columns="time")
+
+    if kind is Wayward:
+        monkeypatch.setitem(rules._RULES, Wayward, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = frame()
+        assert sum(waited) >= 9
+        monkeypatch.setattr(plan, "MAX_BYTES", 0)
+        pd.testing.assert_frame_equal(found, frame(), rtol=1e-9, atol=0)
