@@ -72,7 +72,7 @@ class LocalGatherer:
             self._copy, self._moved = copy, step_moved(optimizer, torch.device("cpu"))
             self._broken = False
             return
-        hooks.catch_up()
+        hooks.judge_waiting()
         if copy is not None:
             figures = figures_of(hooks.engine, [copy])
         else:

@@ -413,7 +413,7 @@ class Hooks:
     def _refresh(self, optimizer: Optimizer) -> None:
         """Follow added groups, replaced parameters and changed hyperparameters."""
         self._refresh_hyperparameters(self.watching.all_of(optimizer))
-        found = self.watching.refresh(optimizer, self.catch_up)
+        found = self.watching.refresh(optimizer, self.judge_waiting)
         if self._passes is not None and self.parts is None and found is not None:
             self._passes.watch(found)
 
@@ -432,7 +432,7 @@ class Hooks:
         if before:
             self._owner.describe()
 
-    def catch_up(self) -> None:
+    def judge_waiting(self) -> None:
         """Judge the steps that wait, before others are judged that do not."""
         if self._local.deferred.waiting:
             self._owner.collect(wait=True)

@@ -173,14 +173,14 @@ class Recorder:
     def add(self, hooks: Hooks, pending: Step) -> None:
         """Add the figures of a step, which may still be on the device."""
         with self._lock:
-            if not self._is_dummy(hooks, pending):
+            if not self._took_back(hooks, pending):
                 self._waiting.append((hooks, pending))
         self.collect()
         if isinstance(pending, CopiedStep):
             self._look_later()
 
-    def _is_dummy(self, hooks: Hooks, pending: Step) -> bool:
-        """Whether the newest step is known to be a dummy step, although others wait before it."""
+    def _took_back(self, hooks: Hooks, pending: Step) -> bool:
+        """Uncount the newest step if it was a dummy step, although others wait before it."""
         dummy = hooks.exchange is None and pending.settled() and pending.is_dummy
         if dummy:
             hooks.take_back()

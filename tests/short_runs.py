@@ -1,6 +1,8 @@
 """Short runs into datasets and logdirs, for what looks at runs."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,3 +23,15 @@ def record(
             model(torch.randn(8, 4)).square().mean().backward()
             adam.step()
     return to
+
+
+def references(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[weakref.ReferenceType[Any]]:
+    """To model, optimizer, parameters, gradients and state."""
+    params = list(model.parameters())
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    return [
+        weakref.ref(each)
+        for each in (model, optimizer, *params, *(p.grad for p in params), *states)
+    ]

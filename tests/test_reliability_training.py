@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from oracle import bits
+from short_runs import references
 from test_unchanged import assert_same, clone
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -935,9 +936,7 @@ def test_a_probe_keeps_no_dead_model_alive(tmp_path: Any) -> None:
     optimizer = adamw(model)
     probe = lrprobe.attach(optimizer, model, to=tmp_path / "a.parquet", every=1, batch_size=16)
     plain(model, optimizer, 2)
-    there = [weakref.ref(thing) for thing in (model, optimizer, *model.parameters())]
-    there += [weakref.ref(param.grad) for param in model.parameters()]
-    there += [weakref.ref(t) for s in optimizer.state.values() for t in s.values()]
+    there = references(model, optimizer)
     del model, optimizer
     gc.collect()
     assert [ref() for ref in there] == [None] * len(there)

@@ -38,7 +38,14 @@ from lrprobe.engine.pieces import (
 )
 from lrprobe.engine.program import Program, UnknownOperationError
 from lrprobe.engine.recording import Recorded, record
-from lrprobe.rules.base import Entry, Rule, Scalar, to_device, to_device_float64
+from lrprobe.rules.base import (
+    Entry,
+    Rule,
+    Scalar,
+    overwrites_gradient,
+    to_device,
+    to_device_float64,
+)
 
 _MAX_PROGRAMS = 256
 
@@ -128,8 +135,7 @@ class Engine:
     ) -> None:
         """Keep samples and figures of a gradient that the optimizer may overwrite."""
         grad = param.grad
-        overwrites = w.rule is None or (w.rule.overwrites is not None and w.rule.overwrites(group))
-        if not overwrites:
+        if not overwrites_gradient(w.rule, group):
             return
         partial = any(each.is_partial() for each in getattr(grad, "placements", ()))
         if grad is None or grad.is_sparse or partial:

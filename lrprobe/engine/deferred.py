@@ -7,7 +7,6 @@ same calls, as if they were pieces of one step.
 
 from __future__ import annotations
 
-import math
 import time
 from itertools import groupby
 
@@ -33,7 +32,7 @@ class CopiedStep:
     """A recorded step whose figures are computed later; otherwise like a ``StepInFlight``.
 
     Attributes:
-        info, rows, until: as there.
+        info, rows: as there.
         copy: its tensors.
         since: when it was taken, on the ``time.monotonic`` clock.
     """
@@ -43,7 +42,6 @@ class CopiedStep:
     ) -> None:
         self.info = info
         self.rows = rows
-        self.until = math.inf
         self.copy = copy
         self.since = time.monotonic()
         self.is_dummy = not moved

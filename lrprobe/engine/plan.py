@@ -25,7 +25,7 @@ from lrprobe.engine.pieces import (
     is_strided,
     sample_runs,
 )
-from lrprobe.rules.base import Entry, Rule
+from lrprobe.rules.base import Entry, Rule, overwrites_gradient
 
 MAX_BYTES = 1 << 18
 """Bytes of parameters, gradients and state up to which a step is copied whole."""
@@ -189,8 +189,7 @@ class Plan:
                 self.after.add(at, name, tensor, address)
         self.after.add(at, "grad", param)
         number, layout = 1, self.after
-        overwrites = rule is None or (rule.overwrites is not None and rule.overwrites(group))
-        if overwrites and not self.closure:
+        if overwrites_gradient(rule, group) and not self.closure:
             self.before.add(at, "grad", param)
             self._overwritten.append(at)
             number, layout = 0, self.before
@@ -341,7 +340,7 @@ class Copy:
     Attributes:
         plan: how it was read.
         buffers: copies from before the step, and from after it.
-        numbers: the values of each piece's ``numbers``.
+        numbers: the values of each piece's ``numbers``; none with ``entries``.
         rates, initial: ``lr`` and ``initial_lr`` of each piece's group.
         previous: per piece, where the gradient of the last recorded step is.
         entries: the optimizer's tensors; none if the step may wait.
@@ -363,8 +362,7 @@ class Copy:
     def entry(self, at: int) -> Entry:
         """A piece with its values: the optimizer's tensors, or those that were copied."""
         if self.entries:
-            entry = self.entries[at]
-            return Entry(entry.param, entry.grad, {**entry.state})
+            return self.entries[at]
         after = Samples.over({}, self.buffers[1:], self.plan.after.places)
         shape = self.plan.pieces[at].like.param.shape
         tensors = {name: after.tensor(at, name).view(shape) for name in after.names(at)}

@@ -101,7 +101,7 @@ class Planned:
         previous = [w.previous for w in plan.watched]
         for i, w in enumerate(plan.watched):
             w.previous = latest, i
-        numbers = plan.numbers(entries)
+        numbers = plan.numbers(entries) if plan.small else []
         entries = [] if plan.small else entries
         return Copy(plan, [buffer, after], numbers, rates, initial, previous, entries)
 
@@ -178,11 +178,10 @@ def _batch(copies: Sequence[Copy], rule: Rule | None, pieces: Sequence[Piece]) -
         batch.memo["lr"] = known["lr"] = column(rates, _CPU)
     for k, copy in enumerate(copies):
         for piece in pieces:
-            at = piece.at
-            numbers = copy.numbers_of(at, as_tensors=len(rates) == 1)
+            at, like = piece.at, piece.like
             copied = copy.addresses(at)
             if plan.small:
-                like = piece.like
+                numbers = copy.numbers_of(at, as_tensors=len(rates) == 1)
                 entry = Entry(like.param, like.grad, {**like.state, **numbers})
                 batch.add(k * count + at, entry, copied)
             else:

@@ -415,6 +415,11 @@ def writes_of(rule: Rule, group: Mapping[str, Any]) -> int:
     return 1 + bool(isinstance(decoupled, Tensor) or decoupled)
 
 
+def overwrites_gradient(rule: Rule | None, group: Mapping[str, Any]) -> bool:
+    """Whether a step overwrites the gradient; without a rule, it may."""
+    return rule is None or (rule.overwrites is not None and rule.overwrites(group))
+
+
 def tolerance(dtype: torch.dtype, rule: Rule) -> float:
     """Reconstruction error above which a rule does not explain the step."""
     return max(rule.tolerance, 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3)

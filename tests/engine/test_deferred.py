@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from optimizers import CASES, Case
+from short_runs import references
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -296,9 +296,7 @@ def test_steps_that_wait_keep_no_model_alive() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     probe = lrprobe.attach(optimizer, model, every=1)
     train(model, optimizer, 5)
-    there = [weakref.ref(thing) for thing in (model, optimizer, *model.parameters())]
-    there += [weakref.ref(param.grad) for param in model.parameters()]
-    there += [weakref.ref(t) for s in optimizer.state.values() for t in s.values()]
+    there = references(model, optimizer)
     del model, optimizer
     gc.collect()
     assert [ref() for ref in there] == [None] * len(there)
