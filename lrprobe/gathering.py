@@ -95,8 +95,10 @@ class LocalGatherer:
         """Whether the figures of a step may be computed later."""
         if self._rows is not self._hooks.rows:  # the parameters are others
             self._rows, self._at_once = self._hooks.rows, AT_ONCE
-        self._at_once = max(0, self._at_once - 1)
-        return copy.plan.small and not self._at_once
+        if self._at_once:
+            self._at_once -= 1
+            return False
+        return copy.plan.small
 
     def skipped(self, optimizer: Any, info: StepInfo, since: int) -> Step | None:  # noqa: ARG002 - as in Exchange
         """Gather a step that was skipped after the last one; the parameters are unchanged."""

@@ -445,7 +445,7 @@ class Hooks:
         """Turn parameters whose rule does not explain their steps to ``measured``."""
         if self.exchange is not None:
             return  # all ranks do this together, at the next recorded step
-        failed = judge_rules(step.rows, step.arrived())
+        failed = judge_rules(step.rows, step.rule_errors())
         if not failed:
             return
         names = [step.rows[at].name for at in failed]

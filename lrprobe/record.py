@@ -80,6 +80,14 @@ def frame_columns(level: Level) -> dict[str, str]:
     }
 
 
+_SIZES = {"int64": 8, "float64": 8, "bool": 1, "str": 0}
+"""Bytes of a value; names are shared between records and not counted."""
+
+
+def _row_bytes(columns: Mapping[str, str]) -> int:
+    return sum(_SIZES[kind] for kind in columns.values())
+
+
 ELEMENT_COLUMNS: Mapping[str, str] = {
     **_STEP,
     **KEYS["parameter"],
@@ -142,6 +150,10 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays (names are shared between records and not counted)."""
-        arrays = [a for t in self.tables.values() for a in t.values() if a.dtype != object]
-        arrays += [a for a in self.elements.values() if a.dtype != object]
-        return sum(a.nbytes for a in (*arrays, *self.edges, *self.counts))
+        rows = [len(table["numel"]) * _ROW_BYTES[level] for level, table in self.tables.items()]
+        elements = len(self.elements["element"]) * _ELEMENT_BYTES
+        return sum(rows) + elements + sum(array.nbytes for array in (*self.edges, *self.counts))
+
+
+_ROW_BYTES = {level: _row_bytes(frame_columns(level)) for level in LEVELS}
+_ELEMENT_BYTES = _row_bytes(ELEMENT_COLUMNS)

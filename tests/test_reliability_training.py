@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrprobe
+from lrprobe import gathering
 from lrprobe.engine import Engine, flight
 from lrprobe.engine.planned import Planned
 
@@ -649,6 +650,7 @@ def test_no_error_of_ours_reaches_the_training(
         monkeypatch.setattr(Planned, broken, fail)
     elif broken == "collect":
         monkeypatch.setattr(flight.StepInFlight, "is_dummy", property(fail))
+        monkeypatch.setattr(gathering, "AT_ONCE", 8)
     fails = broken in ("every", "step") or every == 1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

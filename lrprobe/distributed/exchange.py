@@ -252,7 +252,7 @@ class Exchange:
         if previous is None:
             return
         rows = self._union.rows
-        failed = judge_rules(rows, previous.arrived())
+        failed = judge_rules(rows, previous.rule_errors())
         if failed:
             names = {rows[at].name for at in failed}
             for w in watched:

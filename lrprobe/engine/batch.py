@@ -113,6 +113,11 @@ def add_batch_statistics(backends: Backends, batch: Batch) -> None:
     if batch.rule is not None:
         for entry in batch.entries:
             add_whole_statistics(entry, batch.group, batch.rule)
+    refresh_addresses(backends, batch)
+
+
+def refresh_addresses(backends: Backends, batch: Batch) -> None:
+    """Find the addresses anew, after tensors were added to the entries."""
     found = [describe(backends, entry) for entry in batch.entries]
     alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
     names = found[0][1] if alike else ()

@@ -6,7 +6,7 @@ A row of the parameter level is a merge of one parameter, so every level uses th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,30 +93,43 @@ class StepInfo:
     attempt: int = 0
 
 
-def judge_rules(rows: Sequence[Row], arrived: Arrived) -> dict[int, str]:
-    """Turn rows whose rule does not explain their steps to ``measured``; return them and why.
+RAISED = -1.0
+"""Instead of a reconstruction error: the rule raised an exception."""
 
-    All ranks see the same figures, so all come to the same result.
-    """
+
+def rule_errors(arrived: Arrived) -> list[float]:
+    """Per row (and step), the reconstruction error; NaN where nothing was reconstructed."""
     with np.errstate(all="ignore"):
         moved = np.maximum(arrived.sum("intended"), arrived.sum("observed"))
         error = np.sqrt(arrived.sum("residual") / moved)
     # A rule that gives NaN for an actual step does not explain it.
     error = np.where(np.isnan(error) & (arrived.sum("observed") > 0), np.inf, error)
-    ruled = np.array([row.rule != "measured" for row in rows], np.bool_)
-    raised = ruled & (arrived.maximum("failed") > 0)
-    known = ruled & ~raised & (arrived.sum("pieces") > 0) & ~np.isnan(error)
-    bad = known & (error > np.array([row.tolerance for row in rows]))
-    failed = dict.fromkeys(np.flatnonzero(raised).tolist(), "it raised an error")
-    for at in np.flatnonzero(known & ~bad).tolist():
-        rows[at].bad_steps = 0
-    for at in np.flatnonzero(bad).tolist():
-        rows[at].bad_steps += 1
-        if rows[at].bad_steps >= 2:
-            failed[at] = f"reconstruction error {error[at]:.2g}"
+    error[arrived.sum("pieces") <= 0] = np.nan
+    error[arrived.maximum("failed") > 0] = RAISED
+    found: list[float] = error.tolist()
+    return found
+
+
+def judge_rules(rows: Sequence[Row], errors: Sequence[float]) -> dict[int, str]:
+    """Turn rows whose rule does not explain their steps to ``measured``; return them and why.
+
+    All ranks see the same figures, so all come to the same result.
+    """
+    failed: dict[int, str] = {}
+    for at, (row, error) in enumerate(zip(rows, errors, strict=True)):
+        if row.rule == "measured" or math.isnan(error):
+            continue
+        if error == RAISED:
+            failed[at] = "it raised an error"
+        elif error <= row.tolerance:
+            row.bad_steps = 0
+        else:
+            row.bad_steps += 1
+            if row.bad_steps >= 2:
+                failed[at] = f"reconstruction error {error:.2g}"
     for at in failed:
         rows[at].rule = "measured"
-    return dict(sorted(failed.items()))
+    return failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +137,14 @@ class Summary:
     """What a record says about the parameters in one step.
 
     Attributes:
-        tables: per level, the columns that the figures of the step determine.
+        values: columns that figures determine, for the rows of all levels and several steps.
+        spans: the rows of each level in this step.
         edges, counts: as in the record.
         elements: columns of the tracked elements, except those that ``StepInfo`` determines.
     """
 
-    tables: Mapping[Level, Columns]
+    values: Columns
+    spans: Mapping[Level, slice]
     edges: Sequence[Floats]
     counts: Sequence[Ints]
     elements: Columns
@@ -153,12 +168,8 @@ def summaries_of(
     elements = _elements(found)  # of the only step, if there are any
     result = []
     for k, spans in enumerate(found.levels.spans):
-        tables: dict[Level, Columns] = {
-            level: {name: values[name][span] for name in _FOUND[level]}
-            for level, span in spans.items()
-        }
         own = slice(k * len(rows), (k + 1) * len(rows))
-        result.append(Summary(tables, edges[own], counts[own], elements))
+        result.append(Summary(values, spans, edges[own], counts[own], elements))
     return result
 
 
@@ -169,33 +180,51 @@ def record_of(summary: Summary, info: StepInfo) -> Record:
         time=info.time,
         attempt=info.attempt,
         optimizer=info.optimizer,
-        tables={level: _completed(summary.tables[level], _NAMES[level], info) for level in LEVELS},
+        tables={
+            level: _Table(_NAMES[level], summary.values, span, info)
+            for level, span in summary.spans.items()
+        },
         edges=summary.edges,
         counts=summary.counts,
-        elements=_completed(summary.elements, ELEMENT_COLUMNS, info),
+        elements=_Table(ELEMENT_COLUMNS, summary.elements, slice(None), info),
         run=info.run,
     )
 
 
-def _completed(table: Columns, columns: Mapping[str, str], info: StepInfo) -> Columns:
-    """Add the columns that ``StepInfo`` determines."""
-    count = len(table["parameter"] if "parameter" in columns else table["numel"])
-    known: dict[str, NDArray[Any]] = {
-        "step": np.full(count, info.step, np.int64),
-        "time": np.full(count, info.time),
-        "attempt": np.full(count, info.attempt, np.int64),
-        "optimizer": strings([info.optimizer] * count),
-    }
-    if "stepped" in table:
-        known["samples"] = np.where(table["stepped"], info.samples, np.nan)
-        known["lr_per_sample"] = table["lr"] / known["samples"]
-    return {name: known[name] if name in known else table[name] for name in columns}
+class _Table(Columns):
+    """A table of a record. Makes columns when they are asked for: few sinks need all of them."""
+
+    def __init__(
+        self, names: Mapping[str, str], values: Columns, span: slice, info: StepInfo
+    ) -> None:
+        self._names = names
+        self._values = values
+        self._span = span
+        self._info = info
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in _OF_INFO:
+            return self._values[name][self._span]
+        info = self._info
+        if name == "samples":
+            return np.where(self["stepped"], info.samples, np.nan)
+        if name == "lr_per_sample":
+            found: NDArray[Any] = self["lr"] / self["samples"]
+            return found
+        count = len(self["group" if "group" in self._names else "numel"])
+        value = getattr(info, name)
+        return strings([value] * count) if name == "optimizer" else np.full(count, value)
 
 
 _OF_INFO = ("step", "time", "attempt", "optimizer", "samples", "lr_per_sample")
 """Columns that ``StepInfo`` determines."""
 _NAMES = {level: frame_columns(level) for level in LEVELS}
-_FOUND = {level: [name for name in _NAMES[level] if name not in _OF_INFO] for level in LEVELS}
 _AT = {name: at for at, name in enumerate(SUMS)}
 
 _MEASURED = {
@@ -320,8 +349,7 @@ def _finished(summary: _Figures) -> dict[str, Floats]:
             "reconstruction_error": np.sqrt(summed("residual") / moved),
             "state_error": _state_error(summed),
         }
-    owner, row = levels.labels(summary.stepped)
-    shares = quantiles(summary.bins.spread(owner, row), low, high)
+    shares = quantiles(levels.distributions(summary.bins, summary.stepped), low, high)
     shares[spoilt & ~levels.reduced(np.logical_or, measured & summary.stepped)] = np.nan
     figures |= {f"effective_lr_{s}": shares[:, at] for at, s in enumerate(QUANTILES)}
     return figures

@@ -15,13 +15,20 @@ import torch
 
 from lrprobe.engine import Engine, undisturbed
 from lrprobe.engine.buffers import Arrived, blank, fill
-from lrprobe.engine.columns import Row, StepInfo, Summary, record_of, summaries_of
+from lrprobe.engine.columns import (
+    Row,
+    StepInfo,
+    Summary,
+    record_of,
+    rule_errors,
+    summaries_of,
+)
 from lrprobe.engine.distribution import Bins
 from lrprobe.engine.plan import Copy
 from lrprobe.engine.planned import figures_of
 from lrprobe.record import Record
 
-AT_ONCE = 8
+AT_ONCE = 4
 """Recorded steps that do not wait, so that a rule that does not explain them is found at once."""
 MAX_PIECES, MAX_SECONDS = 256, 0.25
 """How many pieces of steps wait for each other, and how long."""
@@ -46,7 +53,7 @@ class CopiedStep:
         self.since = time.monotonic()
         self.is_dummy = not moved
         self._deferred = deferred
-        self._found: tuple[list[str], Arrived, Summary] | None = None
+        self._found: tuple[list[str], list[float], Summary] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,19 +79,19 @@ class CopiedStep:
         self._deferred.drop(self)
         return True
 
-    def arrived(self) -> Arrived:
-        """The figures."""
+    def rule_errors(self) -> list[float]:
+        """The reconstruction error of each row."""
         return self._known()[1]
 
     def record(self) -> Record:
         """Create the record."""
         return record_of(self._known()[2], self.info)
 
-    def set(self, rules: list[str], arrived: Arrived, summary: Summary) -> None:
+    def set(self, rules: list[str], errors: list[float], summary: Summary) -> None:
         """Set the figures, which were computed by these rules."""
-        self._found = rules, arrived, summary
+        self._found = rules, errors, summary
 
-    def _known(self) -> tuple[list[str], Arrived, Summary]:
+    def _known(self) -> tuple[list[str], list[float], Summary]:
         if self._found is None:
             raise RuntimeError("the figures are not computed yet")
         return self._found
@@ -139,7 +146,7 @@ class Deferred:
     def compute(self) -> None:
         """Compute the figures of all steps that wait."""
         waiting = list(self.waiting)
-        for _, run in groupby(waiting, lambda step: (id(step.rows), id(step.copy.plan))):
+        for _, run in groupby(waiting, lambda step: (id(step.rows), step.copy.kind)):
             self._compute(list(run))
 
     def _compute(self, steps: list[CopiedStep]) -> None:
@@ -152,11 +159,9 @@ class Deferred:
         self._reasons.clear()
         for at, why in figures.failed.items():
             self._reasons[rows[at % count].name] = why
-        sums, maxima = buffers.sums.numpy(), buffers.maxima.numpy()
         bins = Bins.empty() if buffers.bins is None else buffers.bins
-        arrived = Arrived(sums, maxima, np.zeros(0), bins)
+        arrived = Arrived(buffers.sums.numpy(), buffers.maxima.numpy(), np.zeros(0), bins)
+        errors = rule_errors(arrived)
         summaries = summaries_of(rows, rules, arrived, len(steps))
         for k, (step, summary) in enumerate(zip(steps, summaries, strict=True)):
-            own = slice(k * count, (k + 1) * count)
-            one = Arrived(sums[own], maxima[own], np.zeros(0), Bins.empty())
-            step.set(rules, one, summary)
+            step.set(rules, errors[k * count : (k + 1) * count], summary)

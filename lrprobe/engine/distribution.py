@@ -167,15 +167,6 @@ class Bins:
             counts = np.asarray(np.bincount(at, counts), np.float64)
         return Bins(key // width, key % width + low, counts)
 
-    def spread(self, owner: Ints, row: Ints) -> Bins:
-        """Merge owners into rows; ``owner`` and ``row`` are (pairs,): each row an owner is in."""
-        first = np.searchsorted(self.owner, owner)
-        sizes = np.searchsorted(self.owner, owner, side="right") - first
-        begin = np.cumsum(sizes) - sizes
-        at = np.repeat(first - begin, sizes) + np.arange(int(sizes.sum()))
-        rows = Bins(np.repeat(row, sizes), self.bins[at], self.counts[at])
-        return rows.merged(np.arange(int(row.max(initial=-1)) + 1))
-
     def scaled(self, total: Floats) -> Bins:
         """Scale the counts of each owner so that they add up to ``total``: (owners,)."""
         if not len(self.owner):
@@ -230,14 +221,15 @@ def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
     """``QUANTILES`` of each row, as NumPy's ``inverted_cdf`` within 1 %: (rows, QUANTILES).
 
     Args:
-        bins: the distributions, with rows as owners.
+        bins: the distributions, with rows as owners, in any order of rows.
         low: each row's smallest rate; NaN if unknown.
         high: its largest rate; NaN if unknown.
     """
     result = np.full((len(low), len(_SHARES)), np.nan)
-    rows, starts = np.unique(bins.owner, return_index=True)
-    if not len(rows):
+    if not len(bins.owner):
         return result
+    starts = np.flatnonzero(np.append(True, bins.owner[1:] != bins.owner[:-1]))
+    rows = bins.owner[starts]
     ends = np.append(starts[1:], len(bins.owner))
     upto = np.cumsum(bins.counts)
     before = upto[starts] - bins.counts[starts]

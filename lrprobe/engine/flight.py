@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.buffers import MAXIMA, Arrived, Buffers
-from lrprobe.engine.columns import Row, StepInfo, record_of, summaries_of
+from lrprobe.engine.columns import Row, StepInfo, record_of, rule_errors, summaries_of
 from lrprobe.engine.distribution import Bins, unfold
 from lrprobe.record import Record
 
@@ -126,6 +126,10 @@ class StepInFlight:
             each += [unfold(table, rows) for table in folded]
             self._arrived = Arrived(sums, maxima, tracked, Bins.joined(each))
         return self._arrived
+
+    def rule_errors(self) -> list[float]:
+        """The reconstruction error of each row."""
+        return rule_errors(self.arrived())
 
     def record(self) -> Record:
         """Create the record."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lrprobe.engine.distribution import Floats, Ints
+from lrprobe.engine.distribution import Bins, Floats
 from lrprobe.names import module_of
 from lrprobe.record import LEVELS, Level
 
@@ -58,9 +58,14 @@ class Levels:
             {level: slice(k * count + a, k * count + b) for level, (a, b) in spans.items()}
             for k in range(steps)
         ]
-        self._label = (of_step * count + label[sorted_]).reshape(-1)
         self._member = (of_step * len(parameters) + member).reshape(-1)
-        self._starts = np.searchsorted(self._label, np.arange(self.count))
+        sorted_label = (of_step * count + label[sorted_]).reshape(-1)
+        self._starts = np.searchsorted(sorted_label, np.arange(self.count))
+        self._rows = [(of_step * count + np.arange(a, b)).reshape(-1) for a, b in spans.values()]
+        self._at = [
+            (of_step * (b - a) + own - a).reshape(-1)
+            for own, (a, b) in zip(label.reshape(len(LEVELS), -1), spans.values(), strict=True)
+        ]
         first = [parameters[at] for at in member[self._starts[:count]]]
         numel = np.tile(np.array([each.numel for each in parameters], np.int64), steps)
         self.keys: Mapping[str, NDArray[Any]] = {
@@ -87,10 +92,20 @@ class Levels:
         low, high = self.reduced(np.fmin, values), self.reduced(np.fmax, values)
         return np.where(low == high, low, np.nan)
 
-    def labels(self, use: Bools) -> tuple[Ints, Ints]:
-        """Pairs of each parameter in use and each row that it is in: two arrays (pairs,)."""
-        taken = use[self._member]
-        return self._member[taken], self._label[taken]
+    def distributions(self, bins: Bins, use: Bools) -> Bins:
+        """The distribution of each row, level by level.
+
+        Args:
+            bins: those of the parameters, step by step.
+            use: whether to use each parameter: (steps · parameters,).
+        """
+        found = [bins.merged(np.where(use, at, -1)) for at in self._at]
+        placed = [rows[own.owner] for rows, own in zip(self._rows, found, strict=True)]
+        return Bins(
+            np.concatenate(placed),
+            np.concatenate([own.bins for own in found]),
+            np.concatenate([own.counts for own in found]),
+        )
 
 
 @lru_cache(maxsize=64)

@@ -157,7 +157,7 @@ def host_value(number: Tensor) -> float:
     """The number in a tensor on the host; NumPy reads it without dispatching a torch operation."""
     if number.dtype in _NUMPY:
         found = number.detach() if number.requires_grad else number
-        return float(found.numpy().reshape(())[()])
+        return float(found.numpy().item())
     return float(number)
 
 

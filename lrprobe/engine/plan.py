@@ -1,4 +1,4 @@
-"""The usual case, planned once: dense tensors in host memory that stay where they are.
+"""The usual case, planned once: dense tensors in host memory.
 
 Of each step, the check sample is copied before and after it, in one call each. Of a small net that
 is all of its elements, so that its figures can be computed later.
@@ -6,8 +6,9 @@ is all of its elements, so that its figures can be computed later.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -15,22 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrprobe.engine.batch import Backends, describe
+from lrprobe.engine.batch import Backends
 from lrprobe.engine.check import Place, Samples
 from lrprobe.engine.pieces import (
     PLAIN,
     SAMPLE,
     WatchedParameter,
     host_value,
+    is_dense,
     is_strided,
     sample_runs,
 )
-from lrprobe.rules.base import Entry, Rule, overwrites_gradient
+from lrprobe.rules.base import Entry, Rule, Scalar, overwrites_gradient
 
 MAX_BYTES = 1 << 18
 """Bytes of parameters, gradients and state up to which a step is copied whole."""
+_MAX_ROWS = 64
+"""Rows of a tensor up to which it is copied row by row, if it is not contiguous."""
 _ALIGNED = 16
-_PLAIN_VALUES = (bool, int, float, str, type(None))
+_PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype)
+
+Strides = tuple[int, ...] | None
+"""Of a tensor; None if it is contiguous."""
 
 
 class UnusualError(Exception):
@@ -45,8 +52,9 @@ class Piece:
         at: its index.
         group: index of its group.
         rule: its rule; None if its rate is measured.
-        like: tensors of its dtypes and shapes, without its values.
-        tensors: address of the parameter, and of each element-wise tensor of its state.
+        like: tensors of its dtypes and shapes, without its values; a measured one has no state.
+        strides: of the parameter, each element-wise tensor of its state, and the gradient.
+        addresses: of the parameter and each element-wise tensor of its state in the last step.
         numbers: its state entries that are one number, and whether they are tensors.
         nothing: its state entries that are None.
         names: all entries of its state.
@@ -56,10 +64,21 @@ class Piece:
     group: int
     rule: Rule | None
     like: Entry
-    tensors: dict[str, int]
-    numbers: dict[str, bool]
-    nothing: list[str]
-    names: frozenset[str]
+    strides: dict[str, Strides]
+    addresses: dict[str, int]
+    numbers: dict[str, bool] = field(default_factory=dict)
+    nothing: list[str] = field(default_factory=list)
+    names: frozenset[str] = frozenset()
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors of ``like``."""
+        return self.like.param if name in ("param", "grad") else self.like.state[name]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the pieces of one batch share."""
+        dtypes = tuple((name, self.tensor(name).dtype) for name in self.addresses)
+        return self.group, self.rule, dtypes, tuple(self.numbers.items()), tuple(self.nothing)
 
 
 class _Layout:
@@ -73,42 +92,47 @@ class _Layout:
     def __init__(self) -> None:
         self.places: dict[int, dict[str, Place]] = {}
         self.size = 0
+        self._names: list[tuple[int, str]] = []
         self._rows: list[tuple[int, ...]] = []
-        self._moving: list[int] = []
 
-    def add(self, at: int, name: str, tensor: Tensor, address: int | None = None) -> None:
-        """Add a tensor at this address, or one that is elsewhere at each step."""
+    def add(self, at: int, name: str, tensor: Tensor, strides: Strides) -> None:
+        """Add a tensor."""
+        bytes_, number = tensor.element_size(), len(self._names)
         runs, run, stride = sample_runs(tensor.numel())
         self.places.setdefault(at, {})[name] = 0, self.size, tensor.dtype, runs * run
-        if address is None:
-            self._moving.append(len(self._rows))
-        self._rows.append((address or 0, self.size, tensor.element_size(), runs, run, stride))
-        self.size += -(-runs * run * tensor.element_size() // _ALIGNED) * _ALIGNED
+        self._names.append((at, name))
+        if strides is None:
+            self._rows.append((number, 0, self.size, bytes_, runs, run, stride))
+        else:
+            begin = self.size
+            for start, count, step in _rows_of(tensor.shape, strides):
+                shape = (1, count, count) if step == 1 else (count, 1, step)
+                self._rows.append((number, start * bytes_, begin, bytes_, *shape))
+                begin += count * bytes_
+        self.size += -(-runs * run * bytes_ // _ALIGNED) * _ALIGNED
 
     def finish(self) -> None:
         """Prepare to copy, after everything was added."""
         columns = np.array(self._rows, np.int64).T
-        self._addresses, self._starts, self._bytes = columns[:3].copy()
-        self._runs = np.ascontiguousarray(columns[3:].T)
+        self._numbers, self._offsets, self._starts, self._bytes = columns[:4].copy()
+        self._runs = np.ascontiguousarray(columns[4:].T)
 
-    def copy(self, backend: ModuleType, moving: Sequence[int]) -> Tensor:
-        """Copy the tensors; ``moving`` has the addresses of those that are elsewhere each time."""
-        addresses = self._addresses.copy()
-        addresses[self._moving] = moving
-        buffer: Tensor = backend.copied(addresses, self._runs, self._bytes, self._starts, self.size)
+    def copy(self, backend: ModuleType, addresses: Sequence[Mapping[str, int]]) -> Tensor:
+        """Copy the tensors, which are at these addresses in each piece."""
+        begins = np.array([addresses[at][name] for at, name in self._names], np.int64)
+        begins = begins[self._numbers] + self._offsets
+        buffer: Tensor = backend.copied(begins, self._runs, self._bytes, self._starts, self.size)
         return buffer
 
 
 class Plan:
-    """How an optimizer's steps are read, while it keeps its tensors and hyperparameters.
+    """How an optimizer's steps are read, while its tensors keep their dtypes and shapes.
 
-    It holds none of these tensors: what is at the same address, of the same dtype and size, is read
-    the same way.
+    It holds none of these tensors.
 
     Attributes:
         watched: the parameters.
         closure: whether steps have a closure.
-        groups: per group, its hyperparameters except the rate.
         pieces: one per parameter, in their order.
         small: whether the copies have all elements, and may wait.
         before, after: layouts of the copies from before a step, and from after it.
@@ -133,65 +157,90 @@ class Plan:
         self._backend = backends["cpu"]
         self.watched = watched
         self.closure = closure
-        self.groups = [_fixed(group) for group in optimizer.param_groups]
-        self.pieces: list[Piece] = []
         self.before, self.after = _Layout(), _Layout()
         self.previous: dict[int, dict[str, Place]] = {}
         self._kinds: dict[Any, list[Piece]] = {}
-        self._overwritten: list[int] = []
+        self._overwrites = self._overwritten(optimizer)
         known: dict[Any, Tensor] = {}
-        for i, w in enumerate(watched):
-            self._add(backends, i, w, optimizer, known)
+        self.pieces = [self._piece(i, w, optimizer, known) for i, w in enumerate(watched)]
         likes = [piece.like for piece in self.pieces]
         size = sum(t.nbytes for e in likes for t in (e.param, e.param, *e.state.values()))
         self.small = size <= MAX_BYTES and all(e.param.numel() <= SAMPLE for e in likes)
         for piece in self.pieces:
-            self._lay_out(piece, optimizer.param_groups[piece.group])
-        if self._overwritten and not self.small:
-            raise UnusualError  # the copies lack elements of gradients that are lost in the step
+            self._lay_out(piece)
         self.before.finish()
         self.after.finish()
 
-    def _add(
-        self,
-        backends: Backends,
-        i: int,
-        w: WatchedParameter,
-        optimizer: Any,
-        known: dict[Any, Tensor],
-    ) -> None:
-        param, rule = w.place(), w.rule
+    def _overwritten(self, optimizer: Any) -> list[bool]:
+        """Whether a step overwrites each gradient that exists before it."""
+        groups = optimizer.param_groups
+        return [
+            not self.closure and overwrites_gradient(w.rule, groups[w.group]) for w in self.watched
+        ]
+
+    def _piece(
+        self, i: int, w: WatchedParameter, optimizer: Any, known: dict[Any, Tensor]
+    ) -> Piece:
+        param = w.place()
         if param is None or w.span is not None or w.tracked is not None:
-            raise UnusualError
-        if rule is not None and (rule.before is not None or rule.whole is not None):
             raise UnusualError
         if type(param) not in PLAIN or not param.dim() or not param.numel():
             raise UnusualError
-        state = optimizer.state.get(param, _NO_STATE)
-        kind, states, numbers = _state_of(backends, param, state)
-        tensors = {"param": param, **states}
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        like = _like(param, states, known)
-        nothing = [name for name, value in state.items() if value is None]
-        piece = Piece(i, w.group, rule, like, addresses, numbers, nothing, frozenset(state))
-        self.pieces.append(piece)
-        self._kinds.setdefault((w.group, rule, kind), []).append(piece)
+        if param.dtype.is_complex or not self._backend.is_addressable(param):
+            raise UnusualError
+        strides = {"param": _strides(param)}
+        piece = Piece(
+            i, w.group, w.rule, _like(param, {}, known), strides, {"param": param.data_ptr()}
+        )
+        if w.rule is not None:
+            self._add_state(piece, param, optimizer.state.get(param, _NO_STATE), known)
+        # Autograd lays a gradient out like its parameter, if that has no gaps.
+        strides["grad"] = strides["param"] if is_dense(param) else None
+        self._kinds.setdefault(piece.kind, []).append(piece)
+        return piece
 
-    def _lay_out(self, piece: Piece, group: Mapping[str, Any]) -> None:
+    def _add_state(self, piece: Piece, param: Tensor, state: Any, known: dict[Any, Tensor]) -> None:
+        if not isinstance(state, Mapping):
+            raise UnusualError
+        tensors = {}
+        for name, value in state.items():
+            if value is None:
+                piece.nothing.append(name)
+            elif isinstance(value, bool | int | float):
+                piece.numbers[name] = False
+            elif type(value) not in PLAIN or not is_strided(value) or not value.is_cpu:
+                raise UnusualError
+            elif value.shape == param.shape and self._backend.is_addressable(value):
+                tensors[name] = value
+                piece.strides[name] = _strides(value)
+                piece.addresses[name] = value.data_ptr()
+            elif value.numel() == 1:
+                piece.numbers[name] = True
+            else:
+                raise UnusualError
+        piece.like = _like(param, tensors, known)
+        piece.names = frozenset(state)
+
+    def _lay_out(self, piece: Piece) -> None:
         """Copy what a step overwrites, and after it what cannot be read where it is."""
         at, rule, param = piece.at, piece.rule, piece.like.param
+        if not self.small and (
+            any(piece.strides.values())
+            or (rule is not None and rule.whole is not None)
+            or self._overwrites[at]  # the copies lack elements of a gradient that is lost
+        ):
+            raise UnusualError
         whole = self.small or param.numel() > SAMPLE
-        for name, address in piece.tensors.items():
-            tensor = param if name == "param" else piece.like.state[name]
+        for name in piece.addresses:
+            tensor, strides = piece.tensor(name), piece.strides[name]
             if name == "param" or (rule is not None and rule.advance is not None):
-                self.before.add(at, name, tensor, address)
+                self.before.add(at, name, tensor, strides)
             if whole:
-                self.after.add(at, name, tensor, address)
-        self.after.add(at, "grad", param)
+                self.after.add(at, name, tensor, strides)
+        self.after.add(at, "grad", param, piece.strides["grad"])
         number, layout = 1, self.after
-        if overwrites_gradient(rule, group) and not self.closure:
-            self.before.add(at, "grad", param)
-            self._overwritten.append(at)
+        if self._overwrites[at]:
+            self.before.add(at, "grad", param, piece.strides["grad"])
             number, layout = 0, self.before
         self.previous[at] = {"previous": (number, *layout.places[at]["grad"][1:])}
 
@@ -205,37 +254,67 @@ class Plan:
             if ruled:
                 yield ruled[0].rule, ruled
 
-    def fits(self, optimizer: Any) -> bool:
-        """Whether the hyperparameters are the same, except for the rates."""
-        try:
-            return self.groups == [_fixed(group) for group in optimizer.param_groups]
-        except UnusualError:
-            return False
-
     def find(self, watched: Sequence[WatchedParameter], optimizer: Any) -> list[Entry] | None:
-        """Parameters with their gradients and state; None if they are not where they were."""
-        if watched is not self.watched:
+        """Parameters with their gradients and state; None if they are not as planned."""
+        if watched is not self.watched or self._overwritten(optimizer) != self._overwrites:
             return None
         found, states = [], optimizer.state
         for w, piece in zip(watched, self.pieces, strict=True):
             param = w.place()
             if param is None or w.rule is not piece.rule:
                 return None
-            state = states.get(param, _NO_STATE)
-            if state.keys() != piece.names or not _is_there(param, state, piece):
+            state = _NO_STATE if w.rule is None else states.get(param, _NO_STATE)
+            if w.rule is not None and state.keys() != piece.names:
+                return None
+            if not self._is_there(param, state, piece):
                 return None
             found.append(Entry(param, param.grad, state))
         return found
 
+    def _is_there(self, param: Tensor, state: Mapping[str, Any], piece: Piece) -> bool:
+        """Whether the tensors of a piece are as planned; notes where they are."""
+        shape = piece.like.param.shape
+        for name, address in piece.addresses.items():
+            tensor = param if name == "param" else state[name]
+            if type(tensor) not in PLAIN or tensor.dtype is not piece.tensor(name).dtype:
+                return False
+            if tensor.shape != shape or not _lies(tensor, piece.strides[name]):
+                return False
+            if tensor.data_ptr() != address:
+                if not self._backend.is_addressable(tensor):
+                    return False
+                piece.addresses[name] = tensor.data_ptr()
+        if any(state[name] is not None for name in piece.nothing):
+            return False
+        return all(
+            isinstance(state[name], Tensor) == known for name, known in piece.numbers.items()
+        )
+
     def copy_before(self, entries: Sequence[Entry]) -> Tensor | None:
         """Copy what the step will overwrite; None if that is a gradient of an unusual kind."""
-        found = self._grads(self._overwritten, entries)
-        return None if found is None else self.before.copy(self._backend, found)
+        return self._copied(self.before, entries, self._overwrites)
 
     def copy_after(self, entries: Sequence[Entry]) -> Tensor | None:
         """Copy the step after it was taken; None if it lacks a gradient of the usual kind."""
-        found = self._grads(range(len(self.pieces)), entries)
-        return None if found is None else self.after.copy(self._backend, found)
+        return self._copied(self.after, entries, [True] * len(entries))
+
+    def _copied(
+        self, layout: _Layout, entries: Sequence[Entry], with_grad: Sequence[bool]
+    ) -> Tensor | None:
+        addresses = []
+        for piece, entry, wanted in zip(self.pieces, entries, with_grad, strict=True):
+            own = piece.addresses
+            if wanted:
+                grad, param = entry.grad, piece.like.param
+                if not isinstance(grad, Tensor) or type(grad) not in PLAIN:
+                    return None
+                if grad.dtype is not param.dtype or grad.shape != param.shape:
+                    return None
+                if not _lies(grad, piece.strides["grad"]) or not self._backend.is_addressable(grad):
+                    return None
+                own = {**own, "grad": grad.data_ptr()}
+            addresses.append(own)
+        return layout.copy(self._backend, addresses)
 
     def numbers(self, entries: Sequence[Entry]) -> list[list[Any]]:
         """The values of each piece's ``numbers``."""
@@ -247,63 +326,38 @@ class Plan:
             for piece, entry in zip(self.pieces, entries, strict=True)
         ]
 
-    def _grads(self, at: Sequence[int], entries: Sequence[Entry]) -> list[int] | None:
-        """Addresses of gradients, all of the usual kind."""
-        result = []
-        for i in at:
-            grad, param = entries[i].grad, self.pieces[i].like.param
-            if not isinstance(grad, Tensor) or type(grad) not in PLAIN:
-                return None
-            if grad.dtype is not param.dtype or grad.shape != param.shape:
-                return None
-            if not grad.is_contiguous() or not self._backend.is_addressable(grad):
-                return None
-            result.append(grad.data_ptr())
-        return result
-
 
 _NO_STATE: Mapping[str, Any] = {}
 
 
-def _state_of(
-    backends: Backends, param: Tensor, state: Any
-) -> tuple[Any, dict[str, Tensor], dict[str, bool]]:
-    """The kind of a piece, its element-wise state, and the names of its numbers."""
-    if not isinstance(state, Mapping) or param.dtype.is_complex or not param.is_cpu:
-        raise UnusualError
-    kind, addresses, contiguous = describe(backends, Entry(param, param, state))
-    if not addresses or not contiguous:
-        raise UnusualError
-    states, numbers = {}, {}
-    for name, value in state.items():
-        if name in addresses:
-            states[name] = value
-        elif isinstance(value, bool | int | float):
-            numbers[name] = False
-        elif is_strided(value) and value.is_cpu and value.numel() == 1:
-            numbers[name] = True
-        elif value is not None:
-            raise UnusualError
-    return kind, states, numbers
+def _strides(tensor: Tensor) -> Strides:
+    return None if tensor.is_contiguous() else tensor.stride()
 
 
-def _is_there(param: Tensor, state: Mapping[str, Any], piece: Piece) -> bool:
-    """Whether the tensors of a piece are at their addresses, and of their dtypes and sizes."""
-    numel = piece.like.param.numel()
-    for name, address in piece.tensors.items():
-        tensor = param if name == "param" else state[name]
-        like = piece.like.param if name == "param" else piece.like.state[name]
-        if (
-            type(tensor) not in PLAIN
-            or tensor.data_ptr() != address
-            or tensor.dtype is not like.dtype
-            or tensor.numel() != numel
-            or not tensor.is_contiguous()
-        ):
-            return False
-    if any(state[name] is not None for name in piece.nothing):
-        return False
-    return all(isinstance(state[name], Tensor) == known for name, known in piece.numbers.items())
+def _lies(tensor: Tensor, strides: Strides) -> bool:
+    return tensor.is_contiguous() if strides is None else tensor.stride() == strides
+
+
+def _rows_of(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(start, elements, stride) of the rows of a tensor that is not contiguous, in order.
+
+    Raises:
+        UnusualError: if there are too many rows.
+    """
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = merged[-1][0] * size, stride
+        else:
+            merged.append((size, stride))
+    *outer, (count, step) = merged or [(1, 1)]
+    starts = itertools.product(*([i * stride for i in range(size)] for size, stride in outer))
+    rows = [(sum(each), count, step) for each in itertools.islice(starts, _MAX_ROWS + 1)]
+    if len(rows) > _MAX_ROWS:
+        raise UnusualError
+    return rows
 
 
 def _like(param: Tensor, states: Mapping[str, Tensor], known: dict[Any, Tensor]) -> Entry:
@@ -318,19 +372,35 @@ def _like(param: Tensor, states: Mapping[str, Tensor], known: dict[Any, Tensor])
     return Entry(empty(param), empty(param), {name: empty(t) for name, t in states.items()})
 
 
-def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of a group except its rate, all of them plain values."""
-    fixed = {
-        key: tuple(value) if type(value) is list else value  # which may be changed in place
-        for key, value in group.items()
-        if key not in ("params", "lr")
+def plain_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The hyperparameters of each group.
+
+    Raises:
+        UnusualError: if they are not all plain values.
+    """
+    return [_plain(group) for group in optimizer.param_groups]
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    found = {
+        name: tuple(value) if type(value) is list else value  # which may be changed in place
+        for name, value in group.items()
+        if name != "params"
     }
-    flat = [each for v in fixed.values() for each in (v if type(v) is tuple else (v,))]
-    if not all(isinstance(each, _PLAIN_VALUES) for each in (*flat, group.get("lr"))):
+    step = found.get("step")
+    if isinstance(step, Tensor) and step.is_cpu and step.numel() == 1:
+        found["step"] = host_value(step)
+    flat = [each for v in found.values() for each in (v if type(v) is tuple else (v,))]
+    if not all(isinstance(each, _PLAIN_VALUES) for each in flat):
         raise UnusualError
-    if fixed.get("capturable") or fixed.get("differentiable"):
+    if found.get("capturable") or found.get("differentiable"):
         raise UnusualError  # then rules compute with tensors in float32, as torch does
-    return fixed
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a hyperparameter may differ between the steps of one batch."""
+    return type(value) in (int, float)
 
 
 @dataclass(slots=True, eq=False)
@@ -341,7 +411,9 @@ class Copy:
         plan: how it was read.
         buffers: copies from before the step, and from after it.
         numbers: the values of each piece's ``numbers``; none with ``entries``.
-        rates, initial: ``lr`` and ``initial_lr`` of each piece's group.
+        groups: the hyperparameters of each group.
+        initial: ``initial_lr`` of each piece's group.
+        scalars: what ``Rule.before`` returned, by index of the piece.
         previous: per piece, where the gradient of the last recorded step is.
         entries: the optimizer's tensors; none if the step may wait.
     """
@@ -349,10 +421,20 @@ class Copy:
     plan: Plan
     buffers: list[Tensor]
     numbers: list[list[Any]]
-    rates: list[Any]
+    groups: list[dict[str, Any]]
     initial: list[Any]
+    scalars: Mapping[int, Mapping[str, Scalar]]
     previous: list[tuple[Samples, int] | None]
     entries: Sequence[Entry]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What steps that are computed together share; rules may ask whether a number is 0."""
+        groups = [
+            tuple([(name, bool(v) if is_number(v) else v) for name, v in group.items()])
+            for group in self.groups
+        ]
+        return self.plan, *groups
 
     def addresses(self, at: int) -> dict[str, int]:
         """Addresses of a piece's copies from after the step, by name."""
@@ -362,7 +444,8 @@ class Copy:
     def entry(self, at: int) -> Entry:
         """A piece with its values: the optimizer's tensors, or those that were copied."""
         if self.entries:
-            return self.entries[at]
+            entry = self.entries[at]
+            return Entry(entry.param, entry.grad, {**entry.state, **self.scalars.get(at, {})})
         after = Samples.over({}, self.buffers[1:], self.plan.after.places)
         shape = self.plan.pieces[at].like.param.shape
         tensors = {name: after.tensor(at, name).view(shape) for name in after.names(at)}
@@ -377,4 +460,4 @@ class Copy:
             for name, was_tensor in numbers.items():
                 if was_tensor:
                     values[name] = torch.tensor(values[name], dtype=torch.float64, device="cpu")
-        return values
+        return {**values, **self.scalars.get(at, {})}

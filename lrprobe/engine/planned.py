@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine import Engine, PreStep
-from lrprobe.engine.batch import Batch, batch_of
+from lrprobe.engine.batch import Batch, batch_of, refresh_addresses
 from lrprobe.engine.buffers import StepFigures, Vectors
 from lrprobe.engine.check import Place, Samples
+from lrprobe.engine.eager import add_whole_statistics
 from lrprobe.engine.figures import GRADIENT
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.engine.plan import Copy, Piece, Plan, UnusualError
-from lrprobe.rules.base import Entry, Rule, column
+from lrprobe.engine.plan import Copy, Piece, Plan, UnusualError, is_number, plain_groups
+from lrprobe.rules.base import Entry, Rule, Scalar, column
 
 _MAX_MISSES = 40
 _CPU = torch.device("cpu")
@@ -50,30 +51,33 @@ class Planned:
             return None
         try:
             plan, entries = self._fitting(watched, optimizer, closure)
+            buffer = plan.copy_before(entries)
+            scalars = _scalars(watched, entries, optimizer)
         except UnusualError:
             self._plan = None
             self._misses = _MAX_MISSES + 1
             return None
-        if closure:  # the gradients do not exist yet
-            entries = [Entry(entry.param, None, entry.state) for entry in entries]  # type: ignore[arg-type]
-        buffer = plan.copy_before(entries)
         if buffer is None:
             self._misses += 2
             return None
-        grads = {i: entry.grad for i, entry in enumerate(entries) if isinstance(entry.grad, Tensor)}
+        grads: dict[int, Tensor] = {}
+        if not closure:  # then they do not exist yet
+            grads = {i: e.grad for i, e in enumerate(entries) if isinstance(e.grad, Tensor)}
         for w in watched:
             w.initial_lr = optimizer.param_groups[w.group].get("initial_lr", w.initial_lr)
         samples = Samples.over(self._engine.backends, [buffer], plan.before.places)
-        return PlannedPreStep(samples, grads=grads, plan=plan, buffer=buffer)
+        return PlannedPreStep(samples, grads=grads, scalars=scalars, plan=plan, buffer=buffer)
 
     def _fitting(
         self, watched: list[WatchedParameter], optimizer: Any, closure: bool
     ) -> tuple[Plan, list[Entry]]:
         plan = self._plan
-        entries = None if plan is None else plan.find(watched, optimizer)
-        fits = plan is not None and plan.closure == closure and plan.fits(optimizer)
-        if plan is None or entries is None or not fits:
+        entries = None
+        if plan is not None and plan.closure == closure:
+            entries = plan.find(watched, optimizer)
+        if plan is None or entries is None:
             self._misses += 4
+            plain_groups(optimizer)
             plan = self._plan = Plan(self._engine.backends, watched, optimizer, closure=closure)
             entries = plan.find(watched, optimizer)
         if entries is None:
@@ -86,7 +90,11 @@ class Planned:
         if plan is None or buffer is None:
             return None
         entries = plan.find(plan.watched, optimizer)
-        if entries is None or not plan.fits(optimizer):
+        if entries is None:
+            return None
+        try:
+            groups = plain_groups(optimizer)
+        except UnusualError:
             return None
         for i, grad in pre.grads.items():
             if entries[i].grad is None:  # the step dropped it
@@ -96,14 +104,14 @@ class Planned:
             return None
         self._misses = max(0, self._misses - 1)
         latest = Samples.over(self._engine.backends, [buffer, after], plan.previous)
-        rates = [optimizer.param_groups[w.group].get("lr") for w in plan.watched]
         initial = [w.initial_lr for w in plan.watched]
         previous = [w.previous for w in plan.watched]
         for i, w in enumerate(plan.watched):
             w.previous = latest, i
         numbers = plan.numbers(entries) if plan.small else []
         entries = [] if plan.small else entries
-        return Copy(plan, [buffer, after], numbers, rates, initial, previous, entries)
+        buffers = [buffer, after]
+        return Copy(plan, buffers, numbers, groups, initial, pre.scalars, previous, entries)
 
     def restored(self, pre: PlannedPreStep) -> PreStep:
         """What was kept, for a step that turned out to be unusual."""
@@ -121,8 +129,23 @@ class Planned:
         return pre
 
 
+def _scalars(
+    watched: Sequence[WatchedParameter], entries: Sequence[Entry], optimizer: Any
+) -> dict[int, Mapping[str, Scalar]]:
+    """What ``Rule.before`` returns."""
+    found: dict[int, Mapping[str, Scalar]] = {}
+    for i, (w, entry) in enumerate(zip(watched, entries, strict=True)):
+        if w.rule is not None and w.rule.before is not None:
+            try:
+                group = optimizer.param_groups[w.group]
+                found[i] = w.rule.before(entry.param.detach(), entry.state, group)
+            except Exception as error:
+                raise UnusualError from error
+    return found
+
+
 def figures_of(engine: Engine, copies: Sequence[Copy]) -> StepFigures:
-    """Figures of some steps of one plan; parameter i of step k is k · parameters + i.
+    """Figures of some steps of one kind; parameter i of step k is k · parameters + i.
 
     Steps that are not small come one at a time, at once: the figures read the optimizer's tensors.
     """
@@ -130,21 +153,40 @@ def figures_of(engine: Engine, copies: Sequence[Copy]) -> StepFigures:
     found = StepFigures()
     pre = PreStep(_kept(engine, copies))
     for k, copy in enumerate(copies):
-        for i, (rate, initial) in enumerate(zip(copy.rates, copy.initial, strict=True)):
+        for i, (w, initial) in enumerate(zip(plan.watched, copy.initial, strict=True)):
+            rate = copy.groups[w.group].get("lr")
             found.lr[k * count + i] = math.nan if rate is None else rate
             found.initial_lr[k * count + i] = math.nan if initial is None else initial
     for rule, pieces in plan.kinds():
-        batch = _batch(copies, rule, pieces)
-        try:
-            if "grad" in plan.before.places[pieces[0].at]:
-                _add_gradients(engine, batch, pre)
-            found.vectors.append(engine.checked_figures(batch, pre))
-        except torch.OutOfMemoryError:  # not the rule's fault
-            raise
-        except Exception:  # noqa: BLE001 - no code can be generated, or the rule fails
-            for row, (copy, piece) in enumerate((c, p) for c in copies for p in pieces):
-                found.vectors += _alone(engine, batch, row, copy, piece, pre, found)
+        _add_figures(engine, list(enumerate(copies)), rule, pieces, pre, found)
     return found
+
+
+def _add_figures(
+    engine: Engine,
+    steps: Sequence[tuple[int, Copy]],
+    rule: Rule | None,
+    pieces: Sequence[Piece],
+    pre: PreStep,
+    found: StepFigures,
+) -> None:
+    """Add the figures of some pieces in some steps, which are numbered."""
+    batch = _batch(steps, rule, pieces)
+    try:
+        if rule is not None and rule.whole is not None:
+            _add_whole(engine, batch, steps, pieces)
+        if "grad" in steps[0][1].plan.before.places[pieces[0].at]:
+            _add_gradients(engine, batch, pre)
+        found.vectors.append(engine.checked_figures(batch, pre))
+    except torch.OutOfMemoryError:  # not the rule's fault
+        raise
+    except Exception:  # noqa: BLE001 - no code can be generated, or the rule fails
+        if len(steps) > 1:  # it may fail because a hyperparameter is not one number
+            for step in steps:
+                _add_figures(engine, [step], rule, pieces, pre, found)
+        else:
+            for row, piece in enumerate(pieces):
+                found.vectors += _alone(engine, batch, row, steps[0][1], piece, pre, found)
 
 
 def _kept(engine: Engine, copies: Sequence[Copy]) -> Samples:
@@ -167,31 +209,48 @@ def _borrow(samples: Samples, at: int, previous: tuple[Samples, int] | None, gra
         samples.borrow(at, "previous", *previous)
 
 
-def _batch(copies: Sequence[Copy], rule: Rule | None, pieces: Sequence[Piece]) -> Batch:
-    """The batch of some pieces of all steps."""
+def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequence[Piece]) -> Batch:
+    """The batch of some pieces of all steps; numbers that differ between steps are columns."""
+    copies = [copy for _, copy in steps]
     plan, group, count = copies[0].plan, pieces[0].group, len(copies[0].plan.watched)
-    rates = [copy.rates[pieces[0].at] for copy in copies for _ in pieces]
     params = [piece.like.param for piece in plan.pieces if piece.group == group]
-    known = {**plan.groups[group], "params": params, "lr": rates[0]}
+    known: dict[str, Any] = {**copies[0].groups[group], "params": params}
     batch = Batch([], [], known, rule, live=not plan.small)
-    if any(rate != rates[0] for rate in rates):
-        batch.memo["lr"] = known["lr"] = column(rates, _CPU)
-    for k, copy in enumerate(copies):
+    for name, first in copies[0].groups[group].items():
+        values = [copy.groups[group][name] for copy in copies]
+        if is_number(first) and any(value != first for value in values):
+            known[name] = column([value for value in values for _ in pieces], _CPU)
+    if isinstance(known.get("lr"), Tensor):
+        batch.memo["lr"] = known["lr"]
+    for k, copy in steps:
         for piece in pieces:
             at, like = piece.at, piece.like
             copied = copy.addresses(at)
             if plan.small:
-                numbers = copy.numbers_of(at, as_tensors=len(rates) == 1)
+                numbers = copy.numbers_of(at, as_tensors=len(copies) * len(pieces) == 1)
                 entry = Entry(like.param, like.grad, {**like.state, **numbers})
                 batch.add(k * count + at, entry, copied)
             else:
                 entry = copy.entry(at)
                 grad: Any = entry.grad
-                addresses = {**piece.tensors, "grad": grad.data_ptr()}
+                addresses = {**piece.addresses, "grad": grad.data_ptr()}
                 batch.add(at, entry, addresses)
                 for name, address in addresses.items():
                     batch.sampled.setdefault(name, []).append(copied.get(name, address))
     return batch
+
+
+def _add_whole(
+    engine: Engine, batch: Batch, steps: Sequence[tuple[int, Copy]], pieces: Sequence[Piece]
+) -> None:
+    """Replace the entries by such with values, and add ``Rule.whole``'s statistics of each."""
+    owners = [(copy, piece) for _, copy in steps for piece in pieces]
+    batch.entries[:] = [copy.entry(piece.at) for copy, piece in owners]
+    for entry, (copy, piece) in zip(batch.entries, owners, strict=True):
+        group = {**copy.groups[piece.group], "params": batch.group["params"]}
+        if batch.rule is not None:
+            add_whole_statistics(entry, group, batch.rule)
+    refresh_addresses(engine.backends, batch)
 
 
 def _add_gradients(engine: Engine, batch: Batch, pre: PreStep) -> None:
@@ -217,6 +276,6 @@ def _alone(
     if "grad" in pre.samples.names(at):
         grad = pre.samples.tensor(at, "grad")
         pre.gradient[at] = engine.tensor_figures(GRADIENT, grad)
-    group = {**batch.group, "lr": copy.rates[piece.at]}
+    group = {**copy.groups[piece.group], "params": batch.group["params"]}
     one = batch_of(engine.backends, at, entry, group, batch.rule)
     return engine.batch_figures(one, pre, found)

@@ -246,6 +246,10 @@ class Slice:
             self._memo[float32_if] = step if rounds else step.double()
         return cast("Tensor", self._memo[float32_if])
 
+    def group_step(self, name: str = "step") -> Tensor:
+        """The number of this step, where the group counts, in float64."""
+        return torch.as_tensor(self.group[name]).double()
+
     def correction(self, beta: Scalar, *float32_if: str) -> Tensor:
         """1 − βᵗ, the bias correction of a moment that starts at 0: 0-dim, or one per row."""
         which = id(beta) if isinstance(beta, Tensor) else beta

@@ -159,21 +159,29 @@ def footprint(record: Record, names: set[int] | None = None) -> int:
             added.
     """
     seen = set() if names is None else names
-    total = sys.getsizeof(record.edges) + sys.getsizeof(record.counts)
-    for columns in (*record.tables.values(), record.elements):
-        total += sys.getsizeof(columns)
-        for array in columns.values():
-            total += array.nbytes + _ARRAY
-            if array.dtype == object:
-                for text in array.tolist():
-                    if id(text) not in seen:
-                        seen.add(id(text))
-                        total += sys.getsizeof(text)
-    total += sum(array.nbytes for array in record.edges) + _ARRAY * len(record.edges)
-    return total + sum(array.nbytes for array in record.counts) + _ARRAY * len(record.counts)
+    tables: list[tuple[TableName, Columns]] = [
+        *record.tables.items(),
+        ("elements", record.elements),
+    ]
+    arrays = len(record.edges) + len(record.counts)
+    total = record.nbytes
+    for name, columns in tables:
+        arrays += len(columns)
+        for of in _TEXTS[name]:
+            array = columns[of]
+            total += array.nbytes
+            for text in array.tolist():
+                if id(text) not in seen:
+                    seen.add(id(text))
+                    total += sys.getsizeof(text)
+    return total + _ARRAY * arrays
 
 
 _ARRAY = sys.getsizeof(np.empty(0)) + 16  # the object around an array, and a place in a container
+_TEXTS = {
+    name: [column.name for column in schema if pa.types.is_string(column.type)]
+    for name, schema in SCHEMAS.items()
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +17,15 @@ def _before(_: Tensor, __: Mapping[str, Any], group: Mapping[str, Any]) -> dict[
     return {"d_before": group["d"]}
 
 
-def _corrections(s: Slice) -> tuple[float, float]:
+def _corrections(s: Slice) -> tuple[Scalar, Scalar]:
     """1 − β₁ᵗ and √(1 − β₂ᵗ), or 1 and 1 without bias correction (the default)."""
     beta1, beta2 = s.group["betas"][:2]
     if "k" in s.group:  # the authors' packages
-        corrected, t = s.group["use_bias_correction"], s.group["k"]
+        corrected, t = s.group["use_bias_correction"], s.group_step("k")
     else:  # pytorch_optimizer, whose Prodigy counts from 1
         corrected = s.group["bias_correction"]
-        t = s.group["step"] - ("d_coef" in s.group)
-    return (1 - beta1**t, math.sqrt(1 - beta2**t)) if corrected else (1.0, 1.0)
+        t = s.group_step() - ("d_coef" in s.group)
+    return (1 - beta1**t, (1 - beta2**t).sqrt()) if corrected else (1.0, 1.0)
 
 
 def _coupled(s: Slice) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from lrprobe.rules.base import Rule, Slice, Update
 from lrprobe.rules.external.common import decoupled, refuse, undecayed
 
@@ -17,7 +15,7 @@ def _adan(s: Slice) -> Update:
     """
     refuse(s, "caution", "use_gc", "adanorm")
     beta1, beta2, beta3 = s.group["betas"]
-    t = int(s.group["step"])
+    t = s.group_step()
     eps = s.group["eps"]
     rms = (s["exp_avg_sq"] / (1 - beta3**t)).sqrt()
     shrink = s.lr * s.group["weight_decay"]
@@ -42,11 +40,11 @@ def _ademamix(s: Slice) -> Update:
     """
     refuse(s, "cautious", "stable_adamw")
     beta1, beta2, _ = s.group["betas"]
-    t = int(s.group["step"])
+    t = s.group_step()
     eps = s.group["eps"]
     alpha, warmup = s.group["alpha"], s.group["t_alpha_beta3"]
-    alpha = min(t * alpha / warmup, alpha) if warmup else alpha
-    rms = s["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**t)
+    alpha = (t * alpha / warmup).clamp(max=alpha) if warmup else alpha
+    rms = s["exp_avg_sq"].sqrt() / (1 - beta2**t).sqrt()
     effective_lr = s.lr / (rms + eps)
     direction = s["exp_avg"] / (1 - beta1**t) + alpha * s["exp_avg_slow"]
     grad = undecayed(s, effective_lr * direction)

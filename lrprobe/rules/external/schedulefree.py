@@ -30,14 +30,14 @@ def _average_weight(s: Slice) -> Tensor:
     return share
 
 
-def _t(s: Slice) -> int:
+def _t(s: Slice) -> Tensor:
     """The number of this step; the package's own count is ``k``, pytorch_optimizer's ``step``."""
-    return int(s.group["k"] if "k" in s.group else s.group["step"])
+    return s.group_step("k" if "k" in s.group else "step")
 
 
 def _warmed(s: Slice) -> Tensor:
     """lr with a linear warmup."""
-    lr: Tensor = s.lr * min(1.0, _t(s) / max(s.group["warmup_steps"], 1))
+    lr: Tensor = s.lr * (_t(s) / max(s.group["warmup_steps"], 1)).clamp(max=1.0)
     return lr
 
 
