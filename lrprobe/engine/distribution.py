@@ -79,10 +79,13 @@ def count_rates(rate: Tensor, moves: Any, counts: RateCounts | None) -> RateCoun
         if seen >= EXACT:
             rate, moves, weight = _thinned(rate), moves is True or _thinned(moves), STRIDE
     bits = rate.to(torch.float32).contiguous().view(torch.int32)
-    at = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) + ZERO
+    first = ZERO if host and len(bits) and bits.amin().numpy() >= 0 else 0  # no rate is negative
+    at = bits >> SHIFT if first else ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) + ZERO
     if host:
-        at = at if moves is True else torch.where(moves, at, BINS)
-        counts.table.add_(torch.bincount(at, minlength=BINS + 1)[:BINS], alpha=weight)
+        length = BINS - first
+        at = at if moves is True else torch.where(moves, at, length)
+        found = torch.bincount(at, minlength=length + 1)[:length]
+        counts.table[first:].add_(found, alpha=weight)
     else:  # `bincount` would wait for the device
         counts.table.index_add_(0, at.long(), moves.long())
     return counts

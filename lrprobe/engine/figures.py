@@ -125,7 +125,10 @@ class Elements:
         if not isinstance(decay, Tensor) and decay == 0:
             return self.moved
         decay = torch.as_tensor(decay, dtype=torch.float64)
-        return (self.moved + decay * self.param) * (1 / (1 - decay))
+        left = 1 / (1 - decay)
+        if _on_host(self.param) and decay.is_cpu:  # one pass less
+            return torch.add(self.moved * left, self.param, alpha=float(decay * left))
+        return (self.moved + decay * self.param) * left
 
     @property
     def decay(self) -> Any:
