@@ -28,26 +28,7 @@ from lrprobe.engine import deferred, plan
 from lrprobe.record import Record
 from lrprobe.rules.base import Rule, Slice, Update
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
-
-@pytest.fixture(autouse=True)
-def _from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathering, "AT_ONCE", 0)
-
-
-@pytest.fixture
-def waited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps were computed together, each time."""
-    counts: list[int] = []
-    original = deferred.Deferred._compute
-
-    def compute(self: deferred.Deferred, steps: list[deferred.CopiedStep]) -> None:
-        counts.append(len(steps))
-        original(self, steps)
-
-    monkeypatch.setattr(deferred.Deferred, "_compute", compute)
-    return counts
+pytestmark = pytest.mark.usefixtures("seeded", "from_the_first_step")
 
 
 def run(case: Case, dtype: torch.dtype, steps: int = 7) -> pd.DataFrame:

@@ -12,32 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lrprobe
-from lrprobe import gathering, rules
-from lrprobe.engine import deferred, plan
+from lrprobe import rules
+from lrprobe.engine import plan
 from lrprobe.rules.base import Rule, Slice, Update, Whole
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "from_the_first_step")
 
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def _from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathering, "AT_ONCE", 0)
-
-
-@pytest.fixture
-def waited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps were computed together, each time."""
-    counts: list[int] = []
-    original = deferred.Deferred._compute
-
-    def compute(self: deferred.Deferred, steps: list[deferred.CopiedStep]) -> None:
-        counts.append(len(steps))
-        original(self, steps)
-
-    monkeypatch.setattr(deferred.Deferred, "_compute", compute)
-    return counts
 
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
