@@ -3,6 +3,9 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+# -qq: what an index says in passing would hide the rest of the output. Python compiles the modules
+# that are imported, which are few of those that are installed.
+INSTALL := -m pip install -qq --no-compile
 
 .PHONY: demo test test-all test-integrations test-peers peers-scripts test-oldest test-installed \
 	release-check soak bench docs linkcheck format clean
@@ -48,7 +51,7 @@ test-oldest: .venv-oldest/.done
 # With the newest releases, and TORCH=2.9.* or another; always a new environment.
 test-installed:
 	$(PYTHON) -m venv --clear .venv-installed
-	.venv-installed/bin/python -m pip install -qq --editable '.[unit]' 'torch$(if $(TORCH),==$(TORCH))'
+	.venv-installed/bin/python $(INSTALL) --editable '.[unit]' 'torch$(if $(TORCH),==$(TORCH))'
 	OMP_NUM_THREADS=1 .venv-installed/bin/python -m pytest $(UNIT) -n $(JOBS) --all
 
 # Builds dist/, and installs wheel and sdist in an empty environment each, where they have to work.
@@ -83,39 +86,38 @@ clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lrprobe tests examples docs -name __pycache__ -prune -exec rm -rf {} +
 
-# -qq: what an index says in passing would hide the rest of the output.
 # timm only for its optimizers, which need none of what it asks for (torchvision). DeepSpeed's own
 # build looks for torch, so that it comes last and is not isolated; no extension of it is compiled.
 .venv-integrations/.done: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install -qq --constraint constraints.txt \
+	.venv-integrations/bin/python $(INSTALL) --constraint constraints.txt \
 		--constraint constraints-integrations.txt --editable '.[integrations,optimizers]' einops
-	.venv-integrations/bin/python -m pip install -qq --no-deps \
+	.venv-integrations/bin/python $(INSTALL) --no-deps \
 		--constraint constraints-integrations.txt timm
-	.venv-integrations/bin/python -m pip install -qq --constraint constraints.txt \
+	.venv-integrations/bin/python $(INSTALL) --constraint constraints.txt \
 		--constraint constraints-integrations.txt setuptools wheel
-	DS_BUILD_OPS=0 .venv-integrations/bin/python -m pip install -qq --no-build-isolation \
+	DS_BUILD_OPS=0 .venv-integrations/bin/python $(INSTALL) --no-build-isolation \
 		--constraint constraints.txt --constraint constraints-integrations.txt deepspeed
 	@touch $@
 
 .venv-peers/.done: pyproject.toml constraints.txt constraints-integrations.txt tests/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install -qq --constraint constraints.txt \
+	.venv-peers/bin/python $(INSTALL) --constraint constraints.txt \
 		--constraint constraints-integrations.txt --editable . --requirement tests/peers/requirements.txt
 	@touch $@
 
 .venv-oldest/.done: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -qq --constraint constraints-oldest.txt --editable '.[unit]'
+	.venv-oldest/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable '.[unit]'
 	@touch $@
 
 .venv-release/.done: pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-release
-	.venv-release/bin/python -m pip install -qq --constraint constraints.txt \
+	.venv-release/bin/python $(INSTALL) --constraint constraints.txt \
 		--constraint constraints-integrations.txt build pytest pytest-timeout pytest-xdist twine
 	@touch $@
 
 .venv/.demo .venv/.dev .venv/.bench: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),.venv/.demo)

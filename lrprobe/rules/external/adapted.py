@@ -24,7 +24,7 @@ def _corrections(s: Slice) -> tuple[Scalar, Scalar]:
         corrected, t = s.group["use_bias_correction"], s.group_step("k")
     else:  # pytorch_optimizer, whose Prodigy counts from 1
         corrected = s.group["bias_correction"]
-        t = s.group_step() - ("d_coef" in s.group)
+        t = s.group_step() - int("d_coef" in s.group)
     return (1 - beta1**t, (1 - beta2**t).sqrt()) if corrected else (1.0, 1.0)
 
 
