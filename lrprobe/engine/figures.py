@@ -127,7 +127,7 @@ class Elements:
         decay = torch.as_tensor(decay, dtype=torch.float64)
         left = 1 / (1 - decay)
         if _on_host(self.param) and decay.is_cpu:  # one pass less
-            return torch.add(self.moved * left, self.param, alpha=float(decay * left))
+            return torch.add(self.moved * left, self.param, alpha=(decay * left).numpy().item())
         return (self.moved + decay * self.param) * left
 
     @property
