@@ -43,6 +43,7 @@ def test_programs_agree_with_eager_code(part: int) -> None:
     assert int(printed.split()[0]) > 10, printed
 
 
+@pytest.mark.slow
 def test_several_chunks() -> None:
     """Full chunks, their rest, and what is not aligned add up; few that move are all counted."""
     pytest.importorskip("triton")

@@ -34,7 +34,7 @@ def rounded() -> list[Case]:
 ROUNDED = rounded()
 
 
-@pytest.mark.sampled(29)
+@pytest.mark.sampled(53)
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("near", [1.0, 1e3])
