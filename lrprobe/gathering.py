@@ -16,7 +16,7 @@ from lrprobe.engine.plan import Copy
 from lrprobe.engine.planned import Planned, PlannedPreStep, figures_of
 
 if TYPE_CHECKING:
-    from lrprobe.hooks import Hooks
+    from lrprobe.hooks import Hooks, Owner
 
 Step: TypeAlias = StepInFlight | CopiedStep
 
@@ -27,14 +27,15 @@ class LocalGatherer:
     ``Exchange`` is its counterpart for parameters that are spread over ranks.
     """
 
-    def __init__(self, hooks: Hooks) -> None:
+    def __init__(self, hooks: Hooks, owner: Owner) -> None:
         self._hooks = hooks
         self._buffers: Buffers | None = None
         self._broken = False
         self._copy: Copy | None = None
         self._moved: Any = 1.0
         self.planned = Planned(hooks.engine)
-        self.deferred = Deferred(Engine(hooks.options.engine), hooks.reasons)
+        engine = Engine(hooks.options.engine)
+        self.deferred = Deferred(engine, hooks.reasons, owner)
         self._rows: Any = None
         self._at_once = 0
 

@@ -41,6 +41,7 @@ class Owner(Protocol):
 
     run: dict[str, Any]
     rank: int
+    waiting_bytes: int
 
     @property
     def waiting(self) -> bool:
@@ -81,7 +82,7 @@ class Hooks:
         """Merges figures over ranks; None if this process holds everything."""
         self.reasons: dict[str, str] = {}
         """Name of a parameter to the error of its rule in the last recorded step."""
-        self._local = LocalGatherer(self)
+        self._local = LocalGatherer(self, owner)
         self._silent = False
         self._depth = 0
         self._number = self.schedule.step

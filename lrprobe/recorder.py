@@ -47,6 +47,7 @@ class Recorder:
         hooks: one per optimizer.
         run: hyperparameters and versions, which every record refers to.
         closed: whether ``close`` was called.
+        waiting_bytes: of the figures that are not passed on yet.
         history: returns what earlier attempts recorded in the dataset being continued.
     """
 
@@ -68,6 +69,7 @@ class Recorder:
         self.hooks: list[Hooks] = []
         self.run: dict[str, Any] = {}
         self.closed = False
+        self.waiting_bytes = 0
         self.history: Callable[[], pd.DataFrame | None] | None = None
         self._attached = time.time()
         self._membership = Membership()
@@ -175,6 +177,7 @@ class Recorder:
         with self._lock:
             if not self._took_back(hooks, pending):
                 self._waiting.append((hooks, pending))
+                self.waiting_bytes += pending.nbytes
         self.collect()
         if isinstance(pending, CopiedStep):
             self._look_later()
@@ -220,10 +223,10 @@ class Recorder:
                     if not (pending.ready() or (wait and (pending.wait() or last))):
                         break
                 except Exception as error:  # noqa: BLE001 - they are lost, and training goes on
-                    self._waiting.popleft()
+                    self._drop_first()
                     hooks.failed(error)
                     continue
-                self._waiting.popleft()
+                self._drop_first()
                 try:
                     self._pass_on(hooks, pending)
                 except Warning:  # the user wants warnings to be errors
@@ -234,6 +237,10 @@ class Recorder:
                 for hooks in self.hooks:
                     hooks.settle()
         self._warn_problems()
+
+    def _drop_first(self) -> None:
+        _, pending = self._waiting.popleft()
+        self.waiting_bytes -= pending.nbytes
 
     def _pass_on(self, hooks: Hooks, pending: Step) -> None:
         if pending.is_dummy:
@@ -260,6 +267,7 @@ class Recorder:
         """In a forked child, drop pending figures: they are the parent's."""
         self._lock = threading.RLock()
         self._will_look = False
+        self.waiting_bytes = 0
         self._waiting.clear()
         for hooks in self.hooks:
             hooks.forked()

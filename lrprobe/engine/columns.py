@@ -6,7 +6,7 @@ A row of the parameter level is a merge of one parameter, so every level uses th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,8 @@ class Summary:
     """What a record says about the parameters in one step.
 
     Attributes:
-        values: columns that figures determine, for the rows of all levels and several steps.
-        spans: the rows of each level in this step.
+        values: columns that figures determine, for the rows of all levels.
+        spans: the rows of each level.
         edges, counts: as in the record.
         elements: columns of the tracked elements, except those that ``StepInfo`` determines.
     """
@@ -166,65 +166,58 @@ def summaries_of(
     known = np.where(found.stepped, np.arange(steps * len(rows)), -1)
     edges, counts = histograms(found.bins.merged(known), steps * len(rows))
     elements = _elements(found)  # of the only step, if there are any
+    figures = np.stack([values.pop(name) for name in _FIGURES])
+    count = found.levels.count // steps
     result = []
-    for k, spans in enumerate(found.levels.spans):
-        own = slice(k * len(rows), (k + 1) * len(rows))
-        result.append(Summary(values, spans, edges[own], counts[own], elements))
+    for k in range(steps):  # with copies, since a record that is kept must not keep all others
+        lines = slice(k * count, (k + 1) * count)
+        own = {name: values[name][lines].copy() for name in values}
+        own |= zip(_FIGURES, figures[:, lines].copy(), strict=True)
+        members = slice(k * len(rows), (k + 1) * len(rows))
+        ends = [array.copy() for array in edges[members]]
+        counted = [array.copy() for array in counts[members]]
+        result.append(Summary(own, found.levels.spans, ends, counted, elements))
     return result
 
 
 def record_of(summary: Summary, info: StepInfo) -> Record:
     """Create the record of a step."""
+    columns, elements = _with_info(summary.values, info), _with_info(summary.elements, info)
     return Record(
         step=info.step,
         time=info.time,
         attempt=info.attempt,
         optimizer=info.optimizer,
         tables={
-            level: _Table(_NAMES[level], summary.values, span, info)
+            level: {name: columns[name][span] for name in _NAMES[level]}
             for level, span in summary.spans.items()
         },
         edges=summary.edges,
         counts=summary.counts,
-        elements=_Table(ELEMENT_COLUMNS, summary.elements, slice(None), info),
+        elements={name: elements[name] for name in ELEMENT_COLUMNS},
         run=info.run,
     )
 
 
-class _Table(Columns):
-    """A table of a record. Makes columns when they are asked for: few sinks need all of them."""
-
-    def __init__(
-        self, names: Mapping[str, str], values: Columns, span: slice, info: StepInfo
-    ) -> None:
-        self._names = names
-        self._values = values
-        self._span = span
-        self._info = info
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in _OF_INFO:
-            return self._values[name][self._span]
-        info = self._info
-        if name == "samples":
-            return np.where(self["stepped"], info.samples, np.nan)
-        if name == "lr_per_sample":
-            found: NDArray[Any] = self["lr"] / self["samples"]
-            return found
-        count = len(self["group" if "group" in self._names else "numel"])
-        value = getattr(info, name)
-        return strings([value] * count) if name == "optimizer" else np.full(count, value)
+def _with_info(found: Columns, info: StepInfo) -> Columns:
+    """Add the columns that ``StepInfo`` determines."""
+    count = len(found["group"])
+    known = {
+        "step": np.full(count, info.step, np.int64),
+        "time": np.full(count, info.time),
+        "attempt": np.full(count, info.attempt, np.int64),
+        "optimizer": strings([info.optimizer] * count),
+    }
+    if "stepped" in found:
+        known["samples"] = np.where(found["stepped"], info.samples, np.nan)
+        known["lr_per_sample"] = found["lr"] / known["samples"]
+    return {**found, **known}
 
 
 _OF_INFO = ("step", "time", "attempt", "optimizer", "samples", "lr_per_sample")
 """Columns that ``StepInfo`` determines."""
 _NAMES = {level: frame_columns(level) for level in LEVELS}
+_FIGURES = [name for name in FIGURES if name not in _OF_INFO]
 _AT = {name: at for at, name in enumerate(SUMS)}
 
 _MEASURED = {

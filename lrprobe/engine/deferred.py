@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ AT_ONCE = 4
 """Recorded steps that do not wait, so that a rule that does not explain them is found at once."""
 MAX_PIECES, MAX_SECONDS = 256, 0.25
 """How many pieces of steps wait for each other, and how long."""
+MAX_BYTES = 1 << 25
+"""Bytes of all steps of a probe above which none waits for another."""
 _CPU = torch.device("cpu")
 
 
@@ -101,6 +104,12 @@ class CopiedStep:
         return self._found is not None and self._found[0] == [row.rule for row in self.rows]
 
 
+class Owner(Protocol):
+    """Where the steps of all optimizers of a probe wait."""
+
+    waiting_bytes: int
+
+
 class Deferred:
     """The steps of one optimizer that were copied, and wait for each other.
 
@@ -108,15 +117,17 @@ class Deferred:
         waiting: these steps, in order.
     """
 
-    def __init__(self, engine: Engine, reasons: dict[str, str]) -> None:
+    def __init__(self, engine: Engine, reasons: dict[str, str], owner: Owner) -> None:
         """Create it without steps.
 
         Args:
             engine: of its own, because another thread may compute.
             reasons: receives the errors that rules raise, by name of the parameter.
+            owner: has the steps of other optimizers too, which are passed on in order.
         """
         self._engine = engine
         self._reasons = reasons
+        self._owner = owner
         self.waiting: list[CopiedStep] = []
 
     def add(self, copy: Copy, rows: list[Row], info: StepInfo, *, moved: bool) -> CopiedStep:
@@ -141,7 +152,8 @@ class Deferred:
         if not waiting:
             return True
         late = time.monotonic() - waiting[0].since >= MAX_SECONDS
-        return late or len(waiting) * len(waiting[0].rows) >= MAX_PIECES
+        many = len(waiting) * len(waiting[0].rows) >= MAX_PIECES
+        return late or many or self._owner.waiting_bytes >= MAX_BYTES
 
     def compute(self) -> None:
         """Compute the figures of all steps that wait."""

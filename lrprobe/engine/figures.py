@@ -126,7 +126,7 @@ class Elements:
             return self.moved
         decay = torch.as_tensor(decay, dtype=torch.float64)
         left = 1 / (1 - decay)
-        if _on_host(self.param) and decay.is_cpu:  # one pass less
+        if _on_host(self.param) and decay.is_cpu and decay.numel() == 1:  # one pass less
             return torch.add(self.moved * left, self.param, alpha=(decay * left).numpy().item())
         return (self.moved + decay * self.param) * left
 

@@ -30,7 +30,7 @@ class Levels:
 
     Attributes:
         count: number of rows.
-        spans: per step, the range of rows of each level.
+        spans: the range of rows of each level in one step.
         keys: columns that do not change from step to step: (count,).
     """
 
@@ -54,10 +54,7 @@ class Levels:
         member = sorted_ % max(len(parameters), 1)
         of_step = np.arange(steps)[:, None]
         self.count = steps * count
-        self.spans: Sequence[Mapping[Level, slice]] = [
-            {level: slice(k * count + a, k * count + b) for level, (a, b) in spans.items()}
-            for k in range(steps)
-        ]
+        self.spans: Mapping[Level, slice] = {level: slice(*span) for level, span in spans.items()}
         self._member = (of_step * len(parameters) + member).reshape(-1)
         sorted_label = (of_step * count + label[sorted_]).reshape(-1)
         self._starts = np.searchsorted(sorted_label, np.arange(self.count))

@@ -55,7 +55,7 @@ class Piece:
         like: tensors of its dtypes and shapes, without its values; a measured one has no state.
         strides: of the parameter, each element-wise tensor of its state, and the gradient.
         addresses: of the parameter and each element-wise tensor of its state in the last step.
-        numbers: its state entries that are one number, and whether they are tensors.
+        numbers: its state entries that are one number, and what they are (``_number_kind``).
         nothing: its state entries that are None.
         names: all entries of its state.
     """
@@ -66,7 +66,7 @@ class Piece:
     like: Entry
     strides: dict[str, Strides]
     addresses: dict[str, int]
-    numbers: dict[str, bool] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
     nothing: list[str] = field(default_factory=list)
     names: frozenset[str] = frozenset()
 
@@ -135,6 +135,7 @@ class Plan:
         closure: whether steps have a closure.
         pieces: one per parameter, in their order.
         small: whether the copies have all elements, and may wait.
+        rules_are_own: whether all rules are lrprobe's.
         before, after: layouts of the copies from before a step, and from after it.
         previous: places of the gradients in these two buffers.
     """
@@ -161,6 +162,7 @@ class Plan:
         self.previous: dict[int, dict[str, Place]] = {}
         self._kinds: dict[Any, list[Piece]] = {}
         self._overwrites = self._overwritten(optimizer)
+        self.rules_are_own = all(is_own(w.rule) for w in watched)
         known: dict[Any, Tensor] = {}
         self.pieces = [self._piece(i, w, optimizer, known) for i, w in enumerate(watched)]
         likes = [piece.like for piece in self.pieces]
@@ -204,20 +206,19 @@ class Plan:
             raise UnusualError
         tensors = {}
         for name, value in state.items():
-            if value is None:
+            kind = _number_kind(value)
+            if kind:
+                piece.numbers[name] = kind
+            elif value is None:
                 piece.nothing.append(name)
-            elif isinstance(value, bool | int | float):
-                piece.numbers[name] = False
-            elif type(value) not in PLAIN or not is_strided(value) or not value.is_cpu:
+            elif type(value) not in PLAIN or value.shape != param.shape:
                 raise UnusualError
-            elif value.shape == param.shape and self._backend.is_addressable(value):
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                if not self._backend.is_addressable(value):
+                    raise UnusualError
                 tensors[name] = value
                 piece.strides[name] = _strides(value)
                 piece.addresses[name] = value.data_ptr()
-            elif value.numel() == 1:
-                piece.numbers[name] = True
-            else:
-                raise UnusualError
         piece.like = _like(param, tensors, known)
         piece.names = frozenset(state)
 
@@ -286,9 +287,7 @@ class Plan:
                 piece.addresses[name] = tensor.data_ptr()
         if any(state[name] is not None for name in piece.nothing):
             return False
-        return all(
-            isinstance(state[name], Tensor) == known for name, known in piece.numbers.items()
-        )
+        return all(_number_kind(state[name]) == kind for name, kind in piece.numbers.items())
 
     def copy_before(self, entries: Sequence[Entry]) -> Tensor | None:
         """Copy what the step will overwrite; None if that is a gradient of an unusual kind."""
@@ -319,15 +318,34 @@ class Plan:
     def numbers(self, entries: Sequence[Entry]) -> list[list[Any]]:
         """The values of each piece's ``numbers``."""
         return [
-            [
-                host_value(entry.state[name]) if is_tensor else entry.state[name]
-                for name, is_tensor in piece.numbers.items()
-            ]
+            [_number(entry.state[name], name in piece.addresses) for name in piece.numbers]
             for piece, entry in zip(self.pieces, entries, strict=True)
         ]
 
 
 _NO_STATE: Mapping[str, Any] = {}
+
+
+def is_own(rule: Rule | None) -> bool:
+    """Whether a rule is lrprobe's own, so that it is known what it does with a group."""
+    module = getattr(getattr(rule, "update", None), "__module__", None)
+    return rule is None or str(module).startswith("lrprobe.rules.")
+
+
+def _number_kind(value: Any) -> str:
+    """``number``, or ``tensor`` if it is one with one element; empty for all other values."""
+    if isinstance(value, bool | int | float):
+        return "number"
+    if type(value) not in PLAIN or not is_strided(value) or not value.is_cpu:
+        return ""
+    return "tensor" if value.numel() == 1 and not value.dtype.is_complex else ""
+
+
+def _number(value: Any, is_element: bool) -> Any:
+    """What to keep of a number; it stays a tensor if it is also element-wise."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if is_element else host_value(value)
 
 
 def _strides(tensor: Tensor) -> Strides:
@@ -403,6 +421,16 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
+def _shared(name: str, value: Any, own: bool) -> tuple[Any, ...]:
+    """What steps have to share of a hyperparameter; rules may ask whether a number is 0.
+
+    A number that differs becomes a column. A user's rule may do with it what no column can.
+    """
+    if is_number(value) and (own or name == "lr"):
+        return name, "number", bool(value)
+    return name, type(value), value
+
+
 @dataclass(slots=True, eq=False)
 class Copy:
     """One step.
@@ -429,9 +457,10 @@ class Copy:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What steps that are computed together share; rules may ask whether a number is 0."""
+        """What steps that are computed together share."""
+        own = self.plan.rules_are_own
         groups = [
-            tuple([(name, bool(v) if is_number(v) else v) for name, v in group.items()])
+            tuple([_shared(name, value, own) for name, value in group.items()])
             for group in self.groups
         ]
         return self.plan, *groups
@@ -457,7 +486,7 @@ class Copy:
         numbers = self.plan.pieces[at].numbers
         values = dict(zip(numbers, self.numbers[at], strict=True))
         if as_tensors:
-            for name, was_tensor in numbers.items():
-                if was_tensor:
+            for name, kind in numbers.items():
+                if kind == "tensor" and not isinstance(values[name], Tensor):
                     values[name] = torch.tensor(values[name], dtype=torch.float64, device="cpu")
         return {**values, **self.scalars.get(at, {})}

@@ -10,14 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrprobe.engine import Engine, PreStep
+from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.batch import Batch, batch_of, refresh_addresses
 from lrprobe.engine.buffers import StepFigures, Vectors
 from lrprobe.engine.check import Place, Samples
 from lrprobe.engine.eager import add_whole_statistics
 from lrprobe.engine.figures import GRADIENT
 from lrprobe.engine.pieces import WatchedParameter
-from lrprobe.engine.plan import Copy, Piece, Plan, UnusualError, is_number, plain_groups
+from lrprobe.engine.plan import (
+    Copy,
+    Piece,
+    Plan,
+    UnusualError,
+    is_number,
+    is_own,
+    plain_groups,
+)
 from lrprobe.rules.base import Entry, Rule, Scalar, column
 
 _MAX_MISSES = 40
@@ -138,7 +146,8 @@ def _scalars(
         if w.rule is not None and w.rule.before is not None:
             try:
                 group = optimizer.param_groups[w.group]
-                found[i] = w.rule.before(entry.param.detach(), entry.state, group)
+                kept = w.rule.before(entry.param.detach(), entry.state, group)
+                found[i] = {name: copied(value) for name, value in kept.items()}
             except Exception as error:
                 raise UnusualError from error
     return found
@@ -213,8 +222,9 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     """The batch of some pieces of all steps; numbers that differ between steps are columns."""
     copies = [copy for _, copy in steps]
     plan, group, count = copies[0].plan, pieces[0].group, len(copies[0].plan.watched)
-    params = [piece.like.param for piece in plan.pieces if piece.group == group]
-    known: dict[str, Any] = {**copies[0].groups[group], "params": params}
+    known = _group(copies[0], group, rule)
+    if len(copies) > 1 and not is_own(rule):
+        del known["params"]  # each step has its own
     batch = Batch([], [], known, rule, live=not plan.small)
     for name, first in copies[0].groups[group].items():
         values = [copy.groups[group][name] for copy in copies]
@@ -225,19 +235,32 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     for k, copy in steps:
         for piece in pieces:
             at, like = piece.at, piece.like
-            copied = copy.addresses(at)
+            places = copy.addresses(at)
             if plan.small:
                 numbers = copy.numbers_of(at, as_tensors=len(copies) * len(pieces) == 1)
                 entry = Entry(like.param, like.grad, {**like.state, **numbers})
-                batch.add(k * count + at, entry, copied)
+                batch.add(k * count + at, entry, places)
             else:
                 entry = copy.entry(at)
                 grad: Any = entry.grad
                 addresses = {**piece.addresses, "grad": grad.data_ptr()}
                 batch.add(at, entry, addresses)
                 for name, address in addresses.items():
-                    batch.sampled.setdefault(name, []).append(copied.get(name, address))
+                    batch.sampled.setdefault(name, []).append(places.get(name, address))
     return batch
+
+
+def _group(copy: Copy, group: int, rule: Rule | None) -> dict[str, Any]:
+    """A group in a step; only a user's rule gets parameters with values."""
+    pieces = [piece for piece in copy.plan.pieces if piece.group == group]
+    params = [piece.like.param for piece in pieces]
+    if not is_own(rule):
+        entries = [copy.entry(piece.at) for piece in pieces]
+        params = [entry.param for entry in entries]
+        if copy.plan.small:
+            for entry in entries:
+                entry.param.grad = entry.grad  # type: ignore[assignment]
+    return {**copy.groups[group], "params": params}
 
 
 def _add_whole(
@@ -247,9 +270,8 @@ def _add_whole(
     owners = [(copy, piece) for _, copy in steps for piece in pieces]
     batch.entries[:] = [copy.entry(piece.at) for copy, piece in owners]
     for entry, (copy, piece) in zip(batch.entries, owners, strict=True):
-        group = {**copy.groups[piece.group], "params": batch.group["params"]}
         if batch.rule is not None:
-            add_whole_statistics(entry, group, batch.rule)
+            add_whole_statistics(entry, _group(copy, piece.group, batch.rule), batch.rule)
     refresh_addresses(engine.backends, batch)
 
 
@@ -276,6 +298,6 @@ def _alone(
     if "grad" in pre.samples.names(at):
         grad = pre.samples.tensor(at, "grad")
         pre.gradient[at] = engine.tensor_figures(GRADIENT, grad)
-    group = {**copy.groups[piece.group], "params": batch.group["params"]}
+    group = _group(copy, piece.group, batch.rule)
     one = batch_of(engine.backends, at, entry, group, batch.rule)
     return engine.batch_figures(one, pre, found)

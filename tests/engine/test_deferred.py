@@ -233,6 +233,24 @@ def test_many_steps_take_one_computation(waited: list[int]) -> None:
     assert sum(waited) == 299, "the first step creates the state, and does not wait"
 
 
+def test_steps_that_wait_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of another optimizer do not pile up behind one whose steps have few pieces."""
+    monkeypatch.setattr(deferred, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(deferred, "MAX_SECONDS", 1e9)
+    small, large = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(30, 30))
+    optimizers = [torch.optim.AdamW([param], lr=0.01) for param in (small, large)]
+    most = 0
+    with lrprobe.attach(optimizers, every=1) as probe:
+        for _ in range(60):
+            for param, optimizer in zip((small, large), optimizers, strict=True):
+                param.grad = torch.ones_like(param)
+                optimizer.step()
+            most = max(most, probe._recorder.waiting_bytes)
+        assert len(probe.frame()) == 120
+        assert probe._recorder.waiting_bytes == 0
+    assert 1 << 15 < most < 1 << 17, most
+
+
 def test_no_step_waits_for_another_that_never_comes() -> None:
     """A training that hangs, or evaluates for an hour, has its last step in the sinks at once."""
     steps: list[int] = []

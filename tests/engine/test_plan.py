@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 import lrprobe
 from lrprobe import rules
 from lrprobe.engine import plan
+from lrprobe.record import Record
 from lrprobe.rules.base import Rule, Slice, Update, Whole
 
 pytestmark = pytest.mark.usefixtures("seeded", "from_the_first_step")
@@ -119,6 +121,7 @@ def _size(whole: Whole) -> dict[str, Any]:
     return {"size": whole.state["norm"] / (1 + whole.sum(lambda s: s.grad.square()))}
 
 
+_counting.__module__ = "lrprobe.rules.counting"  # as if it were one of lrprobe's
 COUNTING = Rule("counting", _counting, before=lambda p, _, __: {"norm": p.norm()}, whole=_size)
 
 
@@ -140,6 +143,7 @@ def test_a_rule_that_needs_a_number_gets_one(
         size: Any = s.scalar("size")
         return Update(s.lr * size / (1 - 0.9 ** int(s.group["step"])), s["direction"])
 
+    counting.__module__ = _counting.__module__
     rule = Rule("counting", counting, before=COUNTING.before, whole=COUNTING.whole)
     monkeypatch.setitem(rules._RULES, Counting, rule)
     assert_waits_right(waited, monkeypatch, lambda params: Counting(params, 0))
@@ -174,3 +178,183 @@ def test_what_is_measured_needs_no_state(waited: list[int]) -> None:
     assert set(frame["rule"]) == {"measured"}
     shares = frame[["effective_lr_p05", "effective_lr_p95"]].to_numpy()
     assert abs(shares / 0.01 - 1).max() < 1e-2, shares
+
+
+# ---- what a fresh pair of eyes found ------------------------------------------------------------
+
+Equation = Callable[[Slice], Any]
+
+EQUATIONS: dict[str, Equation] = {
+    "a key": lambda s: {3: 2.0, 8: 3.0}.get(s.group["step"], 1.0),
+    "a member": lambda s: 2.0 if s.group["step"] in {3, 7} else 1.0,
+    "its type": lambda s: 0.5 if isinstance(s.group["step"], int) else 1.0,
+    "a large number": lambda s: 1.0 + (s.group["step"] + 2**60) % 5,
+    "a huge number": lambda s: 1.0 + (s.group["step"] + 10**320) % 5,
+    "a condition": lambda s: 2.0 if s.group["step"] > 5 else 1.0,
+    "its gradients": lambda s: sum(float(p.grad.norm()) for p in s.group["params"]),
+}
+"""What a user's rule may do with its group, however many steps are computed together."""
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_users_rule_sees_the_group_of_its_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers are numbers, and parameters have their values and gradients."""
+    equation = EQUATIONS[name]
+    group: dict[str, Any] = {"lr": 0.01, "step": 0}
+
+    class Own(Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            (own,) = self.param_groups
+            own["step"] += 1
+            grads = [param.grad.clone() for param in own["params"]]
+            factor = equation(Slice([], own, lambda _: grads[0]))
+            for param in own["params"]:
+                param.sub_(0.01 * factor * param.grad)
+
+    def update(s: Slice) -> Update:
+        return Update(0.01 * equation(s), s.grad)
+
+    monkeypatch.setitem(rules._RULES, Own, Rule("own", update))
+    frame = frame_of(lambda params: Own(params, group), Tensor.clone, None)
+    assert set(frame["rule"]) == {"own"}
+    assert frame["reconstruction_error"].max() < 1e-4, frame["reconstruction_error"].tolist()
+
+
+def test_a_flag_is_no_number(waited: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with True and with 3.0 are not computed together, although both are true."""
+
+    class Flagged(Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for param in self.param_groups[0]["params"]:
+                param.sub_(0.01 * self.param_groups[0]["flag"] * param.grad)
+
+    def update(s: Slice) -> Update:
+        return Update(0.01 * torch.as_tensor(s.group["flag"], dtype=torch.float64), s.grad)
+
+    def change(step: int, optimizer: Optimizer) -> None:
+        optimizer.param_groups[0]["flag"] = True if step < 6 else 3.0
+
+    update.__module__ = _counting.__module__
+    monkeypatch.setitem(rules._RULES, Flagged, Rule("flagged", update))
+    frame = frame_of(lambda p: Flagged(p, {"lr": 1.0, "flag": True}), Tensor.clone, change)
+    assert frame["effective_lr_mean"].tolist() == [0.01] * 12 + [0.03] * 12
+    assert waited == [6, 6]
+
+
+class Odd(Optimizer):
+    """Its state is what a test makes of it; the rate depends on it."""
+
+    def __init__(self, params: Any, put: Callable[[dict[str, Any], int], None]) -> None:
+        super().__init__(params, {"lr": 0.01})
+        self._put, self._taken = put, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Along the gradient, at a rate that the state decides."""
+        self._taken += 1
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            self._put(state, self._taken)
+            size = state["size"]
+            param.sub_(0.01 * (1.0 if size is None else float(torch.as_tensor(size))) * param.grad)
+
+
+def _odd(s: Slice) -> Update:
+    return Update(0.01 * torch.as_tensor(s.scalar("size") if "size" in s else 1.0), s.grad)
+
+
+def grows(state: dict[str, Any], taken: int) -> None:
+    """One number, then two, then so many."""
+    state["size"], state["history"] = 0.5, torch.ones(taken)
+
+
+def alternates(state: dict[str, Any], taken: int) -> None:
+    """A number in every second step."""
+    state["size"] = 0.5 if taken % 2 else None
+
+
+def is_an_element(state: dict[str, Any], taken: int) -> None:
+    """Of the shape of a parameter with one element."""
+    state["size"] = torch.full((1,), 1.0 / taken)
+
+
+def is_changed_in_place(state: dict[str, Any], taken: int) -> None:
+    """The same tensor, with another number each time."""
+    state.setdefault("size", torch.zeros(())).fill_(1.0 / taken)
+
+
+@pytest.mark.parametrize("put", [grows, alternates, is_an_element, is_changed_in_place])
+@pytest.mark.parametrize("shape", [(1,), (3, 2)], ids=str)
+def test_numbers_in_the_state_are_those_of_the_step(
+    put: Callable[[dict[str, Any], int], None],
+    shape: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever becomes of a number, no step is lost, and each has its own rate."""
+    monkeypatch.setitem(rules._RULES, Odd, Rule("odd", _odd))
+
+    def shaped(values: Tensor) -> Tensor:
+        return values.reshape(-1)[: math.prod(shape)].reshape(shape).clone()
+
+    frame = frame_of(lambda params: Odd(params, put), shaped, None)
+    assert frame["step"].unique().tolist() == list(range(1, STEPS + 1))
+    assert set(frame["rule"]) == {"odd"}
+    assert frame["reconstruction_error"].max() < 1e-4, frame["reconstruction_error"].tolist()
+
+
+def test_what_a_rule_keeps_from_before_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of the state that changes later is kept as it was."""
+
+    def put(state: dict[str, Any], taken: int) -> None:
+        state["next"] = state.get("next", torch.ones(()))
+        state["size"] = float(state["next"])
+        state["next"].fill_(1.0 / (taken + 1))
+
+    rule = Rule(
+        "odd",
+        lambda s: Update(0.01 * torch.as_tensor(s.scalar("kept")), s.grad),
+        before=lambda _, state, __: {"kept": state.get("next", torch.ones(()))},
+    )
+    monkeypatch.setitem(rules._RULES, Odd, rule)
+    frame = frame_of(lambda params: Odd(params, put), Tensor.clone, None)
+    wanted = [0.01 / step for step in range(1, STEPS + 1) for _ in range(2)]
+    assert frame["effective_lr_mean"].tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_record_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a table as pandas takes it; changing or keeping it concerns no other step."""
+    kept: list[Record] = []
+
+    class Keeps:
+        def write(self, record: Record) -> None:
+            table = record.tables["parameter"]
+            kept.append(record)
+            assert "module" not in table
+            table["parameter"][:], table["numel"][:], table["lr"][:] = "x", -1, 7.0  # type: ignore[call-overload]
+
+        def close(self) -> None:
+            pass
+
+    def net() -> tuple[nn.Parameter, Optimizer]:
+        param = nn.Parameter(torch.ones(3, 2))
+        return param, torch.optim.AdamW([param], lr=0.01)
+
+    frames = []
+    for sinks in ([Keeps()], []):
+        param, optimizer = net()
+        with lrprobe.attach(optimizer, every=1, to=sinks) as probe:
+            for _ in range(40):
+                param.grad = torch.ones(3, 2)
+                optimizer.step()
+            frames.append(probe.frame())
+    assert len(kept) == 40
+    assert pd.DataFrame(kept[7].tables["parameter"]).shape == (1, len(frames[0].columns))
+    assert frames[1]["parameter"].unique().tolist() == ["group0.param0"]
+    assert frames[1]["numel"].unique().tolist() == [6]
+    arrays = [a for t in kept[7].tables.values() for a in t.values()] + [*kept[7].edges]
+    owned = sum({id(a.base): a.base.nbytes for a in arrays if a.base is not None}.values())
+    assert owned < 3 * kept[7].nbytes, "a record keeps no other"
