@@ -22,7 +22,7 @@ test test-all: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ALL)
 
 # With the real packages of hosts, trackers and optimizers, in an environment of their own, which is
 # large; 30 minutes at most, the installation included. The time limit of a test is pytest's
