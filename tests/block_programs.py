@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from optimizers import RULED, Case
+from optimizers import MUON, RULED, Case
 from torch import Tensor
 
 from lrprobe.engine import Engine, block_printer, blocks, cuda
@@ -155,7 +155,7 @@ def cases() -> Iterator[tuple[Case, torch.dtype, Callable[[list[Tensor]], None]]
     seen = set()
     for case in RULED:
         yield case, torch.float32, nothing
-        if case.cls not in seen and not case.sparse and case.cls is not torch.optim.Muon:
+        if case.cls not in seen and not case.sparse and case.cls is not MUON:
             seen.add(case.cls)
             for dtype in DTYPES[1:]:
                 yield case, dtype, nothing

@@ -12,6 +12,7 @@ from bugs import LINEAR, MULTISTEP, WARM, cosine, groups, lambda_lr
 from torch import nn, optim
 from torch.optim import lr_scheduler
 from trainings import X, Y, adamw, net, resume, sgd, train
+from versions import MUON
 
 import lrprobe
 
@@ -49,8 +50,9 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "RMSprop, momentum": lambda p: optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.9),
     "ASGD": optim.ASGD,
     "Adafactor": optim.Adafactor,
-    "Muon": lambda p: optim.Muon([each for each in p if each.ndim == 2], lr=0.02),
 }
+if MUON is not None:
+    OPTIMIZERS["Muon"] = lambda p: MUON([each for each in p if each.ndim == 2], lr=0.02)
 
 
 class Recurrent(nn.Module):

@@ -294,6 +294,7 @@ def test_a_rule_that_says_other_things_of_other_parameters(
         assert_close(row, truth, f"{i}: {shapes[i]}", 1e-5, looser=looser)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has it from 2.10 on")
 def test_gradients_of_another_dtype_than_other_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
