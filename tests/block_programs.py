@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from optimizers import MUON, RULED, Case
+import versions
+from optimizers import RULED, Case
 from torch import Tensor
 
 from lrprobe.engine import Engine, block_printer, blocks, cuda
@@ -155,7 +156,7 @@ def cases() -> Iterator[tuple[Case, torch.dtype, Callable[[list[Tensor]], None]]
     seen = set()
     for case in RULED:
         yield case, torch.float32, nothing
-        if case.cls not in seen and not case.sparse and case.cls is not MUON:
+        if case.cls not in seen and not case.sparse and case.cls is not versions.MUON:
             seen.add(case.cls)
             for dtype in DTYPES[1:]:
                 yield case, dtype, nothing

@@ -9,7 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from optimizers import CASES, MUON, RULED, Case, one_per_class
+import versions
+from optimizers import CASES, RULED, Case, one_per_class
 from oracle import assert_close
 from rows import COARSE, assert_quantiles, measure, one_row
 from torch import nn
@@ -86,7 +87,7 @@ def test_a_state_that_is_not_finite_shows(case: Case) -> None:
                     found = hooks.engine.after(hooks.watched, optimizer, kept)
                 state[7, 3] = good
                 counts = [v.table[0, column("nonfinite")].item() for v in found.vectors]
-                right = 6500.0 if case.cls is MUON else 1.0  # which mixes them all
+                right = 6500.0 if case.cls is versions.MUON else 1.0  # which mixes them all
                 assert counts == [right], f"{case.id} {name}={bad}: {counts}, not [{right}]"
 
 
@@ -188,7 +189,7 @@ def test_a_state_that_follows_from_the_gradient_has_no_error(
         pytest.skip("torch has no sparse gradients in 16 bits")
     if dtype == torch.bfloat16 and case.cls is torch.optim.SGD and case.kwargs.get("fused"):
         pytest.skip("pytorch#191763: its state has the error that is found")
-    if dtype == torch.bfloat16 and case.cls is MUON:
+    if dtype == torch.bfloat16 and case.cls is versions.MUON:
         pytest.skip("torch normalises the momentum of a bfloat16 parameter in place")
     generator = torch.Generator().manual_seed(40)
     params = case.parameters(dtype)
