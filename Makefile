@@ -3,9 +3,8 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
-# -qq: what an index says in passing would hide the rest of the output. Python compiles the modules
-# that are imported, which are few of those that are installed.
-INSTALL := -m pip install -qq --no-compile
+# -qq: what an index says in passing would hide the rest of the output.
+INSTALL := -m pip install -qq
 
 .PHONY: demo test test-all test-integrations test-peers peers-scripts test-oldest test-installed \
 	release-check soak bench docs linkcheck format clean

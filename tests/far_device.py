@@ -64,7 +64,7 @@ class Event:
         """Nothing."""
 
 
-class Device(backend_registration._DummyBackendModule):
+class Device(getattr(backend_registration, "_DummyBackendModule", object)):  # type: ignore[misc]
     """What torch asks of the module of a device."""
 
     Event = Event

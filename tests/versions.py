@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils import backend_registration
 
 MUON: Any = getattr(torch.optim, "Muon", None)
 """The class; None before torch 2.9."""
@@ -13,6 +14,9 @@ ADAM_DECOUPLES = issubclass(torch.optim.AdamW, torch.optim.Adam)
 
 FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 """Whether ``fully_shard`` runs without a GPU: not in torch 2.6."""
+
+FAR_DEVICE = hasattr(backend_registration, "_DummyBackendModule")
+"""Whether a device can be registered that does not exist: not in torch 2.6."""
 
 SEQUENCE_SGD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 """Whether SGD under sequence parallel steps as its equation says: 2.13 does, 2.9 does not."""
