@@ -220,7 +220,7 @@ class Engine:
         if batch.rule is not None:
             try:
                 if batch.rule.whole is not None:
-                    add_batch_statistics(self.backends, batch)
+                    add_batch_statistics(self.backends, batch, [batch.group] * len(batch.at))
                 return [self.checked_figures(batch, pre)]
             except torch.OutOfMemoryError:  # not the rule's fault
                 raise

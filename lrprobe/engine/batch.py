@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -108,16 +108,16 @@ def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[st
     return (*kinds, bool(addresses)), addresses, contiguous
 
 
-def add_batch_statistics(backends: Backends, batch: Batch) -> None:
-    """Add what ``Rule.whole`` computes to each entry, and refresh the addresses."""
+def add_batch_statistics(
+    backends: Backends, batch: Batch, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Add what ``Rule.whole`` computes to each entry, and refresh the addresses.
+
+    ``groups`` has the group of each entry, at the time of its step.
+    """
     if batch.rule is not None:
-        for entry in batch.entries:
-            add_whole_statistics(entry, batch.group, batch.rule)
-    refresh_addresses(backends, batch)
-
-
-def refresh_addresses(backends: Backends, batch: Batch) -> None:
-    """Find the addresses anew, after tensors were added to the entries."""
+        for entry, group in zip(batch.entries, groups, strict=True):
+            add_whole_statistics(entry, group, batch.rule)
     found = [describe(backends, entry) for entry in batch.entries]
     alike = len({kind for kind, _, _ in found}) == 1 and all(a for _, a, _ in found)
     names = found[0][1] if alike else ()

@@ -33,7 +33,7 @@ AT_ONCE = 4
 """Recorded steps that do not wait, so that a rule that does not explain them is found at once."""
 MAX_PIECES, MAX_SECONDS = 256, 0.25
 """How many pieces of steps wait for each other, and how long."""
-MAX_BYTES = 1 << 25
+MAX_WAITING_BYTES = 1 << 25
 """Bytes of all steps of a probe above which none waits for another."""
 _CPU = torch.device("cpu")
 
@@ -153,7 +153,7 @@ class Deferred:
             return True
         late = time.monotonic() - waiting[0].since >= MAX_SECONDS
         many = len(waiting) * len(waiting[0].rows) >= MAX_PIECES
-        return late or many or self._owner.waiting_bytes >= MAX_BYTES
+        return late or many or self._owner.waiting_bytes >= MAX_WAITING_BYTES
 
     def compute(self) -> None:
         """Compute the figures of all steps that wait."""

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine import Engine, PreStep, copied
-from lrprobe.engine.batch import Batch, batch_of, refresh_addresses
+from lrprobe.engine.batch import Batch, add_batch_statistics, batch_of
 from lrprobe.engine.buffers import StepFigures, Vectors
 from lrprobe.engine.check import Place, Samples
-from lrprobe.engine.eager import add_whole_statistics
 from lrprobe.engine.figures import GRADIENT
 from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.engine.plan import (
@@ -222,9 +221,10 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     """The batch of some pieces of all steps; numbers that differ between steps are columns."""
     copies = [copy for _, copy in steps]
     plan, group, count = copies[0].plan, pieces[0].group, len(copies[0].plan.watched)
-    known = _group(copies[0], group, rule)
-    if len(copies) > 1 and not is_own(rule):
-        del known["params"]  # each step has its own
+    if len(copies) == 1 or is_own(rule):
+        known = _group(copies[0], group, rule)
+    else:  # each step has its own ``params``
+        known = {**copies[0].groups[group]}
     batch = Batch([], [], known, rule, live=not plan.small)
     for name, first in copies[0].groups[group].items():
         values = [copy.groups[group][name] for copy in copies]
@@ -267,12 +267,10 @@ def _add_whole(
     engine: Engine, batch: Batch, steps: Sequence[tuple[int, Copy]], pieces: Sequence[Piece]
 ) -> None:
     """Replace the entries by such with values, and add ``Rule.whole``'s statistics of each."""
-    owners = [(copy, piece) for _, copy in steps for piece in pieces]
-    batch.entries[:] = [copy.entry(piece.at) for copy, piece in owners]
-    for entry, (copy, piece) in zip(batch.entries, owners, strict=True):
-        if batch.rule is not None:
-            add_whole_statistics(entry, _group(copy, piece.group, batch.rule), batch.rule)
-    refresh_addresses(engine.backends, batch)
+    batch.entries[:] = [copy.entry(piece.at) for _, copy in steps for piece in pieces]
+    groups = [_group(copy, pieces[0].group, batch.rule) for _, copy in steps]
+    each = [group for group in groups for _ in pieces]
+    add_batch_statistics(engine.backends, batch, each)
 
 
 def _add_gradients(engine: Engine, batch: Batch, pre: PreStep) -> None:

@@ -240,7 +240,7 @@ def test_many_steps_take_one_computation(waited: list[int]) -> None:
 
 def test_steps_that_wait_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of another optimizer do not pile up behind one whose steps have few pieces."""
-    monkeypatch.setattr(deferred, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(deferred, "MAX_WAITING_BYTES", 1 << 16)
     monkeypatch.setattr(deferred, "MAX_SECONDS", 1e9)
     small, large = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(30, 30))
     optimizers = [torch.optim.AdamW([param], lr=0.01) for param in (small, large)]
