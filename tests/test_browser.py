@@ -85,6 +85,7 @@ def test_the_card_explains_the_tags(browser, small: str) -> None:
     assert any("median of the effective rate over the elements" in table for table in tables)
 
 
+@pytest.mark.slow
 def test_a_thousand_parameters_load_in_seconds(browser, tmp_path: Path) -> None:
     """The tags are rolled up to the ten blocks."""
     blocks = [nn.Sequential(*[nn.Linear(4, 4) for _ in range(50)]) for _ in range(10)]

@@ -323,6 +323,7 @@ def test_a_truncated_file_says_so(browser, tmp_path: Path) -> None:
         assert path.name in page.text()
 
 
+@pytest.mark.slow
 def test_it_goes_on_while_the_training_does(browser, tmp_path: Path) -> None:
     """What is recorded later is drawn, and what one looks at stays."""
     model = small_net()
@@ -347,6 +348,7 @@ def test_it_goes_on_while_the_training_does(browser, tmp_path: Path) -> None:
     probe.close()
 
 
+@pytest.mark.slow
 def test_with_the_fast_loader(browser, runs: dict[str, object]) -> None:
     """TensorBoard's data server has the same figures as its Python."""
     pytest.importorskip("tensorboard_data_server")

@@ -14,7 +14,7 @@ from lrprobe.sinks.tags import Tags
 from lrprobe.sinks.tensorboard import _EventFile
 from lrprobe.tab import SAMPLES
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]
 
 PARAMETERS = 500
 STEPS = SAMPLES + 500

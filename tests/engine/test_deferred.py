@@ -63,7 +63,7 @@ DENSE = [case for case in CASES if not case.sparse and case.cls is not torch.opt
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(41)  # each compiles two programs of its own
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [pytest.param(c, DTYPES[i % 3], id=f"{c.id}-{DTYPES[i % 3]}") for i, c in enumerate(DENSE)],
