@@ -8,7 +8,7 @@ Nothing here reads device values on the host, so no hook synchronizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -297,7 +297,9 @@ class Engine:
         self, table: Sequence[Figure], batch: Batch, *, rates: bool, samples: Samples | None
     ) -> Recorded | None:
         """The batch's program; None if the batch has to be computed eagerly."""
-        kept = () if samples is None else [samples.names(i) for i in batch.at]
+        kept: Sequence[Collection[str]] = ()
+        if samples is not None:
+            kept = batch.kept or [samples.names(i) for i in batch.at]
         key = table[0].name, batch.at[0], len(batch.at)
         if len(self._programs) > _MAX_PROGRAMS:
             self._programs.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -34,7 +34,9 @@ class Batch:
             such tensor can be read by address.
         whole: whether all of these tensors are contiguous.
         memo: scalars that the programs of the batch share.
-        sampled: like ``columns``, of copies that have the check samples; empty if there are none.
+        sampled: like ``columns``, of the check samples, by name in programs; empty if these have
+            to be copied.
+        kept: names of the samples from before the step, of each piece; only with ``sampled``.
         live: whether the entries hold the elements; otherwise only ``columns`` lead to them.
     """
 
@@ -46,6 +48,7 @@ class Batch:
     whole: bool = True
     memo: dict[Any, Any] = field(default_factory=dict)
     sampled: dict[str, list[int]] = field(default_factory=dict)
+    kept: list[Collection[str]] = field(default_factory=list)
     live: bool = True
 
     def __iter__(self) -> Iterator[int]:
@@ -143,11 +146,11 @@ def addresses_of(
         dtypes.append(leaf_of(batch.entries[0], source).dtype)
         if samples is None:
             column = batch.columns[name]
+        elif leaf in batch.sampled:
+            column = batch.sampled[leaf]
         elif leaf != name:
             device = batch.entries[0].param.device
             column = [samples.address(i, name, device) for i in batch.at]
-        elif batch.sampled:
-            column = batch.sampled[name]
         else:
             column = list(batch.columns[name])
             wanted += [(column, n, tensor) for n, tensor in _uncopied(batch, name, column, alive)]

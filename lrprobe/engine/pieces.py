@@ -154,14 +154,9 @@ def is_strided(value: Any) -> TypeGuard[Tensor]:
 
 
 def host_value(number: Tensor) -> float:
-    """The number in a tensor on the host; NumPy reads it without dispatching a torch operation."""
-    if number.dtype in _NUMPY:
-        found = number.detach() if number.requires_grad else number
-        return float(found.numpy().item())
-    return float(number)
-
-
-_NUMPY = (torch.float32, torch.float64, torch.int64, torch.int32)
+    """The number in a tensor on the host; unlike ``item``, this lets no other thread run."""
+    value: Any = number.reshape(()).tolist() if number.dim() else number.tolist()
+    return float(value)
 
 
 def is_per_element(value: Any, shape: torch.Size) -> bool:

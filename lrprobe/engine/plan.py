@@ -24,7 +24,6 @@ from lrprobe.engine.pieces import (
     WatchedParameter,
     host_value,
     is_dense,
-    is_strided,
     sample_runs,
 )
 from lrprobe.rules.base import Entry, Rule, Scalar, overwrites_gradient
@@ -54,7 +53,8 @@ class Piece:
         rule: its rule; None if its rate is measured.
         like: tensors of its dtypes and shapes, without its values; a measured one has no state.
         strides: of the parameter, each element-wise tensor of its state, and the gradient.
-        addresses: of the parameter and each element-wise tensor of its state in the last step.
+        dtypes, addresses: of these tensors; the addresses are those of the last step.
+        tensors: their names, but for the gradient.
         numbers: its state entries that are one number, and what they are (``_number_kind``).
         nothing: its state entries that are None.
         names: all entries of its state.
@@ -65,7 +65,9 @@ class Piece:
     rule: Rule | None
     like: Entry
     strides: dict[str, Strides]
-    addresses: dict[str, int]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+    tensors: list[str] = field(default_factory=lambda: ["param"])
     numbers: dict[str, str] = field(default_factory=dict)
     nothing: list[str] = field(default_factory=list)
     names: frozenset[str] = frozenset()
@@ -77,8 +79,13 @@ class Piece:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What the pieces of one batch share."""
-        dtypes = tuple((name, self.tensor(name).dtype) for name in self.addresses)
-        return self.group, self.rule, dtypes, tuple(self.numbers.items()), tuple(self.nothing)
+        return (
+            self.group,
+            self.rule,
+            tuple(self.dtypes.items()),
+            tuple(self.numbers.items()),
+            tuple(self.nothing),
+        )
 
 
 class _Layout:
@@ -116,6 +123,13 @@ class _Layout:
         columns = np.array(self._rows, np.int64).T
         self._numbers, self._offsets, self._starts, self._bytes = columns[:4].copy()
         self._runs = np.ascontiguousarray(columns[4:].T)
+
+    def addresses(self, buffers: Sequence[Tensor], name: str, pieces: Sequence[int]) -> list[int]:
+        """Where each buffer has the sample of each piece, buffer by buffer; 0 if it has none."""
+        places = [self.places.get(at, {}).get(name) for at in pieces]
+        starts = [-1 if place is None else place[1] for place in places]
+        begins = [buffer.data_ptr() for buffer in buffers]
+        return [0 if start < 0 else begin + start for begin in begins for start in starts]
 
     def copy(self, backend: ModuleType, addresses: Sequence[Mapping[str, int]]) -> Tensor:
         """Copy the tensors, which are at these addresses in each piece."""
@@ -161,7 +175,9 @@ class Plan:
         self.before, self.after = _Layout(), _Layout()
         self.previous: dict[int, dict[str, Place]] = {}
         self._kinds: dict[Any, list[Piece]] = {}
-        self._overwrites = self._overwritten(optimizer)
+        self._settings = dict.fromkeys((w.group, w.rule) for w in watched)
+        self._overwritten = self._overwriting(optimizer)
+        self._overwrites = [self._overwritten[w.group, w.rule] for w in watched]
         self.rules_are_own = all(is_own(w.rule) for w in watched)
         known: dict[Any, Tensor] = {}
         self.pieces = [self._piece(i, w, optimizer, known) for i, w in enumerate(watched)]
@@ -173,12 +189,13 @@ class Plan:
         self.before.finish()
         self.after.finish()
 
-    def _overwritten(self, optimizer: Any) -> list[bool]:
-        """Whether a step overwrites each gradient that exists before it."""
+    def _overwriting(self, optimizer: Any) -> dict[tuple[int, Rule | None], bool]:
+        """Whether a step of each rule and group overwrites gradients that exist before it."""
         groups = optimizer.param_groups
-        return [
-            not self.closure and overwrites_gradient(w.rule, groups[w.group]) for w in self.watched
-        ]
+        return {
+            (group, rule): not self.closure and overwrites_gradient(rule, groups[group])
+            for group, rule in self._settings
+        }
 
     def _piece(
         self, i: int, w: WatchedParameter, optimizer: Any, known: dict[Any, Tensor]
@@ -191,13 +208,12 @@ class Plan:
         if param.dtype.is_complex or not self._backend.is_addressable(param):
             raise UnusualError
         strides = {"param": _strides(param)}
-        piece = Piece(
-            i, w.group, w.rule, _like(param, {}, known), strides, {"param": param.data_ptr()}
-        )
+        piece = Piece(i, w.group, w.rule, _like(param, {}, known), strides)
         if w.rule is not None:
             self._add_state(piece, param, optimizer.state.get(param, _NO_STATE), known)
         # Autograd lays a gradient out like its parameter, if that has no gaps.
         strides["grad"] = strides["param"] if is_dense(param) else None
+        piece.dtypes = {name: piece.tensor(name).dtype for name in piece.strides}
         self._kinds.setdefault(piece.kind, []).append(piece)
         return piece
 
@@ -218,7 +234,7 @@ class Plan:
                     raise UnusualError
                 tensors[name] = value
                 piece.strides[name] = _strides(value)
-                piece.addresses[name] = value.data_ptr()
+                piece.tensors.append(name)
         piece.like = _like(param, tensors, known)
         piece.names = frozenset(state)
 
@@ -232,7 +248,7 @@ class Plan:
         ):
             raise UnusualError
         whole = self.small or param.numel() > SAMPLE
-        for name in piece.addresses:
+        for name in piece.tensors:
             tensor, strides = piece.tensor(name), piece.strides[name]
             if name == "param" or (rule is not None and rule.advance is not None):
                 self.before.add(at, name, tensor, strides)
@@ -257,7 +273,7 @@ class Plan:
 
     def find(self, watched: Sequence[WatchedParameter], optimizer: Any) -> list[Entry] | None:
         """Parameters with their gradients and state; None if they are not as planned."""
-        if watched is not self.watched or self._overwritten(optimizer) != self._overwrites:
+        if watched is not self.watched or self._overwriting(optimizer) != self._overwritten:
             return None
         found, states = [], optimizer.state
         for w, piece in zip(watched, self.pieces, strict=True):
@@ -267,27 +283,29 @@ class Plan:
             state = _NO_STATE if w.rule is None else states.get(param, _NO_STATE)
             if w.rule is not None and state.keys() != piece.names:
                 return None
-            if not self._is_there(param, state, piece):
+            tensors = [param if name == "param" else state[name] for name in piece.tensors]
+            if not self._locate(piece, piece.tensors, tensors):
                 return None
             found.append(Entry(param, param.grad, state))
         return found
 
-    def _is_there(self, param: Tensor, state: Mapping[str, Any], piece: Piece) -> bool:
-        """Whether the tensors of a piece are as planned; notes where they are."""
-        shape = piece.like.param.shape
-        for name, address in piece.addresses.items():
-            tensor = param if name == "param" else state[name]
-            if type(tensor) not in PLAIN or tensor.dtype is not piece.tensor(name).dtype:
+    def _locate(self, piece: Piece, names: Sequence[str], tensors: Sequence[Any]) -> bool:
+        """Whether tensors are as planned; notes where they are."""
+        shape, addresses = piece.like.param.shape, piece.addresses
+        for name, tensor in zip(names, tensors, strict=True):
+            if type(tensor) not in PLAIN or tensor.dtype is not piece.dtypes[name]:
                 return False
-            if tensor.shape != shape or not _lies(tensor, piece.strides[name]):
+            strides = piece.strides[name]
+            if tensor.shape != shape or strides != (strides and tensor.stride()):
                 return False
-            if tensor.data_ptr() != address:
+            if strides is None and not tensor.is_contiguous():
+                return False
+            address = tensor.data_ptr()
+            if address != addresses.get(name) or tensor._is_view():  # noqa: SLF001 - as in cpu.py
                 if not self._backend.is_addressable(tensor):
                     return False
-                piece.addresses[name] = tensor.data_ptr()
-        if any(state[name] is not None for name in piece.nothing):
-            return False
-        return all(_number_kind(state[name]) == kind for name, kind in piece.numbers.items())
+                addresses[name] = address
+        return True
 
     def copy_before(self, entries: Sequence[Entry]) -> Tensor | None:
         """Copy what the step will overwrite; None if that is a gradient of an unusual kind."""
@@ -300,29 +318,29 @@ class Plan:
     def _copied(
         self, layout: _Layout, entries: Sequence[Entry], with_grad: Sequence[bool]
     ) -> Tensor | None:
-        addresses = []
         for piece, entry, wanted in zip(self.pieces, entries, with_grad, strict=True):
-            own = piece.addresses
-            if wanted:
-                grad, param = entry.grad, piece.like.param
-                if not isinstance(grad, Tensor) or type(grad) not in PLAIN:
-                    return None
-                if grad.dtype is not param.dtype or grad.shape != param.shape:
-                    return None
-                if not _lies(grad, piece.strides["grad"]) or not self._backend.is_addressable(grad):
-                    return None
-                own = {**own, "grad": grad.data_ptr()}
-            addresses.append(own)
-        return layout.copy(self._backend, addresses)
+            if wanted and not self._locate(piece, _GRAD, (entry.grad,)):
+                return None
+        return layout.copy(self._backend, [piece.addresses for piece in self.pieces])
 
-    def numbers(self, entries: Sequence[Entry]) -> list[list[Any]]:
-        """The values of each piece's ``numbers``."""
-        return [
-            [_number(entry.state[name], name in piece.addresses) for name in piece.numbers]
-            for piece, entry in zip(self.pieces, entries, strict=True)
-        ]
+    def numbers(self, entries: Sequence[Entry]) -> list[list[Any]] | None:
+        """The values of each piece's ``numbers``; None if other entries are numbers now."""
+        found = []
+        for piece, entry in zip(self.pieces, entries, strict=True):
+            values = []
+            for name, kind in piece.numbers.items():
+                value = entry.state[name]
+                if _number_kind(value) != kind:
+                    return None
+                values.append(_number(value, name in piece.tensors))
+            for name in piece.nothing:
+                if entry.state[name] is not None:
+                    return None
+            found.append(values)
+        return found
 
 
+_GRAD = ("grad",)
 _NO_STATE: Mapping[str, Any] = {}
 
 
@@ -334,11 +352,10 @@ def is_own(rule: Rule | None) -> bool:
 
 def _number_kind(value: Any) -> str:
     """``number``, or ``tensor`` if it is one with one element; empty for all other values."""
-    if isinstance(value, bool | int | float):
-        return "number"
-    if type(value) not in PLAIN or not is_strided(value) or not value.is_cpu:
-        return ""
-    return "tensor" if value.numel() == 1 and not value.dtype.is_complex else ""
+    if type(value) not in PLAIN:
+        return "number" if isinstance(value, bool | int | float) else ""
+    plain = value.numel() == 1 and value.is_cpu and value.layout is torch.strided
+    return "tensor" if plain and not value.dtype.is_complex else ""
 
 
 def _number(value: Any, is_element: bool) -> Any:
@@ -350,10 +367,6 @@ def _number(value: Any, is_element: bool) -> Any:
 
 def _strides(tensor: Tensor) -> Strides:
     return None if tensor.is_contiguous() else tensor.stride()
-
-
-def _lies(tensor: Tensor, strides: Strides) -> bool:
-    return tensor.is_contiguous() if strides is None else tensor.stride() == strides
 
 
 def _rows_of(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -438,7 +451,7 @@ class Copy:
     Attributes:
         plan: how it was read.
         buffers: copies from before the step, and from after it.
-        numbers: the values of each piece's ``numbers``; none with ``entries``.
+        numbers: the values of each piece's ``numbers``.
         groups: the hyperparameters of each group.
         initial: ``initial_lr`` of each piece's group.
         scalars: what ``Rule.before`` returned, by index of the piece.
@@ -465,11 +478,6 @@ class Copy:
         ]
         return self.plan, *groups
 
-    def addresses(self, at: int) -> dict[str, int]:
-        """Addresses of a piece's copies from after the step, by name."""
-        begin = self.buffers[1].data_ptr()
-        return {name: begin + place[1] for name, place in self.plan.after.places[at].items()}
-
     def entry(self, at: int) -> Entry:
         """A piece with its values: the optimizer's tensors, or those that were copied."""
         if self.entries:
@@ -480,6 +488,12 @@ class Copy:
         tensors = {name: after.tensor(at, name).view(shape) for name in after.names(at)}
         param, grad = tensors.pop("param"), tensors.pop("grad")
         return Entry(param, grad, {**tensors, **self.numbers_of(at, as_tensors=True)})
+
+    def entry_without_values(self, at: int, *, as_tensors: bool) -> Entry:
+        """A copied piece, of whose tensors only dtypes and shapes matter."""
+        like = self.plan.pieces[at].like
+        numbers = self.numbers_of(at, as_tensors=as_tensors)
+        return Entry(like.param, like.grad, {**like.state, **numbers})
 
     def numbers_of(self, at: int, *, as_tensors: bool) -> dict[str, Any]:
         """The numbers in the state of a piece; rules that see one piece alone want tensors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.batch import Batch, add_batch_statistics, batch_of
 from lrprobe.engine.buffers import StepFigures, Vectors
-from lrprobe.engine.check import Place, Samples
+from lrprobe.engine.check import Place, Samples, zeros
 from lrprobe.engine.figures import GRADIENT
 from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.engine.plan import (
@@ -106,8 +106,8 @@ class Planned:
         for i, grad in pre.grads.items():
             if entries[i].grad is None:  # the step dropped it
                 entries[i].grad = grad
-        after = plan.copy_after(entries)
-        if after is None:
+        numbers, after = plan.numbers(entries), plan.copy_after(entries)
+        if numbers is None or after is None:
             return None
         self._misses = max(0, self._misses - 1)
         latest = Samples.over(self._engine.backends, [buffer, after], plan.previous)
@@ -115,7 +115,6 @@ class Planned:
         previous = [w.previous for w in plan.watched]
         for i, w in enumerate(plan.watched):
             w.previous = latest, i
-        numbers = plan.numbers(entries) if plan.small else []
         entries = [] if plan.small else entries
         buffers = [buffer, after]
         return Copy(plan, buffers, numbers, groups, initial, pre.scalars, previous, entries)
@@ -159,14 +158,15 @@ def figures_of(engine: Engine, copies: Sequence[Copy]) -> StepFigures:
     """
     plan, count = copies[0].plan, len(copies[0].plan.watched)
     found = StepFigures()
-    pre = PreStep(_kept(engine, copies))
+    steps = list(enumerate(copies))
+    pre = PreStep(Samples({}) if plan.small else _kept(engine, steps))
     for k, copy in enumerate(copies):
         for i, (w, initial) in enumerate(zip(plan.watched, copy.initial, strict=True)):
             rate = copy.groups[w.group].get("lr")
             found.lr[k * count + i] = math.nan if rate is None else rate
             found.initial_lr[k * count + i] = math.nan if initial is None else initial
     for rule, pieces in plan.kinds():
-        _add_figures(engine, list(enumerate(copies)), rule, pieces, pre, found)
+        _add_figures(engine, steps, rule, pieces, pre, found)
     return found
 
 
@@ -193,28 +193,34 @@ def _add_figures(
             for step in steps:
                 _add_figures(engine, [step], rule, pieces, pre, found)
         else:
+            pre.samples = _kept(engine, steps)
             for row, piece in enumerate(pieces):
                 found.vectors += _alone(engine, batch, row, steps[0][1], piece, pre, found)
 
 
-def _kept(engine: Engine, copies: Sequence[Copy]) -> Samples:
-    """What was kept from before each of the steps."""
+def _kept(engine: Engine, steps: Sequence[tuple[int, Copy]]) -> Samples:
+    """What was kept from before each of some numbered steps."""
     places: dict[int, dict[str, Place]] = {}
-    count = len(copies[0].plan.watched)
-    for k, copy in enumerate(copies):
+    count = len(steps[0][1].plan.watched)
+    for buffer, (k, copy) in enumerate(steps):
         for at, names in copy.plan.before.places.items():
-            places[k * count + at] = {name: (k, *place[1:]) for name, place in names.items()}
-    samples = Samples.over(engine.backends, [copy.buffers[0] for copy in copies], places)
-    for k, copy in enumerate(copies):
+            places[k * count + at] = {name: (buffer, *place[1:]) for name, place in names.items()}
+    samples = Samples.over(engine.backends, [copy.buffers[0] for _, copy in steps], places)
+    for k, copy in steps:
         for at, previous in enumerate(copy.previous):
             _borrow(samples, k * count + at, previous, copy.plan.after.places[at]["grad"])
     return samples
 
 
 def _borrow(samples: Samples, at: int, previous: tuple[Samples, int] | None, grad: Place) -> None:
-    """Refer to the gradient of the last recorded step, if it had the same dtype and size."""
-    if previous is not None and previous[0].has(previous[1], "previous", *grad[2:]):
+    """Refer to the gradient of the last recorded step, if there is one that fits."""
+    if _fits(previous, grad):
         samples.borrow(at, "previous", *previous)
+
+
+def _fits(previous: tuple[Samples, int] | None, grad: Place) -> TypeGuard[tuple[Samples, int]]:
+    """Whether a gradient of the last recorded step is known, of the same dtype and size."""
+    return previous is not None and previous[0].has(previous[1], "previous", *grad[2:])
 
 
 def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequence[Piece]) -> Batch:
@@ -226,6 +232,7 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     else:  # each step has its own ``params``
         known = {**copies[0].groups[group]}
     batch = Batch([], [], known, rule, live=not plan.small)
+    numbers = [piece.at for piece in pieces]
     for name, first in copies[0].groups[group].items():
         values = [copy.groups[group][name] for copy in copies]
         if is_number(first) and any(value != first for value in values):
@@ -233,21 +240,47 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     if isinstance(known.get("lr"), Tensor):
         batch.memo["lr"] = known["lr"]
     for k, copy in steps:
-        for piece in pieces:
-            at, like = piece.at, piece.like
-            places = copy.addresses(at)
-            if plan.small:
-                numbers = copy.numbers_of(at, as_tensors=len(copies) * len(pieces) == 1)
-                entry = Entry(like.param, like.grad, {**like.state, **numbers})
-                batch.add(k * count + at, entry, places)
-            else:
-                entry = copy.entry(at)
-                grad: Any = entry.grad
-                addresses = {**piece.addresses, "grad": grad.data_ptr()}
-                batch.add(at, entry, addresses)
-                for name, address in addresses.items():
-                    batch.sampled.setdefault(name, []).append(places.get(name, address))
+        batch.at += [k * count + at for at in numbers]
+        if plan.small:
+            as_tensors = len(copies) * len(pieces) == 1
+            batch.entries += [
+                copy.entry_without_values(at, as_tensors=as_tensors) for at in numbers
+            ]
+        else:
+            batch.entries += [copy.entry(at) for at in numbers]
+    copied = {
+        name: plan.after.addresses([copy.buffers[1] for copy in copies], name, numbers)
+        for name in (*pieces[0].tensors, "grad")
+    }
+    batch.columns = copied
+    if not plan.small:
+        batch.columns = {name: [piece.addresses[name] for piece in pieces] for name in copied}
+    for name, addresses in copied.items():
+        pairs = zip(addresses, batch.columns[name], strict=True)
+        batch.sampled[name] = [address or other for address, other in pairs]
+    _add_kept(batch, copies, numbers)
     return batch
+
+
+def _add_kept(batch: Batch, copies: Sequence[Copy], pieces: Sequence[int]) -> None:
+    """Add the samples from before the steps, and the gradients of the recorded steps before."""
+    plan = copies[0].plan
+    names = plan.before.places.get(pieces[0], {})
+    for name in names:
+        before = [copy.buffers[0] for copy in copies]
+        batch.sampled[f"old {name}"] = plan.before.addresses(before, name, pieces)
+    nothing = zeros(_CPU).data_ptr()
+    previous = batch.sampled["old previous"] = []
+    alone, known = frozenset(names), frozenset([*names, "previous"])
+    for copy in copies:
+        for at in pieces:
+            last = copy.previous[at]
+            if _fits(last, plan.after.places[at]["grad"]):
+                previous.append(last[0].address(last[1], "previous", _CPU))
+                batch.kept.append(known)
+            else:
+                previous.append(nothing)
+                batch.kept.append(alone)
 
 
 def _group(copy: Copy, group: int, rule: Rule | None) -> dict[str, Any]:
@@ -275,7 +308,7 @@ def _add_whole(
 
 def _add_gradients(engine: Engine, batch: Batch, pre: PreStep) -> None:
     """Figures of gradients that the step may have overwritten."""
-    addresses = [pre.samples.address(at, "grad", _CPU) for at in batch.at]
+    addresses = batch.sampled["old grad"]
     columns = {"param": addresses, "grad": addresses}
     grads = Batch(batch.at, batch.entries, {}, None, columns, live=False)
     table = engine.figures(GRADIENT, grads, rates=False).table
