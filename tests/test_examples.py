@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import versions
 
 import lrprobe
 
@@ -86,6 +87,7 @@ def test_the_demo_is_healthy(demo: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not versions.FSDP2_ON_CPU, reason="FSDP2 does not run on the CPU")
 def test_a_sharded_training_has_one_record(tmp_path: Path) -> None:
     """Two ranks hold half of the elements each; the dataset has whole parameters."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

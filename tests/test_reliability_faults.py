@@ -599,7 +599,7 @@ def test_hostile_names_stay_in_their_folder(tmp_path: Path) -> None:
     norms = [(at + 1) * 2**0.5 for at in range(len(params))]
     for frame in (probe.frame(), lrprobe.read(to[0]), lrprobe.read(to[1])):
         assert len(frame) == len(params)
-        assert frame["parameter"].nunique() == len(params)
+        assert len(set(frame["parameter"])) == len(params)  # pandas 2 counts up to a NUL only
         np.testing.assert_allclose(frame["grad_norm"], norms, rtol=1e-6)
     assert frame["optimizer"].unique().tolist() == ["../<b>x</b>"]
     tags = board_tags(to[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import versions
 
 from lrprobe.engine import cuda
 
@@ -55,13 +56,14 @@ def test_several_chunks() -> None:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_programs_compile(part: int) -> None:
     """Each generated program compiles for sm_80 and sm_90, and spills no more than a register."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.4", reason="Triton compiles without a device from 3.4 on")
     printed = run("tests/block_programs.py", "compile", str(part), str(PARTS))
     assert int(printed.split()[0]) > 10, printed
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.skipif(not versions.FAR_DEVICE, reason="torch cannot have a device that is not there")
 def test_launches_do_not_grow() -> None:
     """A recorded step launches at most 60 times, however large the model is."""
     pytest.importorskip("triton")
