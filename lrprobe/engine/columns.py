@@ -16,9 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrprobe.engine.buffers import SUMS, Arrived
-from lrprobe.engine.distribution import Bins, Floats, Ints, constant_bins, histograms, quantiles
+from lrprobe.engine.distribution import (
+    Bins,
+    Bools,
+    Floats,
+    Ints,
+    constant_bins,
+    histograms,
+    quantiles,
+)
 from lrprobe.engine.figures import STATES
-from lrprobe.engine.levels import Bools, Parameter, levels_of, strings
+from lrprobe.engine.levels import Parameter, levels_of, strings
 from lrprobe.record import (
     ELEMENT_COLUMNS,
     FIGURES,
@@ -163,8 +171,7 @@ def summaries_of(
     """
     found = _Figures(rows, rules, arrived, steps)
     values = _columns(found)
-    known = np.where(found.stepped, np.arange(steps * len(rows)), -1)
-    edges, counts = histograms(found.bins.merged(known), steps * len(rows))
+    edges, counts = histograms(found.bins, found.stepped)
     elements = _elements(found)  # of the only step, if there are any
     figures = np.stack([values.pop(name) for name in _FIGURES])
     count = found.levels.count // steps

@@ -20,6 +20,7 @@ from lrprobe.record import QUANTILES
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 SHIFT = 17
 BINS = 1 << 15
@@ -248,14 +249,16 @@ def quantiles(bins: Bins, low: Floats, high: Floats) -> Floats:
     return result
 
 
-def histograms(bins: Bins, count: int) -> tuple[list[Floats], list[Ints]]:
-    """Histograms of owners 0 to ``count`` − 1, for the record: edges (n + 1,), counts (n,).
+def histograms(bins: Bins, owners: Bools) -> tuple[list[Floats], list[Ints]]:
+    """The histogram of each owner, for the record: edges (n + 1,), counts (n,).
 
-    Both are empty for an owner without rates; a run of empty bins becomes one wide bin.
+    Both are empty for an owner without rates, or for which ``owners`` is False; a run of empty
+    bins becomes one wide bin.
     """
+    count = len(owners)
     keep = np.abs(bins.bins) < _INFINITE
     coarse = Bins(bins.owner[keep], bins.bins[keep] >> _COARSE, bins.counts[keep])
-    coarse = coarse.merged(np.arange(count))
+    coarse = coarse.merged(np.where(owners, np.arange(count), -1))
     if not len(coarse.owner):
         return [np.zeros(0)] * count, [np.zeros(0, np.int64)] * count
     owner, found = coarse.owner, coarse.bins

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lrprobe.engine.distribution import Bins, Floats
+from lrprobe.engine.distribution import Bins, Bools, Floats
 from lrprobe.names import module_of
 from lrprobe.record import LEVELS, Level
-
-Bools = NDArray[np.bool_]
 
 
 class Parameter(NamedTuple):
