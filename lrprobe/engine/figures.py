@@ -303,10 +303,13 @@ def _log_rate(e: Elements) -> Any:
     if e.rate is None:
         return None
     low, high = e.extremes
-    if low is not high and low.numpy() > 1e-15 and high.numpy() < 1e15 and len(e.rate) % 4 == 0:
-        left, right = e.rate.chunk(2)
-        return (left * right).log2()  # half as many logarithms, with the same sum
-    size: Any = as_tensor(e.rate).abs()
+    rates: Any = as_tensor(e.rate)
+    if low is not high:  # products of rates have fewer logarithms, with the same sum
+        least, most = low.tolist(), high.tolist()
+        while least > 1e-15 and most < 1e15 and len(rates) % 4 == 0:
+            left, right = rates.chunk(2)
+            rates, least, most = left * right, least * least, most * most
+    size = rates.abs()
     return size.program.emit("fast_log2", (size,)) if isinstance(size, Symbol) else size.log2()
 
 
