@@ -489,10 +489,12 @@ class Copy:
         param, grad = tensors.pop("param"), tensors.pop("grad")
         return Entry(param, grad, {**tensors, **self.numbers_of(at, as_tensors=True)})
 
-    def entry_without_values(self, at: int, *, as_tensors: bool) -> Entry:
-        """A copied piece, of whose tensors only dtypes and shapes matter."""
+    def entry_for_rules(self, at: int, *, one: bool) -> Entry:
+        """A piece whose values are read by address; ``one`` if it is all that a rule sees."""
+        if self.entries:
+            return self.entry(at)
         like = self.plan.pieces[at].like
-        numbers = self.numbers_of(at, as_tensors=as_tensors)
+        numbers = self.numbers_of(at, as_tensors=one)
         return Entry(like.param, like.grad, {**like.state, **numbers})
 
     def numbers_of(self, at: int, *, as_tensors: bool) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def figures_of(engine: Engine, copies: Sequence[Copy]) -> StepFigures:
     plan, count = copies[0].plan, len(copies[0].plan.watched)
     found = StepFigures()
     steps = list(enumerate(copies))
-    pre = PreStep(Samples({}) if plan.small else _kept(engine, steps))
+    pre = PreStep(Samples({}))  # batches have the addresses of samples
     for k, copy in enumerate(copies):
         for i, (w, initial) in enumerate(zip(plan.watched, copy.initial, strict=True)):
             rate = copy.groups[w.group].get("lr")
@@ -231,33 +231,23 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
         known = _group(copies[0], group, rule)
     else:  # each step has its own ``params``
         known = {**copies[0].groups[group]}
-    batch = Batch([], [], known, rule, live=not plan.small)
-    numbers = [piece.at for piece in pieces]
     for name, first in copies[0].groups[group].items():
         values = [copy.groups[group][name] for copy in copies]
         if is_number(first) and any(value != first for value in values):
             known[name] = column([value for value in values for _ in pieces], _CPU)
+    numbers = [piece.at for piece in pieces]
+    rows = [k * count + at for k, _ in steps for at in numbers]
+    one = len(rows) == 1
+    entries = [copy.entry_for_rules(at, one=one) for copy in copies for at in numbers]
+    batch = Batch(rows, entries, known, rule, live=False)
     if isinstance(known.get("lr"), Tensor):
         batch.memo["lr"] = known["lr"]
-    for k, copy in steps:
-        batch.at += [k * count + at for at in numbers]
-        if plan.small:
-            as_tensors = len(copies) * len(pieces) == 1
-            batch.entries += [
-                copy.entry_without_values(at, as_tensors=as_tensors) for at in numbers
-            ]
-        else:
-            batch.entries += [copy.entry(at) for at in numbers]
-    copied = {
-        name: plan.after.addresses([copy.buffers[1] for copy in copies], name, numbers)
-        for name in (*pieces[0].tensors, "grad")
-    }
-    batch.columns = copied
-    if not plan.small:
-        batch.columns = {name: [piece.addresses[name] for piece in pieces] for name in copied}
-    for name, addresses in copied.items():
-        pairs = zip(addresses, batch.columns[name], strict=True)
-        batch.sampled[name] = [address or other for address, other in pairs]
+    after = [copy.buffers[1] for copy in copies]
+    for name in (*pieces[0].tensors, "grad"):
+        copied = plan.after.addresses(after, name, numbers)
+        where = copied if plan.small else [piece.addresses[name] for piece in pieces]
+        batch.columns[name] = where
+        batch.sampled[name] = [a or b for a, b in zip(copied, where, strict=True)]
     _add_kept(batch, copies, numbers)
     return batch
 
