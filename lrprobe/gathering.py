@@ -35,7 +35,7 @@ class LocalGatherer:
         self._moved: Any = 1.0
         self.planned = Planned(hooks.engine)
         engine = Engine(hooks.options.engine)
-        self.deferred = Deferred(engine, hooks.reasons, owner)
+        self.deferred = Deferred(engine, hooks.reasons, lambda: owner.waiting_bytes)
         self._rows: Any = None
         self._at_once = 0
 

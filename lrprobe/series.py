@@ -145,12 +145,6 @@ class Series:
         found: Mapping[str, Any] = self.about.get("optimizers", {}).get(self.optimizer, {})
         return found
 
-    @property
-    def optimizer_class(self) -> str:
-        """Name of the optimizer's class, or of the optimizer if the class is unknown."""
-        name: str = self.optimizer_about.get("class", self.optimizer)
-        return name.rpartition(".")[2]
-
     def option(self, name: str) -> list[Any]:
         """A hyperparameter of each parameter's group: (parameters,), None if unknown."""
         groups = self.optimizer_about.get("groups") or []

@@ -8,8 +8,8 @@ same calls, as if they were pieces of one step.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -104,12 +104,6 @@ class CopiedStep:
         return self._found is not None and self._found[0] == [row.rule for row in self.rows]
 
 
-class Owner(Protocol):
-    """Where the steps of all optimizers of a probe wait."""
-
-    waiting_bytes: int
-
-
 class Deferred:
     """The steps of one optimizer that were copied, and wait for each other.
 
@@ -117,17 +111,19 @@ class Deferred:
         waiting: these steps, in order.
     """
 
-    def __init__(self, engine: Engine, reasons: dict[str, str], owner: Owner) -> None:
+    def __init__(
+        self, engine: Engine, reasons: dict[str, str], waiting_bytes: Callable[[], int]
+    ) -> None:
         """Create it without steps.
 
         Args:
             engine: of its own, because another thread may compute.
             reasons: receives the errors that rules raise, by name of the parameter.
-            owner: has the steps of other optimizers too, which are passed on in order.
+            waiting_bytes: of the steps of all optimizers of the probe, passed on in order.
         """
         self._engine = engine
         self._reasons = reasons
-        self._owner = owner
+        self._waiting_bytes = waiting_bytes
         self.waiting: list[CopiedStep] = []
 
     def add(self, copy: Copy, rows: list[Row], info: StepInfo, *, moved: bool) -> CopiedStep:
@@ -153,7 +149,7 @@ class Deferred:
             return True
         late = time.monotonic() - waiting[0].since >= MAX_SECONDS
         many = len(waiting) * len(waiting[0].rows) >= MAX_PIECES
-        return late or many or self._owner.waiting_bytes >= MAX_WAITING_BYTES
+        return late or many or self._waiting_bytes() >= MAX_WAITING_BYTES
 
     def compute(self) -> None:
         """Compute the figures of all steps that wait."""
