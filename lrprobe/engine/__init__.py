@@ -265,12 +265,12 @@ class Engine:
         Generated code reads tensors that are dense in memory; eager code handles all others.
 
         Raises:
-            UnknownOperationError: if no code can be generated for a batch that is not live.
+            UnknownOperationError: if no code can be generated for a batch that may not be eager.
         """
         found = self._generated(table, batch, rates=rates, samples=samples)
         if found is not None:
             return found
-        if not batch.live:
+        if not batch.may_be_eager:
             raise UnknownOperationError
         return _eager(table, batch, rates=rates, samples=samples)
 

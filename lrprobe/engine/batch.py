@@ -37,7 +37,8 @@ class Batch:
         sampled: like ``columns``, of the check samples, by name in programs; empty if these have
             to be copied.
         kept: names of the samples from before the step, of each piece; only with ``sampled``.
-        live: whether the entries hold the elements; otherwise only ``columns`` lead to them.
+        may_be_eager: whether eager code may compute it; some entries lead to no elements, only
+            ``columns`` do.
     """
 
     at: list[int]
@@ -49,7 +50,7 @@ class Batch:
     memo: dict[Any, Any] = field(default_factory=dict)
     sampled: dict[str, list[int]] = field(default_factory=dict)
     kept: list[Collection[str]] = field(default_factory=list)
-    live: bool = True
+    may_be_eager: bool = True
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self.at)))

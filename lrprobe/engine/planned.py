@@ -239,7 +239,7 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     rows = [k * count + at for k, _ in steps for at in numbers]
     one = len(rows) == 1
     entries = [copy.entry_for_rules(at, one=one) for copy in copies for at in numbers]
-    batch = Batch(rows, entries, known, rule, live=False)
+    batch = Batch(rows, entries, known, rule, may_be_eager=False)
     if isinstance(known.get("lr"), Tensor):
         batch.memo["lr"] = known["lr"]
     after = [copy.buffers[1] for copy in copies]
@@ -300,7 +300,7 @@ def _add_gradients(engine: Engine, batch: Batch, pre: PreStep) -> None:
     """Figures of gradients that the step may have overwritten."""
     addresses = batch.sampled["old grad"]
     columns = {"param": addresses, "grad": addresses}
-    grads = Batch(batch.at, batch.entries, {}, None, columns, live=False)
+    grads = Batch(batch.at, batch.entries, {}, None, columns, may_be_eager=False)
     table = engine.figures(GRADIENT, grads, rates=False).table
     pre.gradient |= dict(zip(batch.at, table, strict=True))
 
