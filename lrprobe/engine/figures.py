@@ -166,9 +166,9 @@ class Elements:
         tensors = self._s.param, self._s.grad, *map(self._s.__getitem__, self._s.states)
         if _on_host(tensors[0]) and all(math.isfinite(t.sum().numpy()) for t in tensors):
             return False
-        nothing: Any = tensors[0] - tensors[0]  # NaN for NaN and infinity
+        nothing: Any = tensors[0] * 0  # NaN for NaN and infinity; x - x is simplified to 0
         for tensor in tensors[1:]:
-            nothing = nothing + (tensor - tensor)
+            nothing = nothing + tensor * 0
         return nothing != 0
 
     # The rest is defined on the check sample only, which has values from before the step.
