@@ -211,6 +211,7 @@ with lrprobe.attach(optimizer, every=1) as probe:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells of glibc's allocator")
 def test_memory_is_used_again_by_the_next_step() -> None:
     """A recorded step takes hardly a page from the system, also where no tensor is large."""
