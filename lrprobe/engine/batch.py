@@ -37,8 +37,8 @@ class Batch:
         sampled: like ``columns``, of the check samples, by name in programs; empty if these have
             to be copied.
         kept: names of the samples from before the step, of each piece; only with ``sampled``.
-        may_be_eager: whether eager code may compute it; some entries lead to no elements, only
-            ``columns`` do.
+        may_be_eager: whether eager code may compute it, because the entries hold the elements;
+            otherwise only ``columns`` lead to them.
     """
 
     at: list[int]
@@ -88,6 +88,8 @@ def describe(backends: Backends, entry: Entry) -> tuple[tuple[Any, ...], dict[st
     addresses: dict[str, int] = {}
     kinds: list[Any] = [device, type(grad) is SparseRows]
     for name, value in (*tensors, *entry.state.items()):
+        if name in ("param", "grad") and value is not param and value is not grad:
+            backend = None  # a state entry, for which programs would read the tensor of that name
         if not is_strided(value):
             kinds.append((name, value is None))
             backend = None if isinstance(value, Coded) else backend

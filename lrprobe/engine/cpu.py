@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrprobe.engine.distribution import BINS, Bins
 from lrprobe.engine.generated import cache_folder, import_generated
-from lrprobe.engine.pieces import sample_runs
+from lrprobe.engine.pieces import is_negated, sample_runs
 from lrprobe.engine.printer import CHUNK, LANES, LOADED, differing, source
 from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
@@ -256,8 +256,7 @@ def is_addressable(tensor: Tensor) -> bool:
         tensor.is_cpu
         and tensor.dtype in LOADED
         and tensor.layout is torch.strided
-        # Only a view can have the negative bit; `is_neg` lets other threads run.
-        and not (tensor._is_view() and tensor.is_neg())  # noqa: SLF001 - torch has no other way
+        and not is_negated(tensor)
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         <= tensor.untyped_storage().nbytes()
         and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # 0 for a wrapper subclass

@@ -21,7 +21,7 @@ from torch import Tensor
 from lrprobe.engine.block_printer import TYPES, Sum, source
 from lrprobe.engine.distribution import BINS, FOLDED, Bins
 from lrprobe.engine.generated import cache_folder, import_generated
-from lrprobe.engine.pieces import sample_runs
+from lrprobe.engine.pieces import is_negated, sample_runs
 from lrprobe.engine.printer import differing
 from lrprobe.engine.program import Symbol
 from lrprobe.engine.recording import Recorded
@@ -70,7 +70,7 @@ def is_addressable(tensor: Tensor) -> bool:
         tensor.device.type in DEVICES
         and tensor.dtype in TYPES
         and tensor.layout is torch.strided
-        and not (tensor._is_view() and tensor.is_neg())  # noqa: SLF001 - torch has no other way
+        and not is_negated(tensor)
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         <= tensor.untyped_storage().nbytes()
         and (tensor.data_ptr() != 0 or tensor.numel() == 0)

@@ -153,6 +153,12 @@ def is_strided(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.layout is torch.strided
 
 
+def is_negated(tensor: Tensor) -> bool:
+    """Whether a tensor has the negative bit; unlike ``is_neg``, this lets no other thread run."""
+    c: Any = torch._C  # noqa: SLF001 - torch has no other way
+    return bool(c._dispatch_keys(tensor).has(c.DispatchKey.Negative))  # noqa: SLF001 - the same
+
+
 def host_value(number: Tensor) -> float:
     """The number in a tensor on the host; unlike ``item``, this lets no other thread run."""
     value: Any = number.reshape(()).tolist() if number.dim() else number.tolist()

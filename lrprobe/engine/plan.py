@@ -76,6 +76,13 @@ class Piece:
         """One of the tensors of ``like``."""
         return self.like.param if name in ("param", "grad") else self.like.state[name]
 
+    def has_numbers(self, state: Mapping[str, Any]) -> bool:
+        """Whether the entries of a state that are numbers, or None, are as planned."""
+        for name in self.nothing:
+            if state[name] is not None:
+                return False
+        return all(_number_kind(state[name]) == kind for name, kind in self.numbers.items())
+
     @property
     def kind(self) -> tuple[Any, ...]:
         """What the pieces of one batch share."""
@@ -223,6 +230,8 @@ class Plan:
         tensors = {}
         for name, value in state.items():
             kind = _number_kind(value)
+            if name in ("param", "grad"):
+                raise UnusualError  # programs would read the tensor of that name
             if kind:
                 piece.numbers[name] = kind
             elif value is None:
@@ -284,7 +293,7 @@ class Plan:
             if w.rule is not None and state.keys() != piece.names:
                 return None
             tensors = [param if name == "param" else state[name] for name in piece.tensors]
-            if not self._locate(piece, piece.tensors, tensors):
+            if not self._locate(piece, piece.tensors, tensors) or not piece.has_numbers(state):
                 return None
             found.append(Entry(param, param.grad, state))
         return found
@@ -323,21 +332,12 @@ class Plan:
                 return None
         return layout.copy(self._backend, [piece.addresses for piece in self.pieces])
 
-    def numbers(self, entries: Sequence[Entry]) -> list[list[Any]] | None:
-        """The values of each piece's ``numbers``; None if other entries are numbers now."""
-        found = []
-        for piece, entry in zip(self.pieces, entries, strict=True):
-            values = []
-            for name, kind in piece.numbers.items():
-                value = entry.state[name]
-                if _number_kind(value) != kind:
-                    return None
-                values.append(_number(value, name in piece.tensors))
-            for name in piece.nothing:
-                if entry.state[name] is not None:
-                    return None
-            found.append(values)
-        return found
+    def numbers(self, entries: Sequence[Entry]) -> list[list[Any]]:
+        """The values of each piece's ``numbers``."""
+        return [
+            [_number(entry.state[name], name in piece.tensors) for name in piece.numbers]
+            for piece, entry in zip(self.pieces, entries, strict=True)
+        ]
 
 
 _GRAD = ("grad",)
@@ -451,7 +451,7 @@ class Copy:
     Attributes:
         plan: how it was read.
         buffers: copies from before the step, and from after it.
-        numbers: the values of each piece's ``numbers``.
+        numbers: the values of each piece's ``numbers``; none with ``entries``.
         groups: the hyperparameters of each group.
         initial: ``initial_lr`` of each piece's group.
         scalars: what ``Rule.before`` returned, by index of the piece.

@@ -106,8 +106,8 @@ class Planned:
         for i, grad in pre.grads.items():
             if entries[i].grad is None:  # the step dropped it
                 entries[i].grad = grad
-        numbers, after = plan.numbers(entries), plan.copy_after(entries)
-        if numbers is None or after is None:
+        after = plan.copy_after(entries)
+        if after is None:
             return None
         self._misses = max(0, self._misses - 1)
         latest = Samples.over(self._engine.backends, [buffer, after], plan.previous)
@@ -115,6 +115,7 @@ class Planned:
         previous = [w.previous for w in plan.watched]
         for i, w in enumerate(plan.watched):
             w.previous = latest, i
+        numbers = plan.numbers(entries) if plan.small else []
         entries = [] if plan.small else entries
         buffers = [buffer, after]
         return Copy(plan, buffers, numbers, groups, initial, pre.scalars, previous, entries)
@@ -159,7 +160,7 @@ def figures_of(engine: Engine, copies: Sequence[Copy]) -> StepFigures:
     plan, count = copies[0].plan, len(copies[0].plan.watched)
     found = StepFigures()
     steps = list(enumerate(copies))
-    pre = PreStep(Samples({}))  # batches have the addresses of samples
+    pre = PreStep(Samples({}) if plan.small else _kept(engine, steps))
     for k, copy in enumerate(copies):
         for i, (w, initial) in enumerate(zip(plan.watched, copy.initial, strict=True)):
             rate = copy.groups[w.group].get("lr")
@@ -239,7 +240,7 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
     rows = [k * count + at for k, _ in steps for at in numbers]
     one = len(rows) == 1
     entries = [copy.entry_for_rules(at, one=one) for copy in copies for at in numbers]
-    batch = Batch(rows, entries, known, rule, may_be_eager=False)
+    batch = Batch(rows, entries, known, rule, may_be_eager=not plan.small)
     if isinstance(known.get("lr"), Tensor):
         batch.memo["lr"] = known["lr"]
     after = [copy.buffers[1] for copy in copies]

@@ -1,4 +1,4 @@
-"""What a plan reads: strided tensors, counters in groups, state that is new in each step."""
+"""What a plan reads: strided tensors, counters in groups, state that is new or changes."""
 
 from __future__ import annotations
 
@@ -358,3 +358,53 @@ def test_a_record_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = [a for t in kept[7].tables.values() for a in t.values()] + [*kept[7].edges]
     owned = sum({id(a.base): a.base.nbytes for a in arrays if a.base is not None}.values())
     assert owned < 3 * kept[7].nbytes, "a record keeps no other"
+
+
+def test_an_entry_that_was_none_is_planned_anew() -> None:
+    """SGD's buffer is None before the first step in checkpoints of old versions of torch."""
+
+    def change(step: int, optimizer: Optimizer) -> None:
+        if step in {0, 7}:
+            for param in optimizer.param_groups[0]["params"]:
+                optimizer.state[param]["momentum_buffer"] = None
+
+    frame = frame_of(lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9), Tensor.clone, change)
+    assert frame["step"].unique().tolist() == list(range(1, STEPS + 1))
+    assert frame["state_error"].max() < 1e-6, frame["state_error"].tolist()
+
+
+def test_a_gradient_that_torch_negates_when_it_is_read() -> None:
+    """Autograd hands over such a gradient, which is no view, for a parameter of one element."""
+    real, imaginary = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.tensor([0.25]))
+    optimizer = torch.optim.Adam([real, imaginary], lr=0.01)
+    with lrprobe.attach(optimizer, every=1) as probe:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            number = torch.complex(real, imaginary).conj() * torch.tensor([1.5 - 0.5j])
+            number.imag.sum().backward()
+            optimizer.step()
+    assert imaginary.grad is not None
+    assert imaginary.grad.is_neg()
+    frame = probe.frame()
+    assert frame["update_grad_cosine"].tolist() == pytest.approx([1.0] * 2 * STEPS)
+    assert frame["state_error"].max() < 1e-6, frame["state_error"].tolist()
+
+
+class KeepsGradient(torch.optim.SGD):
+    """It has a state entry with the name of another tensor."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Keep three times the gradient."""
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["grad"] = 3 * param.grad
+        super().step(closure)
+
+
+def test_a_state_entry_named_like_another_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is that of the parameter, also where the state has a ``grad``."""
+    rule = Rule("keeps", lambda s: Update(s.lr, s.grad))
+    monkeypatch.setitem(rules._RULES, KeepsGradient, rule)
+    frame = frame_of(lambda params: KeepsGradient(params, 1e-3), Tensor.clone, None)
+    expected = frame_of(lambda params: torch.optim.SGD(params, 1e-3), Tensor.clone, None)
+    pd.testing.assert_series_equal(frame["grad_norm"], expected["grad_norm"], rtol=1e-6)
+    assert set(frame["rule"]) == {"keeps"}
