@@ -10,9 +10,9 @@ from lrprobe.dummy_steps import device_of, step_moved
 from lrprobe.engine import Engine, PreStep, empty_pre_step
 from lrprobe.engine.buffers import Buffers, blank, fill
 from lrprobe.engine.columns import StepInfo, slots_of
+from lrprobe.engine.copies import Copy
 from lrprobe.engine.deferred import AT_ONCE, CopiedStep, Deferred
 from lrprobe.engine.flight import MOVED, StepInFlight
-from lrprobe.engine.plan import Copy
 from lrprobe.engine.planned import Planned, PlannedPreStep, figures_of
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from lrprobe.engine.columns import (
     rule_errors,
     summaries_of,
 )
+from lrprobe.engine.copies import Copy
 from lrprobe.engine.distribution import Bins
-from lrprobe.engine.plan import Copy
 from lrprobe.engine.planned import figures_of
 from lrprobe.record import Record
 

@@ -14,10 +14,10 @@ from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.batch import Batch, add_batch_statistics, batch_of
 from lrprobe.engine.buffers import StepFigures, Vectors
 from lrprobe.engine.check import Place, Samples, zeros
+from lrprobe.engine.copies import Copy
 from lrprobe.engine.figures import GRADIENT
 from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.engine.plan import (
-    Copy,
     Piece,
     Plan,
     UnusualError,
