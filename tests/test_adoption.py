@@ -92,3 +92,12 @@ def test_the_files_of_the_project_are_sound():
     ]  # fmt: skip
     form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
     assert "lrprobe.show_versions()" in form
+
+
+def test_no_module_is_longer_than_a_newcomer_reads() -> None:
+    """At most 500 lines each."""
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "lrprobe").rglob("*.py")
+    }
+    assert {name: count for name, count in lines.items() if count > 500} == {}

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from lrprobe.engine.check import Samples
-from lrprobe.engine.plan import Plan, is_number
+from lrprobe.engine.plan import Plan
 from lrprobe.rules.base import Entry, Scalar
+
+
+def is_number(value: Any) -> bool:
+    """Whether a hyperparameter may differ between the steps of one batch."""
+    return type(value) in (int, float)
 
 
 def _shared(name: str, value: Any, own: bool) -> tuple[Any, ...]:

@@ -304,13 +304,14 @@ class Plan:
         for name, tensor in zip(names, tensors, strict=True):
             if type(tensor) not in PLAIN or tensor.dtype is not piece.dtypes[name]:
                 return False
-            strides = piece.strides[name]
-            if tensor.shape != shape or strides != (strides and tensor.stride()):
+            if tensor.shape != shape:
                 return False
-            if strides is None and not tensor.is_contiguous():
+            strides = piece.strides[name]
+            if not (tensor.is_contiguous() if strides is None else tensor.stride() == strides):
                 return False
             address = tensor.data_ptr()
-            if address != addresses.get(name) or tensor._is_view():  # noqa: SLF001 - as in cpu.py
+            # A view may have the negative bit where a tensor without it was.
+            if address != addresses.get(name) or tensor._is_view():  # noqa: SLF001 - torch has no other way
                 if not self._backend.is_addressable(tensor):
                     return False
                 addresses[name] = address
@@ -427,8 +428,3 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("capturable") or found.get("differentiable"):
         raise UnusualError  # then rules compute with tensors in float32, as torch does
     return found
-
-
-def is_number(value: Any) -> bool:
-    """Whether a hyperparameter may differ between the steps of one batch."""
-    return type(value) in (int, float)

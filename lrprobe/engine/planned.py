@@ -14,14 +14,13 @@ from lrprobe.engine import Engine, PreStep, copied
 from lrprobe.engine.batch import Batch, add_batch_statistics, batch_of
 from lrprobe.engine.buffers import StepFigures, Vectors
 from lrprobe.engine.check import Place, Samples, zeros
-from lrprobe.engine.copies import Copy
+from lrprobe.engine.copies import Copy, is_number
 from lrprobe.engine.figures import GRADIENT
 from lrprobe.engine.pieces import WatchedParameter
 from lrprobe.engine.plan import (
     Piece,
     Plan,
     UnusualError,
-    is_number,
     is_own,
     plain_groups,
 )
@@ -236,20 +235,20 @@ def _batch(steps: Sequence[tuple[int, Copy]], rule: Rule | None, pieces: Sequenc
         values = [copy.groups[group][name] for copy in copies]
         if is_number(first) and any(value != first for value in values):
             known[name] = column([value for value in values for _ in pieces], _CPU)
-    numbers = [piece.at for piece in pieces]
-    rows = [k * count + at for k, _ in steps for at in numbers]
+    indices = [piece.at for piece in pieces]
+    rows = [k * count + at for k, _ in steps for at in indices]
     one = len(rows) == 1
-    entries = [copy.entry_for_rules(at, one=one) for copy in copies for at in numbers]
+    entries = [copy.entry_for_rules(at, one=one) for copy in copies for at in indices]
     batch = Batch(rows, entries, known, rule, may_be_eager=not plan.small)
     if isinstance(known.get("lr"), Tensor):
         batch.memo["lr"] = known["lr"]
     after = [copy.buffers[1] for copy in copies]
     for name in (*pieces[0].tensors, "grad"):
-        copied = plan.after.addresses(after, name, numbers)
+        copied = plan.after.addresses(after, name, indices)
         where = copied if plan.small else [piece.addresses[name] for piece in pieces]
         batch.columns[name] = where
         batch.sampled[name] = [a or b for a, b in zip(copied, where, strict=True)]
-    _add_kept(batch, copies, numbers)
+    _add_kept(batch, copies, indices)
     return batch
 
 
